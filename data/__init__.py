@@ -1,0 +1,1 @@
+"""Data sets on disk: reading, preparing, and batches of training pairs."""

@@ -1,0 +1,321 @@
+"""Training batches: pairs of images of one identity, augmented; and plain batches for evaluation.
+
+Every random draw is a function of (seed, iteration), never of a generator's history, so a stream resumed at
+iteration t is the one that was interrupted, and the number of workers does not show in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.folders import DECODE_ERRORS, IMAGE_FORMATS, ImageList
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
+
+# First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
+_PERMUTATION, _DRAW = 0, 1
+
+
+class Batch(NamedTuple):
+    """N training images.
+
+    x      (N, 3, H, W) float32, augmented, normalised with the ImageNet mean and std
+    xp     (N, 3, H, W) float32, another image of the same identity (the same image when it is the identity's
+           only one), augmented independently; (0, 3, H, W) from a loader without positives
+    y      (N,) int64 class numbers, those of `ImageList.labels()`
+    index  (N,) int64 positions of x in the image list
+    """
+
+    x: Tensor
+    xp: Tensor
+    y: Tensor
+    index: Tensor
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode a file to an upright RGB image. Raises UserError naming a file that cannot be decoded."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "I" or upright.mode.startswith("I;16"):
+                # Pillow would clip 16-bit gray at 255, not scale it.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            elif upright.mode == "P":
+                # A palette with transparency has to pass through RGBA.
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
+    except DECODE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be decoded ({reason}); replace or remove the file") from None
+
+
+def resized(path: str | Path, height: int, width: int) -> Tensor:
+    """Decode a file and resize it, bicubic: (3, height, width) uint8."""
+    image = load_image(path).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def decode_images(paths: Sequence[str | Path], height: int, width: int) -> Tensor:
+    """Decode and resize all images into memory: (n, 3, height, width) uint8."""
+    pixels = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+
+    def fill(i: int) -> None:
+        pixels[i] = resized(paths[i], height, width)
+
+    with ThreadPoolExecutor(_decode_threads()) as pool:
+        # Drained for its errors; the bar shows on a terminal only.
+        for _ in tqdm(pool.map(fill, range(len(paths))), "images", total=len(paths), leave=False, disable=None):
+            pass
+    return pixels
+
+
+def augment(pixels: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
+    """Mirror, pad by repeating the edge, crop: each image by its own draw, as one gather.
+
+    pixels  (N, 3, H, W), any dtype; flip (N,) bool
+    top, left  (N,) int64 corner of the crop in the padded image, 0..2*pad
+    Returns (N, 3, H, W) of the same dtype.
+
+    The method mirrors before it resizes; the two commute, so it is done here on resized pixels.
+    """
+    n, channels, height, width = pixels.shape
+    rows = (top[:, None] - pad + torch.arange(height)).clamp_(0, height - 1)  # (N, H)
+    cols = (left[:, None] - pad + torch.arange(width)).clamp_(0, width - 1)  # (N, W)
+    cols = torch.where(flip[:, None], width - 1 - cols, cols)
+    source = (rows[:, :, None] * width + cols[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
+    return pixels.reshape(n, channels, -1).gather(2, source).view(n, channels, height, width)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 to float32: scaled to [0, 1], minus the ImageNet mean, over the ImageNet std."""
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1)
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+class PairLoader:
+    """An endless stream of training batches over one image list, which can be entered at any iteration.
+
+    Epochs are independent permutations; the last incomplete batch of each is dropped. Loaders with different
+    seeds over the same list give images a and b of the method.
+
+    images         the training images
+    batch_size     N; at most the number of images
+    height, width  size of the batches' images in pixels
+    seed           at least 0; together with the iteration it decides every draw
+    pad            pixels added on each side before the random crop
+    cache          True: decode all images once, here, and keep them (3*H*W bytes each). A tensor: the
+                   `pixels` of another loader over the same list, shared instead of decoded again
+    num_workers    processes that read files; 0 reads in one background thread. Unused with a cache
+    with_positive  False: no `xp` (teacher training)
+
+    Raises UserError for fewer images than `batch_size`, and while batches are drawn for an undecodable file.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        *,
+        batch_size: int,
+        height: int,
+        width: int,
+        seed: int,
+        pad: int = 10,
+        cache: bool | Tensor = False,
+        num_workers: int = 0,
+        with_positive: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("image height", height, 1),
+            ("image width", width, 1),
+            ("seed", seed, 0),
+            ("pad", pad, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name} {value}: must be at least {least}")
+        if len(images) < batch_size:
+            where = os.path.commonpath([path.parent for path in images.paths]) if len(images) else "the data set"
+            raise UserError(
+                f"{where}: {len(images)} training images are fewer than batch_size {batch_size}; "
+                "lower batch_size or add images"
+            )
+        self.images = images
+        self.batch_size = batch_size
+        self.height = height
+        self.width = width
+        self.seed = seed
+        self.pad = pad
+        self.num_workers = num_workers
+        self.with_positive = with_positive
+        self.batches_per_epoch = len(images) // batch_size
+        self._labels = images.labels()
+        # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
+        self._by_label = np.argsort(self._labels, kind="stable")
+        self._size = np.bincount(self._labels)
+        self._first = np.cumsum(self._size) - self._size
+        self._place = np.empty(len(images), dtype=np.int64)
+        self._place[self._by_label] = np.arange(len(images)) - self._first[self._labels[self._by_label]]
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+        self.pixels: Tensor | None = None
+        if isinstance(cache, Tensor):
+            expected = (len(images), 3, height, width)
+            if tuple(cache.shape) != expected or cache.dtype != torch.uint8:
+                raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, not uint8 {expected}")
+            self.pixels = cache
+        elif cache:
+            self.pixels = decode_images(images.paths, height, width)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches of iterations start, start + 1, ... without end, prepared ahead in the background."""
+        if start < 0:
+            raise ValueError(f"start {start} is negative")
+        if self.pixels is None and self.num_workers > 0:
+            return self._batches_from_workers(start)
+        return self._batches_from_thread(start)
+
+    def batch(self, iteration: int) -> Batch:
+        """The batch of one iteration."""
+        return self._finish(self._raw(iteration))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(n,) the permutation of the images in an epoch; its batches are consecutive slices."""
+        kept = self._epoch
+        if kept is None or kept[0] != epoch:
+            rng = np.random.default_rng((self.seed, _PERMUTATION, epoch))
+            kept = self._epoch = (epoch, rng.permutation(len(self.images)))
+        return kept[1]
+
+    def _raw(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Augmented uint8 pixels, x then xp, (N or 2N, 3, H, W); and the (N,) index of x.
+
+        Bytes, because this is what worker processes hand over: a quarter of the shared memory of floats.
+        """
+        epoch, step = divmod(iteration, self.batches_per_epoch)
+        index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        rng = np.random.default_rng((self.seed, _DRAW, iteration))
+        draws = [self._draw_augmentation(rng)]
+        chosen = index
+        if self.with_positive:
+            chosen = np.concatenate([index, self._draw_positives(rng, index)])
+            draws.append(self._draw_augmentation(rng))
+        flip, top, left = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*draws, strict=True))
+
+        if self.pixels is not None:
+            pixels = self.pixels[torch.from_numpy(chosen)]
+        else:
+            pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
+        return augment(pixels, flip, top, left, self.pad), torch.from_numpy(index.copy())
+
+    def _draw_augmentation(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(N,) mirror or not, (N,) top and (N,) left of the crop."""
+        n, places = self.batch_size, 2 * self.pad + 1
+        return rng.random(n) < 0.5, rng.integers(0, places, n), rng.integers(0, places, n)
+
+    def _draw_positives(self, rng: np.random.Generator, index: np.ndarray) -> np.ndarray:
+        """(N,) for each image another one of its identity, all equally likely; itself if it has no other."""
+        label = self._labels[index]
+        others = self._size[label] - 1
+        place = rng.integers(0, np.maximum(others, 1))
+        # Numbers 0..others-1 stand for the images other than this one: step over it.
+        place += (place >= self._place[index]) & (others > 0)
+        return self._by_label[self._first[label] + place]
+
+    def _finish(self, raw: tuple[Tensor, Tensor]) -> Batch:
+        pixels, index = raw
+        images = normalise(pixels)
+        y = torch.from_numpy(self._labels[index.numpy()])
+        return Batch(images[: self.batch_size], images[self.batch_size :], y, index)
+
+    def _batches_from_thread(self, start: int) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = deque(pool.submit(self.batch, start + i) for i in range(2))
+            for iteration in count(start + len(ahead)):
+                ready = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, iteration))
+                yield ready
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batches_from_workers(self, start: int) -> Iterator[Batch]:
+        # A worker makes whole batches, handed out and returned in the order of the iterations.
+        loader = DataLoader(
+            _Iterations(self),
+            batch_size=None,
+            sampler=count(start),
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            # Its own, so that starting workers does not advance the global generator.
+            generator=torch.Generator(),
+        )
+        for raw in loader:
+            if isinstance(raw, UserError):
+                raise raw
+            yield self._finish(raw)
+
+
+class _Iterations(Dataset):
+    """Item t is the raw batch of iteration t."""
+
+    def __init__(self, loader: PairLoader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, iteration: int) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self.loader._raw(iteration)
+        except UserError as error:
+            # Raised in a worker it would arrive as a page of traceback.
+            return error
+
+
+def _unchanged(raw: tuple[Tensor, Tensor] | UserError) -> tuple[Tensor, Tensor] | UserError:
+    return raw
+
+
+def iter_images(
+    paths: Sequence[str | Path], height: int, width: int, batch_size: int, num_workers: int = 0
+) -> Iterator[Tensor]:
+    """Batches for evaluation, in the order of `paths`: (<= batch_size, 3, height, width) float32.
+
+    Resized, bicubic, and normalised with the ImageNet mean and std; nothing random.
+    num_workers  threads that decode; 0 chooses. Raises UserError naming an undecodable file.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
+    starts = range(0, len(paths), batch_size)
+    pool = ThreadPoolExecutor(num_workers or _decode_threads())
+
+    def submit(start: int) -> list[Future[Tensor]]:
+        return [pool.submit(resized, path, height, width) for path in paths[start : start + batch_size]]
+
+    try:
+        # One batch is decoded while the caller works on the one before it.
+        ahead = deque(submit(start) for start in starts[:2])
+        for start in range(2 * batch_size, len(paths) + 2 * batch_size, batch_size):
+            ready = ahead.popleft()
+            pixels = torch.stack([future.result() for future in ready])
+            if start < len(paths):
+                ahead.append(submit(start))
+            yield normalise(pixels)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode_threads() -> int:
+    # Pillow lets go of the interpreter lock while it decodes and resizes.
+    return min(8, os.cpu_count() or 1)

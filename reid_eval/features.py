@@ -1,0 +1,277 @@
+"""Test-time features of the id net (spec section 9) and the files that keep them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+HEAD_DIM = 512  # of one head in the release's .mat files
+_PARTS = {"query": "query", "gallery": "gallery", "multi": "mquery"}  # FeatureFile's field, prefix in the files
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n images: (n, heads, dim) float32, every head of length 1, and their (n,) labels."""
+
+    features: np.ndarray
+    pids: np.ndarray  # identity; -1 junk, 0 distractor
+    camids: np.ndarray
+    keys: np.ndarray | None = None  # names of the images, to tell a query from its own copy in the gallery
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """What a feature file holds; `multi` are the multi-query images."""
+
+    query: Features
+    gallery: Features
+    multi: Features | None = None
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def embed_images(net: nn.Module, x: Tensor) -> Tensor:
+    """Features (N, heads, dim) of a batch of normalised images (N, 3, H, W), in x's dtype (section 9).
+
+    Per head: L2-normalise for the image and for its mirror, add, normalise again. The net runs in eval mode
+    without gradients and is left in the modes it had.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from reIDmodel import enlarge
+
+    with torch.inference_mode(), _evaluating(net):
+        x = enlarge(x)
+        image, mirror = (torch.stack(net.embed(view), dim=1) for view in (x, x.flip(-1)))
+        return F.normalize(F.normalize(image, dim=-1) + F.normalize(mirror, dim=-1), dim=-1)
+
+
+def extract_features(
+    net: nn.Module,
+    paths: Sequence[Path | str],
+    *,
+    height: int,
+    width: int,
+    batch_size: int,
+    device: torch.device | str,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> np.ndarray:
+    """Features (n, heads, dim) float32 of the images in `paths`, in their order.
+
+    Args:
+        net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
+        paths: image files; none gives an empty (0, 1, 0) array.
+        height, width: size the images are read at, in pixels.
+        progress: a progress bar on stderr, where that is a terminal.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    from tqdm import tqdm
+
+    from data.pairs import iter_images
+
+    parts = []
+    with tqdm(total=len(paths), desc="features", unit="img", disable=None if progress else True) as bar:
+        for x in iter_images(paths, height, width, batch_size, num_workers=num_workers):
+            parts.append(embed_images(net, x.to(device, non_blocking=True)).float().cpu().numpy())
+            bar.update(len(x))
+    return np.concatenate(parts) if parts else np.empty((0, 1, 0), np.float32)
+
+
+def save_features(path: Path | str, query: Features, gallery: Features, multi: Features | None = None) -> list[Path]:
+    """Write a feature file and return what was written; each file is replaced whole or not at all.
+
+    `.npz` holds everything in one file. `.mat` is the release's `pytorch_result.mat`, and the multi-query
+    images go to `multi_query.mat` beside it; the heads lie side by side, (n, heads * dim), labels (1, n). One
+    name is added to the release's: `heads`, their number.
+
+    Raises:
+        UserError: another ending, or a folder that cannot be written.
+    """
+    path = Path(path)
+    sides = {"query": query, "gallery": gallery} | ({} if multi is None else {"multi": multi})
+    if path.suffix == ".npz":
+        arrays: dict[str, np.ndarray] = {}
+        for field, side in sides.items():
+            arrays |= _arrays(field, side, side.features)
+            if side.keys is not None:
+                arrays[f"{_PARTS[field]}_key"] = np.asarray(side.keys, dtype=str)
+        return [_write(path, lambda file: np.savez(file, **arrays))]
+    if path.suffix == ".mat":
+        from scipy.io import savemat
+
+        flat = {f: _arrays(f, side, side.features.reshape(len(side), -1)) for f, side in sides.items()}
+        for arrays in flat.values():
+            arrays["heads"] = np.array(query.features.shape[1])
+        written = [_write(path, lambda file: savemat(file, flat["gallery"] | flat["query"]))]
+        if multi is not None:
+            written.append(_write(path.with_name("multi_query.mat"), lambda file: savemat(file, flat["multi"])))
+        return written
+    raise UserError(f"{path}: feature files end in .npz or .mat")
+
+
+def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
+    """Read a feature file, one of ours or of the release's scripts.
+
+    A `.mat` of the release does not say how many heads it holds: a row of a multiple of 512 numbers is split
+    into heads of 512, any other is one head. With `multi` the multi-query images are read too, for a `.mat`
+    from `multi_query.mat` beside it.
+
+    Raises:
+        UserError: a file that is missing or of another kind, parts that are missing or do not fit together,
+            identities or cameras that are not whole numbers, features that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python test.py --save-features FILE` writes one")
+    arrays, source = _read(path), dict.fromkeys(_PARTS, path)
+    if multi and path.suffix != ".npz":
+        source["multi"] = path.with_name("multi_query.mat")
+        if not source["multi"].is_file():
+            raise UserError(f"{source['multi']}: no such file; it holds the multi-query features of {path.name}")
+        arrays |= _read(source["multi"])
+    found = {field: _side(arrays, field, source[field]) for field in (_PARTS if multi else ("query", "gallery"))}
+    query = found["query"]
+    for field, side in found.items():
+        if len(side) and len(query) and side.features.shape[1:] != query.features.shape[1:]:
+            raise UserError(
+                f"{source[field]}: {_PARTS[field]}_f has {_dims(side)} numbers per image but query_f has "
+                f"{_dims(query)}; extract all with the same model"
+            )
+    return FeatureFile(**found)
+
+
+def without_junk(side: Features) -> Features:
+    """The images whose identity is not -1."""
+    keep = side.pids != -1
+    if keep.all():
+        return side
+    keys = None if side.keys is None else side.keys[keep]
+    return replace(side, features=side.features[keep], pids=side.pids[keep], camids=side.camids[keep], keys=keys)
+
+
+def _dims(side: Features) -> str:
+    return " x ".join(map(str, side.features.shape[1:]))
+
+
+def _arrays(field: str, side: Features, features: np.ndarray) -> dict[str, np.ndarray]:
+    prefix = _PARTS[field]
+    return {f"{prefix}_f": features, f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
+
+
+def _write(path: Path, write) -> Path:
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    remedy = "give a .npz written here or the release's pytorch_result.mat"
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except Exception as error:  # zipfile, zlib, struct, ... : each kind of damage has its own
+            raise UserError(f"{path}: not a readable .npz feature file ({_line(error)}); {remedy}") from None
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path)
+    except NotImplementedError:
+        raise UserError(f"{path}: a MATLAB 7.3 file (HDF5), which is not read; save it as version 7") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a readable .mat file ({_line(error)}); {remedy}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:
+    prefix = _PARTS[field]
+    names = [f"{prefix}_{suffix}" for suffix in ("f", "label", "cam")]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise UserError(f"{path}: holds no {', '.join(missing)}; {field} features were not saved there")
+    features = arrays[names[0]]
+    if features.dtype.kind not in "fiu" or features.ndim not in (2, 3) or 0 in features.shape[1:]:
+        raise UserError(f"{path}: {names[0]} is not a table of numbers (images x features)")
+    if len(features) == 0:
+        raise UserError(f"{path}: {names[0]} is empty; extract features from a folder with images")
+    features = np.asarray(features, dtype=np.float32)
+    bad = ~np.isfinite(features).reshape(len(features), -1).all(1)
+    if bad.any():
+        raise UserError(
+            f"{path}: {names[0]} holds NaN or infinity in {bad.sum()} of {len(bad)} rows (first: row "
+            f"{int(bad.argmax())}); extract the features again with a sound model"
+        )
+    if features.ndim == 2:
+        width = features.shape[1]
+        heads = int(np.ravel(arrays.get("heads", width // HEAD_DIM if width % HEAD_DIM == 0 else 1))[0])
+        if heads < 1 or width % heads:
+            raise UserError(f"{path}: {names[0]} has {width} numbers per image, which are not {heads} heads")
+        features = features.reshape(len(features), heads, -1)
+    labels = [_whole_numbers(arrays[name], name, path) for name in names[1:]]
+    for name, values in zip(names[1:], labels, strict=True):
+        if len(values) != len(features):
+            raise UserError(f"{path}: {name} has {len(values)} entries for {len(features)} rows of {names[0]}")
+    keys = arrays.get(f"{prefix}_key")
+    if keys is not None and len(keys) != len(features):
+        raise UserError(f"{path}: {prefix}_key has {len(keys)} entries for {len(features)} rows of {names[0]}")
+    return Features(features, *labels, keys)
+
+
+def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    values = np.ravel(values)
+    try:
+        numbers = values.astype(np.int64) if values.dtype.kind in "iu" else values.astype(np.float64)
+    except (TypeError, ValueError):
+        example = next((str(v) for v in values if not _is_number(v)), "")
+        what = "identities" if name.endswith("label") else "cameras"
+        raise UserError(f"{path}: {name} holds {example!r}; {what} must be whole numbers") from None
+    if numbers.dtype != np.int64:
+        if not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):
+            raise UserError(f"{path}: {name} holds values that are not whole numbers")
+        numbers = numbers.astype(np.int64)
+    return numbers
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True

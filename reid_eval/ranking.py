@@ -1,0 +1,297 @@
+"""Ranking: CMC, mAP and mINP under both conventions from the ranks of the matches (spec section 9).
+
+For every query these gallery entries are dropped: those of the query's identity seen by the query's camera,
+and all of identity -1 (junk). The rest is ranked by score, highest first; equal scores keep the gallery's
+order. Distractors (identity 0) are images that no query asks for, so they stay, as wrong answers.
+
+Every number here is a function of the ranks of a query's matches. They are counted, never sorted out, so the
+cost per query is a few passes over its row of scores, and one pass serves all score settings and conventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import UserError
+
+CONVENTIONS = {
+    "official": "trapezoidal AP; AP and CMC divided by all queries (what DG-Net published)",
+    "standard": "AP = mean precision at the hits; only queries that have a match (torchreid, fast-reid, TransReID)",
+}
+"""The conventions by name, each with its explanation. mINP is the same in both: the mean over valid queries."""
+
+SETTINGS = {"primary": (1.0, 0.0), "both (beta 0.5)": (1.0, 0.5), "fine": (0.0, 1.0)}
+"""Score settings of the two-headed net: a name and the weight of each head's dot product."""
+
+JUNK = -1
+_CHUNK_BYTES = 256 << 20
+_SORT_AT_MOST = 1024
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The result for one score setting under one convention. All values are fractions in 0..1.
+
+    `ap`, `inp` and `first` have one entry per query; a query without a match has 0 in all three.
+    """
+
+    convention: str
+    cmc: np.ndarray  # (max_rank,) float64: cmc[k - 1] is Rank-k
+    mAP: float
+    mINP: float
+    ap: np.ndarray  # (nq,) float64
+    inp: np.ndarray  # (nq,) float64: number of matches / rank of the last one
+    first: np.ndarray  # (nq,) int64: rank of the first match, from 1, after the dropped entries are gone
+    queries: int
+    without_match: int
+
+
+@dataclass(frozen=True)
+class MatchRanks:
+    """Ranks of every query's matches: `ranks[offsets[i] : offsets[i + 1]]`, ascending from 1, for query i."""
+
+    ranks: np.ndarray  # (total matches,) int64
+    offsets: np.ndarray  # (nq + 1,) int64
+
+
+def default_settings(heads: int) -> dict[str, tuple[float, ...]]:
+    """The score settings to report for a net with that many heads (2: `SETTINGS`; else one, all weights 1)."""
+    if heads == 2:
+        return dict(SETTINGS)
+    return {"feature" if heads == 1 else "all parts": (1.0,) * heads}
+
+
+def rank(
+    query: np.ndarray,
+    gallery: np.ndarray | None,
+    q_pids: np.ndarray,
+    g_pids: np.ndarray,
+    q_camids: np.ndarray | None,
+    g_camids: np.ndarray | None,
+    *,
+    settings: Mapping[str, Sequence[float]] | None = None,
+    remove_same_camera: bool = True,
+    q_keys: np.ndarray | None = None,
+    g_keys: np.ndarray | None = None,
+    max_rank: int = 50,
+) -> dict[str, dict[str, Ranking]]:
+    """Rank the gallery for every query; the result is `[setting][convention]`.
+
+    Args:
+        query: (nq, heads, dim) or (nq, dim) features; or, when `gallery` is None, the (nq, ng) scores
+            themselves, greater is better, and the one setting is called "scores".
+        gallery: (ng, heads, dim) or (ng, dim) features.
+        q_pids, g_pids: (nq,), (ng,) integer identities. A query of identity -1 has no match.
+        q_camids, g_camids: (nq,), (ng,) integer cameras of any size. Unused without `remove_same_camera`.
+        settings: name to weights (one per head); score = sum over h of weights[h] * query[:, h] . gallery[:, h].
+            `default_settings(heads)` when None.
+        remove_same_camera: False is for data without cameras: nothing is dropped but the query image itself,
+            and junk stays as wrong answers.
+        q_keys, g_keys: (nq,), (ng,) names of the images; gallery entries with the query's key are dropped.
+        max_rank: length of the CMC.
+
+    Raises:
+        UserError: arrays that do not fit together, an empty side, values that are not finite, or no query
+            with a match.
+    """
+    q_pids, g_pids = np.asarray(q_pids), np.asarray(g_pids)
+    if gallery is None:
+        scores = np.asarray(query)
+        if scores.shape != (len(q_pids), len(g_pids)):
+            raise UserError(f"scores have shape {scores.shape}, but the labels say {len(q_pids)} x {len(g_pids)}")
+        _check_sides(q_pids, g_pids)
+        _check_finite(scores, "score matrix")
+        heads, chunk_scores, settings = 1, lambda rows: [scores[rows]], {"scores": (1.0,)}
+    else:
+        _check_sides(query, gallery)
+        query, gallery = _as_heads(query, "query"), _as_heads(gallery, "gallery")
+        if query.shape[1:] != gallery.shape[1:]:
+            raise UserError(
+                f"query features are {_shape(query)} but gallery features are {_shape(gallery)}; "
+                "extract both with the same model"
+            )
+        _check_finite(query, "query features")
+        _check_finite(gallery, "gallery features")
+        heads = query.shape[1]
+        settings = default_settings(heads) if settings is None else settings
+        for name, weights in settings.items():
+            if len(weights) != heads:
+                raise UserError(f"score setting {name!r} has {len(weights)} weights; the features have {heads} heads")
+        used = [h for h in range(heads) if any(weights[h] for weights in settings.values())]
+
+        def chunk_scores(rows: slice) -> list[np.ndarray | None]:
+            return [query[rows, h] @ gallery[:, h].T if h in used else None for h in range(heads)]
+
+    for what, labels, n in (("query", (q_pids, q_camids, q_keys), len(query)),) + (
+        () if gallery is None else (("gallery", (g_pids, g_camids, g_keys), len(gallery)),)
+    ):
+        if any(values is not None and len(values) != n for values in labels):
+            raise UserError(f"{n} {what} features, but another number of {what} identities, cameras or names")
+    if remove_same_camera and (q_camids is None or g_camids is None):
+        raise UserError("no camera of the images is given; use --no-cameras for data without cameras")
+
+    lists = _QueryLists(q_pids, g_pids, q_camids, g_camids, q_keys, g_keys, remove_same_camera)
+    step = max(1, _CHUNK_BYTES // (4 * heads * len(g_pids)))
+    ranks = _all_ranks(chunk_scores, len(q_pids), step, lists, settings)
+    return {
+        name: {convention: summarise(found, convention, max_rank=max_rank) for convention in CONVENTIONS}
+        for name, found in ranks.items()
+    }
+
+
+def summarise(found: MatchRanks, convention: str, *, max_rank: int = 50) -> Ranking:
+    """CMC, mAP, mINP and the per-query values from the ranks of the matches (section 9), by `CONVENTIONS` name.
+
+    Raises:
+        UserError: no query has a match, so nothing is defined.
+    """
+    ranks, counts = found.ranks.astype(np.float64), np.diff(found.offsets)
+    nq, owner = len(counts), np.repeat(np.arange(len(counts)), counts)
+    valid = counts > 0
+    if not valid.any():
+        raise UserError(
+            "no query has a match: no identity of the query is in the gallery under another camera; check that "
+            "both are of one data set, or use --no-cameras for data without cameras"
+        )
+    hit = np.arange(len(ranks)) - found.offsets[owner] + 1.0  # 1 for a query's first match, 2 for its second, ...
+    precision = hit / ranks
+    if convention == "official":
+        before = np.divide(hit - 1, ranks - 1, out=np.ones_like(ranks), where=ranks > 1)
+        precision = (before + precision) / 2
+        denominator = nq
+    elif convention == "standard":
+        denominator = int(valid.sum())
+    else:
+        raise ValueError(f"unknown convention {convention!r}; one of {', '.join(CONVENTIONS)}")
+    ap = np.bincount(owner, weights=precision, minlength=nq) / np.maximum(counts, 1)
+    first, inp = np.zeros(nq, np.int64), np.zeros(nq)
+    first[valid] = found.ranks[found.offsets[:-1][valid]]
+    inp[valid] = counts[valid] / found.ranks[found.offsets[1:][valid] - 1]
+    hits_at = np.bincount(first[valid & (first <= max_rank)], minlength=max_rank + 1)[1:]
+    return Ranking(
+        convention=convention,
+        cmc=np.cumsum(hits_at) / denominator,
+        mAP=float(ap.sum() / denominator),
+        mINP=float(inp[valid].mean()),
+        ap=ap,
+        inp=inp,
+        first=first,
+        queries=nq,
+        without_match=int(nq - valid.sum()),
+    )
+
+
+class _QueryLists:
+    """For a query, the gallery's indices (ascending) that are its matches and those that are dropped."""
+
+    def __init__(self, q_pids, g_pids, q_camids, g_camids, q_keys, g_keys, remove_same_camera: bool):
+        self.q_pids, self.q_camids, self.g_camids = q_pids, q_camids, g_camids
+        self.remove_same_camera = remove_same_camera
+        self.order = np.argsort(g_pids, kind="stable")  # stable, so that every identity's indices ascend
+        in_order = g_pids[self.order]
+        self.begin = np.searchsorted(in_order, q_pids, "left")
+        self.end = np.searchsorted(in_order, q_pids, "right")
+        self.junk = np.flatnonzero(g_pids == JUNK) if remove_same_camera else np.empty(0, np.int64)
+        self.q_keys = None
+        if q_keys is not None and g_keys is not None:
+            self.q_keys, self.by_key = q_keys, {}
+            for index, key in enumerate(g_keys):
+                self.by_key.setdefault(key, []).append(index)
+
+    def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        same = self.order[self.begin[i] : self.end[i]] if self.q_pids[i] != JUNK else self.order[:0]
+        dropped = self.junk
+        if self.remove_same_camera:
+            here = self.g_camids[same] == self.q_camids[i]
+            same, dropped = same[~here], np.concatenate([dropped, same[here]])
+        if self.q_keys is not None:
+            itself = self.by_key.get(self.q_keys[i], ())
+            if len(itself):
+                same, dropped = same[~np.isin(same, itself)], np.concatenate([dropped, itself])
+        return same, dropped
+
+
+def _all_ranks(
+    chunk_scores: Callable[[slice], list[np.ndarray | None]],
+    queries: int,
+    step: int,
+    lists: _QueryLists,
+    settings: Mapping[str, Sequence[float]],
+) -> dict[str, MatchRanks]:
+    found: dict[str, list[np.ndarray]] = {name: [] for name in settings}
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        products = chunk_scores(rows)
+        for i in range(rows.start, rows.stop):
+            matches, dropped = lists(i)
+            for name, weights in settings.items():
+                if len(matches) == 0:
+                    found[name].append(matches)
+                    continue
+                terms = [products[h][i - start] * products[h].dtype.type(w) for h, w in enumerate(weights) if w != 0]
+                row = sum(terms[1:], terms[0]) if terms else np.zeros(len(lists.order), np.float32)
+                row[dropped] = -np.inf
+                found[name].append(match_ranks(row, matches))
+    return {
+        name: MatchRanks(np.concatenate(parts), np.cumsum([0] + [len(part) for part in parts]))
+        for name, parts in found.items()
+    }
+
+
+def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Ranks (int64, ascending, from 1) of the entries `matches` of a row of scores.
+
+    The rank of a match is 1 + the entries with a greater score + those with an equal score and a smaller index.
+    `row` is (ng,) with -inf for dropped entries; `matches` is (m,) of indices whose scores are finite.
+    """
+    scores = row[matches]
+    ascending = np.argsort(scores)
+    scores = scores[ascending]
+    above, equal = np.empty(len(scores), np.int64), np.empty(len(scores), np.int64)
+    # The last matches lie deep: count each on its own. Once few entries remain above, sort those few.
+    for j, score in enumerate(scores):
+        at_least = np.count_nonzero(row >= score)
+        if at_least <= _SORT_AT_MOST:
+            top = np.sort(row[row >= score])
+            above[j:] = at_least - np.searchsorted(top, scores[j:], "right")
+            equal[j:] = at_least - np.searchsorted(top, scores[j:], "left") - above[j:]
+            break
+        above[j] = np.count_nonzero(row > score)
+        equal[j] = at_least - above[j]
+    ranks = above + 1
+    for j in np.flatnonzero(equal > 1):
+        ranks[j] += np.count_nonzero(row[: matches[ascending[j]]] == scores[j])
+    ranks.sort()
+    return ranks
+
+
+def _as_heads(features: np.ndarray, what: str) -> np.ndarray:
+    features = np.asarray(features)
+    if features.dtype not in (np.float32, np.float64):
+        features = features.astype(np.float32)
+    if features.ndim == 2:
+        features = features[:, None]
+    if features.ndim != 3:
+        raise UserError(f"{what} features have shape {features.shape}; expected (images, heads, dim)")
+    return features
+
+
+def _shape(features: np.ndarray) -> str:
+    return f"{features.shape[1]} x {features.shape[2]} (heads x dim)"
+
+
+def _check_sides(query: np.ndarray, gallery: np.ndarray) -> None:
+    for what, side in (("query", query), ("gallery", gallery)):
+        if len(side) == 0:
+            raise UserError(f"the {what} is empty; nothing can be ranked: check the {what} folder or file")
+
+
+def _check_finite(values: np.ndarray, what: str) -> None:
+    for start in range(0, len(values), 4096):
+        finite = np.isfinite(values[start : start + 4096])
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
+            raise UserError(f"{what}: NaN or infinity in row {row}; extract the features again with a sound model")

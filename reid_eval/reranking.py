@@ -1,0 +1,188 @@
+"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) and multi-query features (spec section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+_CHUNK_BYTES = 256 << 20
+
+
+def multi_query(
+    features: np.ndarray, pids: np.ndarray, camids: np.ndarray, q_pids: np.ndarray, q_camids: np.ndarray
+) -> np.ndarray:
+    """For every query the mean over all images of its identity and camera: (nq, heads, dim) float32.
+
+    The plain mean of the normalised features, which is not normalised again: that is what DG-Net's published
+    multi-query numbers use. A query's length scales its scores and cannot change their order within one head.
+
+    Args:
+        features: (n, heads, dim) of the multi-query images (Market-1501's `gt_bbox`).
+        pids, camids: (n,) their identities and cameras.
+        q_pids, q_camids: (nq,) those of the queries.
+
+    Raises:
+        UserError: a query's identity and camera has no image.
+    """
+    pairs, owner = np.unique(np.stack([pids, camids], 1), axis=0, return_inverse=True)
+    owner = owner.ravel()
+    total = np.zeros((len(pairs), *features.shape[1:]))
+    np.add.at(total, owner, features)
+    mean = (total / np.bincount(owner).reshape(-1, *[1] * (features.ndim - 1))).astype(np.float32)
+    position = {pair: i for i, pair in enumerate(map(tuple, pairs.tolist()))}
+    wanted = list(zip(np.asarray(q_pids).tolist(), np.asarray(q_camids).tolist(), strict=True))
+    for pid, camid in wanted:
+        if (pid, camid) not in position:
+            raise UserError(
+                f"multi-query: no image of identity {pid} in camera {camid}; the multi-query folder must hold "
+                "every query's identity and camera"
+            )
+    return mean[[position[pair] for pair in wanted]]
+
+
+def rerank(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    weights: Sequence[float] | None = None,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+) -> np.ndarray:
+    """Re-ranked distances (nq, ng) float32 in 0..1, smaller is better.
+
+    The paper's formulas over the joint set of queries and gallery images:
+
+    - N(p, k): p and its k nearest images (for the local query expansion: the k2 nearest, p being the first);
+    - R(p, k) = {g in N(p, k) : p in N(g, k)};
+    - R*(p, k1) = R(p, k1) and every R(q, k1 / 2), q in R(p, k1), of which R(p, k1) holds at least 2/3;
+    - V_p[g] = exp(-d(p, g)) for g in R*(p, k1), else 0; then V_p = mean of V_g over g in N(p, k2);
+    - d_J(p, g) = 1 - sum min(V_p, V_g) / sum max(V_p, V_g);
+    - the result is (1 - lambda) d_J + lambda d.
+
+    d is the squared Euclidean distance of the (weighted) features divided by the greatest from p, which puts
+    it on d_J's scale: without that, one lambda would mean another thing for every model.
+    Neighbour lists, V and the overlaps are sparse, so memory grows with n * k1 but for the result.
+
+    Args:
+        query, gallery: (nq, heads, dim), (ng, heads, dim) features, without junk.
+        weights: of the heads, as in `ranking.rank`, none negative; all 1 when None.
+        k1, k2: neighbours, 1 <= k2, 1 <= k1; cut to the number of images.
+        lambda_value: 0..1, the share of the original distance.
+
+    Raises:
+        UserError: k1, k2, lambda or weights out of range.
+    """
+    if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
+        raise UserError(f"re-ranking: k1 {k1}, k2 {k2}, lambda {lambda_value}; k must be >= 1, lambda in 0..1")
+    x = _joint(query, gallery, weights)
+    n, nq = len(x), len(query)
+    norm = np.einsum("ij,ij->i", x, x)
+    nearest, greatest = _neighbours(x, norm, min(max(k1 + 1, k2), n))
+
+    reciprocal = _reciprocal(nearest[:, : k1 + 1])
+    half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    shared = reciprocal.multiply(reciprocal @ half).tocoo()  # |R(p, k1) & R(q, k1 / 2)| for q in R(p, k1)
+    size = half.sum(1)
+    taken = 3 * shared.data >= 2 * size[shared.col]
+    expansion = _sparse(shared.row[taken], shared.col[taken], np.ones(taken.sum(), np.float32), n)
+    expanded = (reciprocal + expansion @ half).tocoo()
+
+    v = _sparse(expanded.row, expanded.col, np.exp(-_distances_at(x, norm, greatest, expanded)), n)
+    if k2 > 1:
+        k2 = min(k2, n)
+        rows = np.repeat(np.arange(n), k2)
+        v = _sparse(rows, nearest[:, :k2].ravel(), np.full(n * k2, 1 / k2, np.float32), n) @ v
+    result = _jaccard(v[:nq], v[nq:])
+    result *= 1 - lambda_value
+    for rows in _chunks(nq, n):
+        result[rows] += lambda_value * _squared(x, norm, rows, slice(nq, n)) / greatest[rows, None]
+    return result
+
+
+def _joint(query: np.ndarray, gallery: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
+    """(nq + ng, width) features whose dot products are the weighted scores."""
+    heads = query.shape[1]
+    weights = (1.0,) * heads if weights is None else weights
+    if len(weights) != heads or min(weights) < 0 or max(weights) == 0:
+        raise UserError(f"re-ranking: weights {tuple(weights)} for {heads} heads; one each, none negative")
+    parts = [np.concatenate([query[:, h], gallery[:, h]]) * np.float32(w**0.5) for h, w in enumerate(weights) if w > 0]
+    return np.concatenate(parts, 1)
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _CHUNK_BYTES // (8 * columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _squared(x: np.ndarray, norm: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """Squared Euclidean distances (rows, columns), never negative."""
+    d = x[rows] @ x[columns].T
+    d *= -2
+    d += norm[rows, None]
+    d += norm[columns]
+    return np.maximum(d, 0, out=d)
+
+
+def _neighbours(x: np.ndarray, norm: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every image's k nearest, itself first: (n, k) indices; and its greatest distance (n,), at least tiny."""
+    n = len(x)
+    nearest, greatest = np.empty((n, k), np.int32), np.empty(n, x.dtype)
+    for rows in _chunks(n, n):
+        d = _squared(x, norm, rows, slice(0, n))
+        greatest[rows] = np.maximum(d.max(1), 1e-12)
+        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = -1  # before its duplicates, if it has any
+        for i, row in enumerate(d, rows.start):
+            close = np.argpartition(row, k - 1)[:k]
+            close.sort()
+            nearest[i] = close[np.argsort(row[close], kind="stable")]
+    return nearest, greatest
+
+
+def _sparse(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, n: int) -> csr_array:
+    from scipy.sparse import csr_array
+
+    return csr_array((values, (rows, columns)), shape=(n, n))
+
+
+def _reciprocal(nearest: np.ndarray) -> csr_array:
+    """The R(p, k) of all p as the rows of a 0/1 matrix."""
+    n, k = nearest.shape
+    neighbours = _sparse(np.repeat(np.arange(n), k), nearest.ravel(), np.ones(n * k, np.float32), n)
+    return neighbours.multiply(neighbours.T).tocsr()
+
+
+def _distances_at(x: np.ndarray, norm: np.ndarray, greatest: np.ndarray, at: csr_array) -> np.ndarray:
+    """d(p, g) for the nonzero entries (p, g) of `at` (COO), in their order."""
+    result = np.empty(len(at.row), x.dtype)
+    step = max(1, _CHUNK_BYTES // (8 * x.shape[1]))
+    for start in range(0, len(result), step):
+        p, g = at.row[start : start + step], at.col[start : start + step]
+        squared = norm[p] + norm[g] - 2 * np.einsum("ij,ij->i", x[p], x[g])
+        result[start : start + step] = np.maximum(squared, 0) / greatest[p]
+    return result
+
+
+def _jaccard(v_query: csr_array, v_gallery: csr_array) -> np.ndarray:
+    """Jaccard distances (nq, ng) of the rows, from the columns that both have."""
+    nq, ng = v_query.shape[0], v_gallery.shape[0]
+    by_column = v_gallery.tocsc()
+    total_query, total_gallery = v_query.sum(1), v_gallery.sum(1)
+    result = np.empty((nq, ng), np.float32)
+    for i in range(nq):
+        entries = slice(v_query.indptr[i], v_query.indptr[i + 1])
+        owners, shared = [], []
+        for column, value in zip(v_query.indices[entries], v_query.data[entries], strict=True):
+            those = slice(by_column.indptr[column], by_column.indptr[column + 1])
+            owners.append(by_column.indices[those])
+            shared.append(np.minimum(by_column.data[those], value))
+        smaller = np.bincount(np.concatenate(owners), weights=np.concatenate(shared), minlength=ng)
+        result[i] = 1 - smaller / (total_query[i] + total_gallery - smaller)
+    return result

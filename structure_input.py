@@ -1,0 +1,28 @@
+"""What the structure encoder sees of an image: its gray version, or its edges (key `single`, spec sections 3, 11)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import IMAGENET_MEAN, IMAGENET_STD
+
+CANNY_THRESHOLDS = (10, 200)
+EDGE_NOISE = 0.1
+
+
+def to_gray(x: Tensor) -> Tensor:
+    """Normalised image (N, 3, H, W) to the mean of its channels (N, 1, H, W)."""
+    return x.mean(dim=1, keepdim=True)
+
+
+def to_edge(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Normalised image (N, 3, H, W) to its Canny edges (N, 1, H, W) in -0.5..0.5 plus N(0, 0.1) noise, no gradient."""
+    import cv2
+
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    rgb = ((x.detach() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    edges = np.stack([cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), *CANNY_THRESHOLDS) for image in rgb])
+    edges = edges[:, None] / 255 - 0.5 + EDGE_NOISE * rng.standard_normal((len(edges), 1, *edges.shape[1:]))
+    return torch.from_numpy(edges).to(x)

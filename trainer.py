@@ -1,0 +1,459 @@
+"""Training steps of DG-Net and of the teacher. `DGNetTrainer.step` reads top to bottom as section 6 of the spec.
+
+Legend: `x_a`, `x_b` the images of the pair, `xp_a`, `xp_b` others of the same identities; `x_ba` = decode(structure
+of b, appearance of a). All images are (N, 3, H, W), normalised.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import losses as L
+from config import DGNetConfig, TeacherConfig
+from data.pairs import Batch
+from networks import Discriminator, Generator, weights_frozen
+from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen
+from structure_input import to_edge, to_gray
+from utils import UserError
+
+AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Streams of random draws; each is a pure function of (seed, stream, iteration), so resuming needs no state.
+ERASING, ENCODER = 3, 4
+
+
+@dataclass
+class Encoded:
+    """Section 6, point 2: structure codes, appearance codes and logits of the pair."""
+
+    s_a: Tensor
+    s_b: Tensor
+    f_a: Tensor
+    f_b: Tensor
+    fp_a: Tensor
+    fp_b: Tensor
+    p_a: L.Logits
+    p_b: L.Logits
+    pp_a: L.Logits
+    pp_b: L.Logits
+
+
+@dataclass
+class Generated:
+    """Section 6, point 3: the swaps, the self-reconstructions, the same-identity reconstructions."""
+
+    x_ba: Tensor
+    x_ab: Tensor
+    x_a_recon: Tensor
+    x_b_recon: Tensor
+    x_a_recon_p: Tensor
+    x_b_recon_p: Tensor
+
+
+# ---------------------------------------------------------------------------------------- shared pieces
+def lr_factor(policy: str, t: int, *, step_size: int, gamma: float, max_iter: int) -> float:
+    """What the learning rate is multiplied by at iteration `t` (0-based), a pure function of it (section 8)."""
+    if policy == "multistep":
+        return gamma ** sum(milestone * step_size <= t + 1 for milestone in (1, 1.5, 1.75))
+    if policy == "step":
+        return gamma ** ((t + 1) // step_size)
+    if policy == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(t / max_iter, 1)))
+    return 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's rate becomes its initial rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def remember_initial_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def random_erase(x: Tensor, p: float, rng: np.random.Generator) -> Tensor:
+    """Random erasing (section 6, point 4): with probability `p` per image a rectangle becomes 0, the ImageNet mean.
+
+    Area fraction uniform in 0.02-0.4, aspect h/w uniform in 0.3-1/0.3, drawn again up to 100 times until it fits.
+    """
+    n, _, height, width = x.shape
+    boxes = np.zeros((n, 4), dtype=np.int64)  # top, bottom, left, right; empty: nothing erased
+    for i in range(n):
+        if rng.random() > p:
+            continue
+        for _ in range(100):
+            area = rng.uniform(0.02, 0.4) * height * width
+            aspect = rng.uniform(0.3, 1 / 0.3)
+            h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+            if h < height and w < width:
+                top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+                boxes[i] = top, top + h, left, left + w
+                break
+    top, bottom, left, right = torch.from_numpy(boxes).to(x.device, non_blocking=True).T[..., None, None]
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None, :]
+    erased = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (N, H, W)
+    return x.masked_fill(erased[:, None], 0)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The arithmetic of the passes. Raises UserError for fp16 on a CPU."""
+    dtype = AUTOCAST[precision]
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 (apex: true) needs a CUDA GPU; on a CPU use precision: bf16 or fp32")
+
+
+def require_finite(losses: dict[str, Tensor], t: int) -> dict[str, float]:
+    """The losses as numbers. Raises UserError that names every term when one is not finite."""
+    values = {name: float(value) for name, value in losses.items()}
+    if not all(map(math.isfinite, values.values())):
+        listing = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise UserError(f"iteration {t}: a loss is not finite, training stopped; lower the learning rates. Terms: {listing}")
+    return values
+
+
+# ----------------------------------------------------------------------------------------------- DG-Net
+class DGNetTrainer:
+    """Encoder, decoder, discriminator, id net and teachers with their optimisers.
+
+    `teachers` are frozen nets for the soft labels; `vgg` maps images to relu5_3 features (only for `vgg_w` > 0).
+    """
+
+    def __init__(
+        self,
+        cfg: DGNetConfig,
+        num_classes: int,
+        device: torch.device,
+        *,
+        teachers: list[nn.Module] = (),
+        vgg: nn.Module | None = None,
+    ) -> None:
+        check_precision(device, cfg.precision)
+        self.cfg, self.num_classes, self.device = cfg, num_classes, device
+        self.id_net = build_id_net(
+            cfg.ID_style,
+            num_classes,
+            backbone=cfg.backbone,
+            stride=cfg.ID_stride,
+            pool=cfg.pool,
+            norm_id=cfg.norm_id,
+            detach_f=cfg.detach_f,
+        )
+        self.gen = Generator(code_dim=self.id_net.code_dim, **cfg.gen.model_dump())
+        self.dis = Discriminator(**cfg.dis.model_dump(exclude={"LAMBDA"}))
+        self.teachers = [teacher.to(device).eval() for teacher in teachers]
+        self.vgg = vgg.to(device).eval() if vgg is not None else None
+        layout = torch.channels_last if cfg.channels_last else torch.preserve_format
+        for net in self.networks().values():
+            net.to(device, memory_format=layout)
+            net.train()
+
+        adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+        self.opt_gen = torch.optim.Adam(self.gen.parameters(), lr=cfg.lr_g, **adam)
+        self.opt_dis = torch.optim.Adam(self.dis.parameters(), lr=cfg.lr_d, **adam)
+        groups = [{"params": list(self.id_net.model.parameters()), "lr": cfg.lr2}]
+        groups += [{"params": list(head.parameters()), "lr": 10 * cfg.lr2} for head in self.id_net.heads()]
+        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+        for optimizer in self.optimizers().values():
+            remember_initial_rates(optimizer)
+        fp16 = cfg.precision == "fp16"
+        # Encoder, decoder and id net share one backward, so they share a loss scale.
+        self.scaler_gen = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scaler_dis = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"gen": self.gen, "id": self.id_net, "dis": self.dis}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"gen": self.opt_gen, "id": self.opt_id, "dis": self.opt_dis}
+
+    def scalers(self) -> dict[str, torch.amp.GradScaler]:
+        return {"gen": self.scaler_gen, "dis": self.scaler_dis}
+
+    def learning_rates(self) -> dict[str, float]:
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers().items()}
+
+    def structure_input(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """What the structure encoder sees of an image: (N, 1, H, W)."""
+        return to_gray(x) if self.cfg.single == "gray" else to_edge(x, rng)
+
+    # ------------------------------------------------------------------------------------ one step
+    def step(self, a: Batch, b: Batch, t: int) -> dict[str, Tensor]:
+        """Iteration `t` (0-based) on the pair of batches. Returns every unweighted loss term, still on the device."""
+        cfg = self.cfg
+        weights = L.loss_weights(cfg, t)
+        update_id = t >= cfg.id_freeze_iter
+        rng = np.random.default_rng((cfg.seed, ENCODER, t))
+        live_encoder = rng.random() <= cfg.use_encoder_again
+
+        self.set_learning_rates(t)
+        with autocast(self.device, cfg.precision):
+            encoded = self.encode(a, b, rng, update_id)
+            generated = self.compose(encoded)
+            if cfg.erasing_p > 0 and update_id:
+                self.classify_erased(a, b, encoded, t)
+        dis_terms = self.update_discriminator(a, b, generated)
+        gen_terms = self.update_generator_and_id(a, b, encoded, generated, weights, live_encoder, update_id, rng)
+        return dis_terms | gen_terms
+
+    def set_learning_rates(self, t: int) -> None:
+        cfg = self.cfg
+        schedule = dict(step_size=cfg.step_size, max_iter=cfg.max_iter)
+        for optimizer, gamma in ((self.opt_gen, cfg.gamma), (self.opt_dis, cfg.gamma), (self.opt_id, cfg.gamma2)):
+            set_learning_rate(optimizer, lr_factor(cfg.lr_policy, t, gamma=gamma, **schedule))
+
+    def encode(self, a: Batch, b: Batch, rng: np.random.Generator, update_id: bool = True) -> Encoded:
+        """Point 2. The id net's passes are separate because each has its own BatchNorm statistics."""
+        s_a, s_b = self.gen.encode(self.structure_input(torch.cat([a.x, b.x]), rng)).chunk(2)
+        with nullcontext() if update_id else torch.no_grad():
+            f_a, p_a = self.id_net(enlarge(a.x))
+            f_b, p_b = self.id_net(enlarge(b.x))
+            fp_a, pp_a = self.id_net(enlarge(a.xp))
+            fp_b, pp_b = self.id_net(enlarge(b.xp))
+        return Encoded(s_a, s_b, f_a, f_b, fp_a, fp_b, p_a, p_b, pp_a, pp_b)
+
+    def compose(self, e: Encoded) -> Generated:
+        """Point 3. The decoder has no batch statistics, so its six passes are one."""
+        s = torch.cat([e.s_b, e.s_a, e.s_a, e.s_b, e.s_a, e.s_b])
+        f = torch.cat([e.f_a, e.f_b, e.f_a, e.f_b, e.fp_a, e.fp_b])
+        return Generated(*self.gen.decode(s, f).chunk(6))
+
+    def classify_erased(self, a: Batch, b: Batch, e: Encoded, t: int) -> None:
+        """Point 4. Logits of the erased images replace those of the whole ones; erasing touches nothing else."""
+        rng = np.random.default_rng((self.cfg.seed, ERASING, t))
+        erased = [random_erase(enlarge(x), self.cfg.erasing_p, rng) for x in (a.x, b.x, a.xp, b.xp)]
+        e.p_a, e.p_b, e.pp_a, e.pp_b = (self.id_net(x)[1] for x in erased)
+
+    def update_discriminator(self, a: Batch, b: Batch, g: Generated) -> dict[str, Tensor]:
+        """Point 5, and Adam's step."""
+        cfg = self.cfg
+        with autocast(self.device, cfg.precision):
+            real, fake = torch.cat([a.x, b.x]), torch.cat([g.x_ba, g.x_ab])
+            loss, terms = L.discriminator_loss(
+                self.dis, real, fake, gan_type=cfg.dis.gan_type, penalty=cfg.dis.LAMBDA
+            )
+        total = cfg.gan_w * loss
+        self.opt_dis.zero_grad()
+        self.scaler_dis.scale(total).backward()
+        self.scaler_dis.step(self.opt_dis)
+        self.scaler_dis.update()
+        return {"dis_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
+
+    def update_generator_and_id(
+        self,
+        a: Batch,
+        b: Batch,
+        encoded: Encoded,
+        generated: Generated,
+        weights: L.LossWeights,
+        live_encoder: bool,
+        update_id: bool,
+        rng: np.random.Generator,
+    ) -> dict[str, Tensor]:
+        """Point 6, with the updated D: one backward of section 7's total, Adam's step, SGD's step."""
+        with autocast(self.device, self.cfg.precision):
+            total, terms = self.generator_and_id_loss(
+                a, b, encoded, generated, weights, live_encoder, update_id, rng
+            )
+        self.opt_gen.zero_grad()
+        self.opt_id.zero_grad()
+        self.scaler_gen.scale(total).backward()
+        self.scaler_gen.step(self.opt_gen)
+        if update_id:
+            self.scaler_gen.step(self.opt_id)
+        self.scaler_gen.update()
+        return {"gen_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
+
+    def generator_and_id_loss(
+        self,
+        a: Batch,
+        b: Batch,
+        e: Encoded,
+        g: Generated,
+        w: L.LossWeights,
+        live_encoder: bool,
+        update_id: bool,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every term of section 7 with its weight; terms whose weight is 0 are left out, and so are their passes."""
+        cfg = self.cfg
+        weighted: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
+
+        def add(name: str, weight: float, value: Tensor) -> None:
+            weighted.append(weight * value)
+            terms[name] = value
+
+        # Adversarial: D's own weights get no gradient here.
+        if cfg.gan_w > 0:
+            with weights_frozen(self.dis):
+                scores = self.dis(torch.cat([g.x_ba, g.x_ab]))
+            add("adv_a", cfg.gan_w, L.adversarial_loss([d.chunk(2)[0] for d in scores], cfg.dis.gan_type))
+            add("adv_b", cfg.gan_w, L.adversarial_loss([d.chunk(2)[1] for d in scores], cfg.dis.gan_type))
+
+        # Reconstruction of the images.
+        add("recon_x_a", cfg.recon_x_w, L.l1(g.x_a_recon, a.x))
+        add("recon_x_b", cfg.recon_x_w, L.l1(g.x_b_recon, b.x))
+        add("recon_xp_a", cfg.recon_xp_w, L.l1(g.x_a_recon_p, a.x))
+        add("recon_xp_b", cfg.recon_xp_w, L.l1(g.x_b_recon_p, b.x))
+
+        # Structure of the fakes: live encoder on detached fakes, or frozen encoder on live fakes.
+        if w.recon_s_w > 0 or w.recon_x_cyc_w > 0:
+            fakes = torch.cat([g.x_ab, g.x_ba])
+            with nullcontext() if live_encoder else weights_frozen(self.gen):
+                fakes = self.structure_input(fakes.detach() if live_encoder else fakes, rng)
+                s_a, s_b = self.gen.encode(fakes).chunk(2)
+            if w.recon_s_w > 0:
+                add("recon_s_a", w.recon_s_w, L.l1(s_a, e.s_a))
+                add("recon_s_b", w.recon_s_w, L.l1(s_b, e.s_b))
+
+        # Appearance of the fakes: a frozen id net, live fakes.
+        if cfg.recon_id_w > 0 or w.recon_f_w > 0 or w.recon_x_cyc_w > 0:
+            with frozen(self.id_net, batch_statistics=cfg.train_bn):
+                f_a, p_a = self.id_net(enlarge(g.x_ba))
+                f_b, p_b = self.id_net(enlarge(g.x_ab))
+            if w.recon_f_w > 0:
+                add("recon_f_a", w.recon_f_w, L.l1(f_a, e.f_a))
+                add("recon_f_b", w.recon_f_w, L.l1(f_b, e.f_b))
+            if cfg.recon_id_w > 0:
+                prim_a, prim_b = (L.split_heads(p, cfg.ID_style)[0] for p in (p_a, p_b))
+                add("recon_id", cfg.recon_id_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
+            if w.recon_x_cyc_w > 0:
+                x_aba, x_bab = self.gen.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
+                add("cyc_a", w.recon_x_cyc_w, L.l1(x_aba, a.x))
+                add("cyc_b", w.recon_x_cyc_w, L.l1(x_bab, b.x))
+
+        if cfg.vgg_w > 0:
+            add("vgg_a", cfg.vgg_w, L.perceptual_loss(self.vgg, g.x_ab, a.x))
+            add("vgg_b", cfg.vgg_w, L.perceptual_loss(self.vgg, g.x_ba, b.x))
+
+        # Identities of the real images, and the teacher's labels of the fakes: they train the id net.
+        if update_id:
+            style = cfg.ID_style
+            fine_w = w.teacher_w * cfg.B_w
+            loss_a = L.identity_loss(e.p_a, a.y, id_style=style, fine_w=fine_w)
+            loss_b = L.identity_loss(e.p_b, b.y, id_style=style, fine_w=fine_w)
+            add("id", cfg.id_w, loss_a + loss_b)
+            prim_a, prim_b = (L.split_heads(p, style)[0] for p in (e.pp_a, e.pp_b))
+            add("pid", cfg.pid_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
+            if w.teacher_w > 0:
+                q_a, q_b = self.soft_labels(g.x_ba, a.y, b.y), self.soft_labels(g.x_ab, b.y, a.y)
+                _, p_ba = self.id_net(enlarge(g.x_ba.detach()))
+                _, p_ab = self.id_net(enlarge(g.x_ab.detach()))
+                how = dict(id_style=style, t_w=cfg.T_w, b_w=cfg.B_w)
+                loss_a, loss_b = L.teacher_loss(p_ba, q_a, b.y, **how), L.teacher_loss(p_ab, q_b, a.y, **how)
+                add("teacher", w.teacher_w, loss_a + loss_b)
+
+        return torch.stack(weighted).sum(), terms
+
+    @torch.no_grad()
+    def soft_labels(self, fake: Tensor, y_app: Tensor, y_str: Tensor) -> Tensor:
+        """The teachers' label (N, K) of a fake (section 7); style 0 averages the image and its mirror."""
+        cfg, prediction = self.cfg, None
+        if cfg.teacher_style not in (2, 3):
+            x = enlarge(fake.detach())
+            views = []
+            for teacher in self.teachers:
+                with frozen(teacher, batch_statistics=cfg.train_bn):
+                    views += [torch.softmax(L.full(teacher(v)[1][0]), dim=1) for v in (x, x.flip(3))]
+            prediction = torch.stack(views).mean(dim=0)
+        return L.soft_labels(
+            prediction, y_app, y_str, style=cfg.teacher_style, num_classes=self.num_classes, dtype=L.full(fake).dtype
+        )
+
+    # ------------------------------------------------------------------------------------- looking
+    @torch.no_grad()
+    def sample(self, x_a: Tensor, x_b: Tensor) -> dict[str, Tensor]:
+        """Figures in eval mode: reconstructions, both swaps and cycles of the pairs, each (N, 3, H, W) float."""
+        modes = {net: net.training for net in self.networks().values()}
+        for net in modes:
+            net.eval()
+        rng = np.random.default_rng(0)
+        try:
+            with autocast(self.device, self.cfg.precision):
+                s_a, s_b = self.gen.encode(self.structure_input(torch.cat([x_a, x_b]), rng)).chunk(2)
+                f_a, f_b = self.id_net(enlarge(torch.cat([x_a, x_b])))[0].chunk(2)
+                decoded = self.gen.decode(torch.cat([s_a, s_b, s_b, s_a]), torch.cat([f_a, f_b, f_a, f_b]))
+                x_a_recon, x_b_recon, x_ba, x_ab = decoded.chunk(4)
+                s = self.gen.encode(self.structure_input(torch.cat([x_ab, x_ba]), rng))
+                f = self.id_net(enlarge(torch.cat([x_ba, x_ab])))[0]
+                x_aba, x_bab = self.gen.decode(s, f).chunk(2)
+        finally:
+            for net, mode in modes.items():
+                net.train(mode)
+        images = dict(
+            x_a=x_a, x_a_recon=x_a_recon, x_ba=x_ba, x_aba=x_aba, x_b=x_b, x_b_recon=x_b_recon, x_ab=x_ab, x_bab=x_bab
+        )
+        return {name: image.float() for name, image in images.items()}
+
+
+# ---------------------------------------------------------------------------------------------- teacher
+class TeacherTrainer:
+    """A one-head ResNet trained on identities: the teacher's recipe, and the baseline."""
+
+    def __init__(self, cfg: TeacherConfig, num_classes: int, device: torch.device, *, steps_per_epoch: int) -> None:
+        check_precision(device, cfg.precision)
+        self.cfg, self.device, self.steps_per_epoch = cfg, device, steps_per_epoch
+        self.max_iter = cfg.epochs * steps_per_epoch
+        self.net: IdNet = build_teacher(num_classes, backbone=cfg.backbone, stride=cfg.stride, dropout=cfg.dropout)
+        self.net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+        self.net.train()
+        groups = [
+            {"params": list(self.net.model.parameters()), "lr": cfg.trunk_lr_factor * cfg.lr},
+            {"params": list(self.net.classifier.parameters()), "lr": cfg.lr},
+        ]
+        self.optimizer = remember_initial_rates(
+            torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"net": self.optimizer}
+
+    def scalers(self) -> dict[str, torch.amp.GradScaler]:
+        return {"net": self.scaler}
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"trunk": self.optimizer.param_groups[0]["lr"], "head": self.optimizer.param_groups[1]["lr"]}
+
+    def lr_factor(self, t: int) -> float:
+        """Linear warm-up, then a tenth after two thirds of the run, or a cosine to 0."""
+        cfg = self.cfg
+        warm = cfg.warm_epochs * self.steps_per_epoch
+        factor = min(1.0, (t + 1) / warm) if warm else 1.0
+        if cfg.lr_policy == "cosine":
+            return factor * 0.5 * (1 + math.cos(math.pi * t / self.max_iter))
+        return factor * (0.1 if t >= self.max_iter * 2 // 3 else 1.0)
+
+    def step(self, batch: Batch, t: int) -> dict[str, Tensor]:
+        """Iteration `t` (0-based): cross-entropy of the batch, SGD's step. Returns the loss and the accuracy."""
+        set_learning_rate(self.optimizer, self.lr_factor(t))
+        x = enlarge(batch.x)
+        if self.cfg.erasing_p > 0:
+            x = random_erase(x, self.cfg.erasing_p, np.random.default_rng((self.cfg.seed, ERASING, t)))
+        with autocast(self.device, self.cfg.precision):
+            _, p = self.net(x)
+            loss = L.cross_entropy(p, batch.y)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {"id": loss.detach(), "accuracy": (p[0].argmax(dim=1) == batch.y).float().mean()}

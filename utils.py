@@ -1,0 +1,71 @@
+"""Small things shared by every script: errors for the user, devices, seeds. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the file or key and the remedy."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`); there is nobody to tell.
+        os._exit(141)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device that `--device` names, or the first CUDA device, or the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this PyTorch sees no CUDA GPU; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA GPUs here, numbered from 0")
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Use `threads` CPU threads for tensor work (PyTorch's own choice when None)."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}: must be at least 1")
+        torch.set_num_threads(threads)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
