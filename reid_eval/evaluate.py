@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, run_cli
+from utils import UserError, run_cli, write_json
 
 if TYPE_CHECKING:
     from reid_eval.features import Features
@@ -161,16 +159,7 @@ def main() -> None:
         raise UserError(f"{args.file}: {error}") from None
     print(format_table(result))
     if args.json:
-        _write_json(Path(args.json), {"file": str(args.file)} | result)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+        write_json(Path(args.json), {"file": str(args.file)} | result)
 
 
 if __name__ == "__main__":

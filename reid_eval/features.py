@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.folders import read_split
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -275,3 +276,35 @@ def _is_number(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def extract_data_set(
+    net: nn.Module,
+    data_root: Path | str,
+    *,
+    size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    multi: bool = False,
+    progress: bool = True,
+) -> FeatureFile:
+    """Features of a data set's query and gallery, and of its multi-query images when `multi`.
+
+    `size` is (height, width). Raises UserError for missing folders and names without identity and camera.
+    """
+
+    def side(split: str) -> Features:
+        images = read_split(data_root, split)
+        features = extract_features(
+            net,
+            images.paths,
+            height=size[0],
+            width=size[1],
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+        keys = np.array([path.name for path in images.paths])
+        return Features(features, images.pids, images.camids, keys)
+
+    return FeatureFile(side("query"), side("gallery"), side("multi-query") if multi else None)

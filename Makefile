@@ -1,0 +1,23 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+THREADS ?= 2
+PY := $(VENV)/bin/python
+
+.PHONY: demo test lint 
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: $(VENV)/.installed  ## embedded data, teacher, DG-Net, evaluation, swap grid
+	$(PY) demo.py --threads $(THREADS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+test: lint  ## the whole suite
+	$(PY) -m pytest

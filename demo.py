@@ -1,0 +1,130 @@
+"""The whole of DG-Net on the embedded data, in minutes on a CPU: `make demo`, or `python demo.py`.
+
+Draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps and paints the swap grid.
+Steps that are done already are not repeated, and an interrupted one continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from utils import ROOT, UserError, run_cli
+
+TEACHER = "demo-teacher"
+DATA = "datasets/mannequins"
+ROWS = {
+    "primary": "DG-Net, primary (beta 0)",
+    "both (beta 0.5)": "DG-Net, both (beta 0.5)",
+    "fine": "DG-Net, fine-grained only",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="demo", help="name of the DG-Net run (default: demo)")
+    parser.add_argument("--teacher", default=TEACHER, help=f"name of the teacher (default: {TEACHER})")
+    parser.add_argument("--seed", type=int, default=0, help="of both trainings (default: 0)")
+    parser.add_argument("--data", default=DATA, help=f"embedded data set, drawn if absent (default: {DATA})")
+    parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    return parser.parse_args()
+
+
+def call(title: str, *command: str) -> None:
+    """Run one of the project's scripts; its failure ends the demo with its exit status."""
+    print(f"\n== {title}\n   python {' '.join(command)}", flush=True)
+    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+
+
+def train(
+    title: str, config: str, run: Path, name: str, finished: bool, common: list[str], settings: list[str]
+) -> None:
+    """Train, continue an interrupted training, or say that it is done."""
+    if finished:
+        print(f"\n== {title}: done already, in {run}", flush=True)
+        return
+    started = any((run / "checkpoints").glob("state_*.pt"))
+    if run.is_dir() and not started:
+        raise UserError(f"{run}: a run that stopped before its first snapshot; remove the folder or give another name")
+    resume = ["--resume"] if started else []
+    call(title, "train.py", "--config", config, "--name", name, *resume, *common, "--set", *settings)
+
+
+def results_table(teacher: dict, run: dict) -> str:
+    """Teacher against DG-Net by head, both AP conventions named, in percent."""
+    lines = []
+    for convention, explanation in run["conventions"].items():
+        lines += ["", f"{convention}: {explanation}", f"  {'':28}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>8}{'mAP':>8}"]
+        rows = [("teacher", teacher["tables"]["single query"]["feature"])]
+        rows += [(label, run["tables"]["single query"][key]) for key, label in ROWS.items()]
+        for label, row in rows:
+            values = [row[convention][key] for key in ("rank1", "rank5", "rank10", "mAP")]
+            lines.append(f"  {label:28}" + "".join(f"{100 * value:8.1f}" for value in values))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.perf_counter()
+    output = Path(args.output_path).resolve() if args.output_path else ROOT
+    data = Path(args.data) if Path(args.data).is_absolute() else ROOT / args.data
+    teacher, run = output / "models" / args.teacher, output / "outputs" / args.name
+    where = ["--threads", str(args.threads)] + (["--device", args.device] if args.device else [])
+    common = ["--output_path", str(output), *where]
+    settings = [f"seed={args.seed}", f"data_root={args.data}"]
+    max_iter = demo_length()
+
+    call("embedded data", "-m", "data.mannequins", "--out", str(data))
+    trained = (teacher / "net_last.pth").is_file()
+    train(
+        "teacher",
+        "configs/demo-teacher.yaml",
+        output / "outputs" / args.teacher,
+        args.teacher,
+        trained,
+        common,
+        settings,
+    )
+    trained = (run / "checkpoints" / f"state_{max_iter:08d}.pt").is_file()
+    settings.append(f"teacher={args.teacher}")
+    train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
+    call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
+    call("re-identification of DG-Net", "test.py", "--name", args.name, *common)
+    call("swaps against the truth", "-m", "gen_eval.against_truth", "--name", args.name, *common)
+    grid = run / "swap_grid.png"
+    call("swap grid", "visual_tools/show_rainbow.py", "--name", args.name, "--out", str(grid), "--force", *common)
+
+    swaps = json.loads((run / "swaps.json").read_text())
+    print(f"\n== results after {(time.perf_counter() - began) / 60:.1f} minutes")
+    print(results_table(json.loads((teacher / "reid.json").read_text()), json.loads((run / "reid.json").read_text())))
+    print(
+        f"\nswap error on the changed pixels (L1, grey levels): generated {swaps['generated']:.1f}, "
+        f"copying the structure image {swaps['copy']:.1f}: {100 * swaps['reduction']:.1f} % below"
+    )
+    print(f"\nswap grid (rows: appearance, columns: structure): {grid}\nthe run: {run}")
+    print(
+        "\nnext:\n"
+        f"  tensorboard --logdir logs\n"
+        f"  python test.py --name {args.name} --multi --rerank\n"
+        f"  python visual_tools/show_rainbow.py --name {args.name} --seed 1\n"
+        "  python train.py --config configs/mannequins.yaml --dry-run\n"
+        "  python train.py --config configs/latest.yaml     # Market-1501, see README.md"
+    )
+
+
+def demo_length() -> int:
+    from config import load_config
+
+    return load_config(ROOT / "configs" / "demo.yaml").max_iter
+
+
+if __name__ == "__main__":
+    run_cli(main)

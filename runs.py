@@ -1,0 +1,317 @@
+"""Runs on disk and how their parts are built: folders, teachers, trainers, nets for evaluation.
+
+OUTPUT/outputs/NAME/   config.yaml, checkpoints/, images/, reid.json     a run
+OUTPUT/models/NAME/    net_last.pth, opts.yaml                           a teacher
+OUTPUT/logs/NAME/      TensorBoard
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import yaml
+
+from checkpoint import load_network, read_tensors, snapshots, unwrap, write_atomically
+from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config, read_yaml
+from data.folders import ImageList, check_images, read_split, require_identities
+from networks import Generator
+from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
+from trainer import DGNetTrainer, TeacherTrainer
+from utils import ROOT, UserError
+
+NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
+TEACHER_FILES = ("net_last.pth", "opts.yaml")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run named `name` keeps its files."""
+
+    output_path: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.output_path / "outputs" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def logs(self) -> Path:
+        return self.output_path / "logs" / self.name
+
+    @property
+    def model(self) -> Path:
+        return self.output_path / "models" / self.name
+
+
+def open_run(output_path: str | None, name: str) -> RunFolder:
+    """The run of that name, in the project's own folder unless `output_path` is given."""
+    if not name or Path(name).name != name:
+        raise UserError(f"--name {name!r}: must be a plain folder name")
+    return RunFolder(Path(output_path) if output_path else ROOT, name)
+
+
+def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
+    """Make the run's folder and write the resolved config. Never overwrites another run.
+
+    Raises UserError when the folder holds a run and `resume` is false, or the other way round.
+    """
+    files = [run.config_file] + ([run.model / f for f in TEACHER_FILES] if cfg.task == "teacher" else [])
+    present = [path for path in files if path.exists()]
+    if resume:
+        if not run.path.is_dir():
+            raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
+    elif present or (run.path.is_dir() and any(run.path.iterdir())):
+        holder = present[0].parent if present else run.path
+        raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
+    try:
+        for folder in (run.path, run.checkpoints, run.images):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not run.config_file.exists():
+            run.config_file.write_text(dump_config(cfg))
+    except OSError as error:
+        raise UserError(f"{run.path}: cannot be written ({error.strerror}); choose another --output_path") from None
+
+
+def run_config(run: RunFolder) -> Config:
+    """The config of a finished or running run, ours or the release's."""
+    if not run.config_file.is_file():
+        raise UserError(f"{run.config_file}: no such run; give --name, and --output_path if it is elsewhere")
+    return load_config(run.config_file, strict=False)
+
+
+# ------------------------------------------------------------------------------------------------ data
+def resolve_data_root(data_root: str) -> Path:
+    """A relative data_root is looked for from here, then from the project's folder."""
+    path = Path(data_root)
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+def training_images(cfg: Config) -> ImageList:
+    """The checked training images. Raises UserError for missing, empty or one-identity folders and bad images."""
+    images = read_split(resolve_data_root(cfg.data_root), cfg.train_split, need_names=False)
+    images = images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
+    require_identities(images)
+    return images
+
+
+def num_classes(cfg: Config, images: ImageList) -> int:
+    """ID_class, which must be the number of identities of the training folder."""
+    if cfg.ID_class not in ("auto", images.num_classes):
+        raise UserError(
+            f"ID_class is {cfg.ID_class}, but {cfg.data_root} has {images.num_classes} identities to train on; "
+            "set ID_class: auto or another data_root"
+        )
+    return images.num_classes
+
+
+# ------------------------------------------------------------------------------------------- teachers
+@dataclass(frozen=True)
+class TeacherFiles:
+    """A teacher under models/NAME with what its opts.yaml says; the release's files have no `backbone`."""
+
+    folder: Path
+    stride: int
+    backbone: str
+    height: int
+    width: int
+    data_root: str
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "net_last.pth"
+
+
+def find_teacher(name: str, output_path: Path) -> TeacherFiles:
+    """The files of teacher `name`. Raises UserError that names the command which trains it."""
+    for root in dict.fromkeys([output_path, ROOT]):
+        folder = root / "models" / name
+        if (folder / "net_last.pth").is_file():
+            opts = read_yaml(folder / "opts.yaml") if (folder / "opts.yaml").is_file() else {}
+            stride = opts.get("stride", 2)
+            if stride not in (1, 2):
+                raise UserError(f"{folder / 'opts.yaml'}: stride must be 1 or 2 (got {stride!r})")
+            return TeacherFiles(
+                folder,
+                stride,
+                str(opts.get("backbone", "resnet50")),
+                int(opts.get("crop_image_height", 256)),
+                int(opts.get("crop_image_width", 128)),
+                str(opts.get("data_root", "../Market/pytorch/")),
+            )
+    raise UserError(
+        f"{output_path / 'models' / name / 'net_last.pth'}: no teacher of that name; "
+        f"train it with: python train.py --config configs/teacher.yaml --name {name}"
+    )
+
+
+def load_teacher(name: str, output_path: Path, classes: int | None = None) -> IdNet:
+    """The net of teacher `name`, eval mode. With `classes` it must know as many identities."""
+    files = find_teacher(name, output_path)
+    state = read_tensors(files.weights)
+    last = state.get("classifier.classifier.0.weight") if isinstance(state, dict) else None
+    if last is None:
+        raise UserError(f"{files.weights}: not a teacher's weights (no classifier in it)")
+    if classes is not None and len(last) != classes:
+        raise UserError(
+            f"{files.weights}: the teacher knows {len(last)} identities, the data {classes}; "
+            "use the teacher that was trained on this data"
+        )
+    net = build_teacher(len(last), backbone=files.backbone, stride=files.stride)
+    load_network(net, state, files.weights)
+    return net.eval()
+
+
+def save_teacher(run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: int) -> None:
+    """Put a trained teacher where DG-Net looks for it."""
+    run.model.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.model / "net_last.pth", net.state_dict())
+    opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
+    (run.model / "opts.yaml").write_text(yaml.safe_dump(opts, sort_keys=False))
+
+
+# ------------------------------------------------------------------------------------------- building
+def build_trainer(
+    cfg: Config,
+    classes: int,
+    device: torch.device,
+    *,
+    output_path: Path,
+    steps_per_epoch: int,
+    initialise: bool,
+) -> DGNetTrainer | TeacherTrainer:
+    """The trainer of `cfg`; with `initialise` its trunk gets its starting weights (not when resuming)."""
+    if isinstance(cfg, TeacherConfig):
+        trainer = TeacherTrainer(cfg, classes, device, steps_per_epoch=steps_per_epoch)
+        if initialise and cfg.pretrained:
+            load_imagenet(trainer.net.model, cfg.backbone, cfg.backbone_weights)
+        return trainer
+    teachers = [load_teacher(name, output_path, classes) for name in cfg.teachers] if cfg.needs_teacher else []
+    vgg = load_vgg(cfg) if cfg.vgg_w > 0 else None
+    trainer = DGNetTrainer(cfg, classes, device, teachers=teachers, vgg=vgg)
+    if initialise:
+        if cfg.id_init == "teacher":
+            start_from_teacher(trainer.id_net, teachers[0], cfg)
+        elif cfg.pretrained:
+            load_imagenet(trainer.id_net.model, cfg.backbone, cfg.backbone_weights)
+    return trainer
+
+
+def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
+    """`id_init: teacher`: copy the teacher's trunk, and its head into every head of the same size."""
+    try:
+        id_net.model.load_state_dict(teacher.model.state_dict())
+    except RuntimeError:
+        raise UserError(
+            f"id_init: teacher: the teacher {cfg.teachers[0]} has another backbone than {cfg.backbone}"
+        ) from None
+    head = teacher.heads()[0].state_dict()
+    for own in id_net.heads():
+        if {name: v.shape for name, v in own.state_dict().items()} == {name: v.shape for name, v in head.items()}:
+            own.load_state_dict(head)
+
+
+def load_vgg(cfg: DGNetConfig) -> nn.Module:
+    """VGG-16 up to relu5_3 with ImageNet weights from `vgg_weights` or torchvision's cache, frozen."""
+    from torchvision.models import VGG16_Weights, vgg16
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    path = Path(cfg.vgg_weights) if cfg.vgg_weights else cached
+    if not path.is_file():
+        raise UserError(
+            f"vgg_w > 0 needs VGG-16 weights: put {cached.name} into {cached.parent}, or set vgg_weights: FILE"
+        )
+    net = vgg16(weights=None)
+    load_network(net, read_tensors(path), path)
+    return net.features[:30].requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- nets of finished runs
+def pick_epoch(run: RunFolder, task: str, which: str | None) -> int:
+    """The newest complete snapshot, or the one that `--which_epoch` names."""
+    found = snapshots(run.checkpoints, NETWORKS[task])
+    if not found:
+        # A published folder may hold weights alone, without an optimizer.pt.
+        first = NETWORKS[task][0]
+        found = sorted(int(p.stem.rsplit("_", 1)[1]) for p in run.checkpoints.glob(f"{first}_" + "[0-9]" * 8 + ".pt"))
+    if not found:
+        raise UserError(f"{run.checkpoints}: no checkpoint in it; train the run first")
+    if which in (None, "last"):
+        return found[-1]
+    if not which.isdigit() or int(which) not in found:
+        raise UserError(f"--which_epoch {which}: no such snapshot; there are {', '.join(map(str, found))}")
+    return int(which)
+
+
+def _load_part(run: RunFolder, name: str, iteration: int) -> tuple[dict[str, Any], Path]:
+    path = run.checkpoints / f"{name}_{iteration:08d}.pt"
+    return unwrap(read_tensors(path), path), path
+
+
+def load_id_net(run: RunFolder, cfg: DGNetConfig, iteration: int, device: torch.device) -> IdNet:
+    """The id net of a run, eval mode, on `device`; the number of identities comes from the file."""
+    state, path = _load_part(run, "id", iteration)
+    classifiers = [v for name, v in state.items() if name.endswith("classifier.0.weight")]
+    if not classifiers:
+        raise UserError(f"{path}: not an id net (no classifier in it)")
+    net = build_id_net(
+        cfg.ID_style,
+        len(classifiers[0]),
+        backbone=cfg.backbone,
+        stride=cfg.ID_stride,
+        pool=cfg.pool,
+        norm_id=cfg.norm_id,
+        detach_f=cfg.detach_f,
+    )
+    load_network(net, state, path)
+    return net.to(device).eval()
+
+
+def load_generator(run: RunFolder, cfg: DGNetConfig, iteration: int, code_dim: int, device: torch.device) -> Generator:
+    """The generator of a run, eval mode, on `device`."""
+    state, path = _load_part(run, "gen", iteration)
+    net = Generator(code_dim=code_dim, **cfg.gen.model_dump())
+    load_network(net, state, path)
+    return net.to(device).eval()
+
+
+@dataclass(frozen=True)
+class TestNet:
+    """A net to evaluate: what it is, the size of its images, the data it was trained on, the file it came from."""
+
+    net: nn.Module
+    size: tuple[int, int]
+    data_root: str
+    iteration: int | None
+
+
+def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -> TestNet:
+    """The id net of a DG-Net run."""
+    cfg = run_config(run)
+    if not isinstance(cfg, DGNetConfig):
+        raise UserError(f"{run.name} is a teacher's run; evaluate it with: python test.py --teacher {run.name}")
+    iteration = pick_epoch(run, cfg.task, which)
+    net = load_id_net(run, cfg, iteration, device)
+    return TestNet(net, (cfg.crop_image_height, cfg.crop_image_width), cfg.data_root, iteration)
+
+
+def load_teacher_for_test(run: RunFolder, device: torch.device) -> TestNet:
+    """A teacher under models/."""
+    files = find_teacher(run.name, run.output_path)
+    net = load_teacher(run.name, run.output_path).to(device)
+    return TestNet(net, (files.height, files.width), files.data_root, None)

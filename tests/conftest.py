@@ -1,0 +1,122 @@
+"""Shared by the tests: a tiny data set, tiny networks, random batches, and scripts run in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import DGNetConfig, TeacherConfig, parse_config
+from data.mannequins import make_dataset
+from data.pairs import Batch
+from trainer import DGNetTrainer
+from utils import ROOT, run_cli
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 64, 32
+TINY_IMAGES = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, crop_padding=2, num_workers=0)
+# resnet10w4 ends in 32 channels: an appearance code of 128 numbers, 32 per chunk.
+TINY_DGNET = TINY_IMAGES | dict(
+    data_root="",
+    backbone="resnet10w4",
+    pretrained=False,
+    batch_size=2,
+    gen=dict(dim=4, n_downsample=1, id_dim=32, mlp_dim=16),
+    dis=dict(dim=4, n_layer=1, n_res=1, num_scales=2),
+    display_size=2,
+)
+TINY_TEACHER = TINY_IMAGES | dict(
+    task="teacher", data_root="", backbone="resnet10w4", pretrained=False, batch_size=16, epochs=2, warm_epochs=1
+)
+# Every term but the perceptual one, and ramps that are rising after two steps.
+ALL_LOSSES = dict(
+    recon_f_w=0.5, recon_s_w=0.5, recon_x_cyc_w=0.5, teacher_w=0.5, warm_iter=2, warm_teacher_iter=2, warm_scale=0.1
+)
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`; sections are merged key by key."""
+    result = dict(values)
+    for key, value in changes.items():
+        result[key] = result.get(key, {}) | value if isinstance(value, dict) else value
+    return result
+
+
+def tiny_config(**changes: Any) -> DGNetConfig:
+    return parse_config(merged(TINY_DGNET, changes), "tiny")
+
+
+def tiny_teacher_config(**changes: Any) -> TeacherConfig:
+    return parse_config(merged(TINY_TEACHER, changes), "tiny teacher")
+
+
+def tiny_trainer(cfg: DGNetConfig, *, classes: int = 4, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    torch.manual_seed(cfg.seed)
+    trainer = DGNetTrainer(cfg, classes, CPU, **kwargs)
+    for net in [*trainer.networks().values(), *trainer.teachers]:
+        net.to(dtype)
+    return trainer
+
+
+def random_batches(cfg: DGNetConfig, *, classes: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
+    """The pair of one step, noise with the labels 0, 1, ... and reversed."""
+    n, shape = cfg.batch_size, (cfg.batch_size, 3, cfg.crop_image_height, cfg.crop_image_width)
+    generator = torch.Generator().manual_seed(1)
+    x_a, xp_a, x_b, xp_b = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4))
+    y = torch.arange(n) % classes
+    return Batch(x_a, xp_a, y, torch.arange(n)), Batch(x_b, xp_b, classes - 1 - y, torch.arange(n))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set in its smallest size, in the archive's layout: 8 identities to train on."""
+    folder = tmp_path_factory.mktemp("data") / "mannequins"
+    make_dataset(folder, preset="tiny")
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script did: its exit status and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one `error:` line of a refusal: exit status 2, nothing like a traceback."""
+        errors = [line for line in self.err.splitlines() if line.startswith("error:")]
+        assert self.code == 2, f"exit status {self.code}\n{self.out}\n{self.err}"
+        assert len(errors) == 1, self.err
+        assert "Traceback" not in self.err + self.out
+        return errors[0]
+
+
+def load_script(name: str) -> Any:
+    """A script of the project as a module, by its path: `test` is also a package of Python's."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
+    """`script("train", "--config", ...)` runs train.py in this process, as a shell would see it."""
+
+    def run(name: str, *arguments: object) -> Outcome:
+        main = load_script(name).main
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_cli(main)
+        written = capsys.readouterr()
+        return Outcome(stop.value.code or 0, written.out, written.err)
+
+    return run

@@ -1,0 +1,432 @@
+"""The configuration: defaults, files, overrides, refusals, and the schedules that are functions of the iteration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CPU, tiny_config
+
+from config import DEAD_KEYS, DGNetConfig, TeacherConfig, dump_config, load_config, parse_config, set_values
+from losses import loss_weights, ramp
+from networks import Generator
+from reIDmodel import build_id_net
+from trainer import TeacherTrainer, lr_factor
+from utils import ROOT, UserError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# Section 11 of the specification, written out; data_root is the user's, the dead keys are not kept.
+RELEASE = dict(
+    apex=False,
+    B_w=0.2,
+    ID_class=751,
+    ID_stride=1,
+    ID_style="AB",
+    batch_size=8,
+    beta1=0,
+    beta2=0.999,
+    crop_image_height=256,
+    crop_image_width=128,
+    display_size=16,
+    erasing_p=0.5,
+    gamma=0.1,
+    gamma2=0.1,
+    gan_w=1,
+    id_w=1,
+    image_display_iter=5000,
+    image_save_iter=5000,
+    input_dim_a=1,
+    log_iter=1,
+    lr2=0.002,
+    lr_d=0.0001,
+    lr_g=0.0001,
+    lr_policy="multistep",
+    max_cyc_w=2,
+    max_iter=100000,
+    max_teacher_w=2,
+    max_w=1,
+    new_size=128,
+    norm_id=False,
+    num_workers=8,
+    pid_w=1,
+    pool="max",
+    recon_s_w=0,
+    recon_f_w=0,
+    recon_id_w=0.5,
+    recon_x_cyc_w=0,
+    recon_x_w=5,
+    recon_xp_w=5,
+    single="gray",
+    snapshot_save_iter=10000,
+    step_size=60000,
+    teacher="best",
+    teacher_w=0,
+    teacher_style=0,
+    train_bn=True,
+    use_encoder_again=0.5,
+    vgg_w=0,
+    warm_iter=30000,
+    warm_scale=0.0005,
+    warm_teacher_iter=30000,
+    weight_decay=0.0005,
+    T_w=1,
+)
+RELEASE_GEN = dict(
+    activ="lrelu",
+    dec="basic",
+    dim=16,
+    dropout=0,
+    id_dim=2048,
+    mlp_dim=512,
+    mlp_norm="none",
+    n_downsample=2,
+    n_res=4,
+    non_local=0,
+    pad_type="reflect",
+    tanh=False,
+    init="kaiming",
+)
+RELEASE_DIS = dict(
+    LAMBDA=0.01,
+    activ="lrelu",
+    dim=32,
+    gan_type="lsgan",
+    n_layer=2,
+    n_res=4,
+    non_local=0,
+    norm="none",
+    num_scales=3,
+    pad_type="reflect",
+)
+
+
+def parse(**values: Any) -> Any:
+    return parse_config({"data_root": ""} | values, "file.yaml")
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(UserError) as error:
+        parse(**values)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("file.yaml: ")
+    return str(error.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+# -------------------------------------------------------------------------------------------- the files
+def test_latest_is_the_release_default() -> None:
+    cfg = load_config(ROOT / "configs" / "latest.yaml")
+    values = cfg.model_dump()
+    assert {key: values[key] for key in RELEASE} == RELEASE
+    assert values["gen"] == RELEASE_GEN
+    assert values["dis"] == RELEASE_DIS
+    assert cfg.precision == "fp32"
+
+
+def test_the_schema_defaults_to_the_release() -> None:
+    values = DGNetConfig(data_root="").model_dump()
+    # These three depend on the data, or are never read.
+    expected = {key: value for key, value in RELEASE.items() if key not in ("ID_class", "new_size")}
+    assert {key: values[key] for key in expected} == expected
+    assert values["gen"] == RELEASE_GEN
+    assert values["dis"] == RELEASE_DIS
+    assert (values["ID_class"], values["backbone"], values["pretrained"]) == ("auto", "resnet50", True)
+
+
+def test_latest_fp16_is_latest_with_apex() -> None:
+    plain, half = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("latest", "latest-fp16"))
+    assert half.apex is True and half.precision == "fp16"
+    assert half == plain.model_copy(update=dict(apex=True, precision="fp16"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads(path: Path, capsys: pytest.CaptureFixture) -> None:
+    cfg = load_config(path)
+    assert isinstance(cfg, TeacherConfig if "teacher" in path.stem else DGNetConfig)
+    assert capsys.readouterr().err == ""
+    if isinstance(cfg, DGNetConfig):
+        # Where the code's length and the generator disagree, this refuses.
+        code_dim = build_id_net(cfg.ID_style, 2, backbone=cfg.backbone, stride=cfg.ID_stride).code_dim
+        Generator(code_dim=code_dim, **cfg.gen.model_dump())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_dumped_config_loads_to_an_equal_one(path: Path, tmp_path: Path) -> None:
+    cfg = load_config(path, ["weight_decay=1e-5", "seed=7"])
+    assert load_config(write(tmp_path, dump_config(cfg))) == cfg
+
+
+def test_the_release_keys_load_unchanged_with_one_note(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dead = dict(sqrt=False, use_decoder_again=True, input_dim_b=1)
+    values = RELEASE | dead | dict(data_root="../Market/pytorch/", gen=RELEASE_GEN, dis=RELEASE_DIS)
+    cfg = load_config(write(tmp_path, yaml.safe_dump(values)))
+    assert cfg == load_config(ROOT / "configs" / "latest.yaml")
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ")
+    assert all(key in note for key in DEAD_KEYS) and set(DEAD_KEYS) == set(dead)
+
+
+# ------------------------------------------------------------------------------------------- overrides
+def test_set_overrides_values_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "data_root: x\nbatch_size: 2\ngen: {dim: 4, n_res: 2}\n")
+    cfg = load_config(path, ["batch_size=4", "gen.dim=8", "lr_g=1e-4", "teacher=a,b", "train_bn=false", "lr2=3.5E-3"])
+    assert (cfg.batch_size, cfg.gen.dim, cfg.gen.n_res) == (4, 8, 2)
+    assert cfg.lr_g == 1e-4 and cfg.lr2 == 3.5e-3
+    assert cfg.teachers == ["a", "b"]
+    assert cfg.train_bn is False
+
+
+def test_set_makes_a_section_that_the_file_lacks(tmp_path: Path) -> None:
+    cfg = load_config(write(tmp_path, "data_root: x\n"), ["dis.num_scales=1", "ID_class=auto"])
+    assert cfg.dis.num_scales == 1 and cfg.ID_class == "auto"
+
+
+def test_set_leaves_the_given_values_alone() -> None:
+    values = {"gen": {"dim": 16}}
+    assert set_values(values, ["gen.dim=8"]) == {"gen": {"dim": 8}}
+    assert values == {"gen": {"dim": 16}}
+
+
+@pytest.mark.parametrize(
+    "setting,words",
+    [
+        ("batch_size", "key=value"),
+        ("batch_size.x=1", "no keys below"),
+        ("gen={", "not valid YAML"),
+        ("=3", "unknown key"),
+    ],
+)
+def test_a_malformed_set_is_refused(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_config(set_values({"data_root": "", "batch_size": 2}, [setting]), "file.yaml")
+
+
+# -------------------------------------------------------------------------------------------- refusals
+def test_an_unknown_key_suggests_the_nearest() -> None:
+    assert "unknown key batchsize; did you mean batch_size?" in refusal(batchsize=4)
+    assert "unknown key gen.dimm; did you mean gen.dim?" in refusal(gen={"dimm": 8})
+    assert "unknown key dis.gan_typ; did you mean dis.gan_type?" in refusal(dis={"gan_typ": "lsgan"})
+    assert "did you mean" not in refusal(zzzzqqqq=1)
+    assert "did you mean epochs?" in refusal(task="teacher", epoch=3)
+
+
+@pytest.mark.parametrize(
+    "values,words",
+    [
+        (dict(batch_size="many"), "batch_size: .*'many'"),
+        (dict(batch_size=2.5), "batch_size: .*2.5"),
+        (dict(batch_size=True), "batch_size: .*True"),
+        (dict(lr_g=False), "lr_g: .*False"),
+        (dict(gen=dict(dim=True)), "gen.dim: .*True"),
+        (dict(batch_size=[4]), "batch_size"),
+        (dict(batch_size=None), "batch_size"),
+        (dict(teacher=5), "teacher: .*string"),
+        (dict(gen=5), "gen: "),
+        (dict(gen=dict(tanh="perhaps")), "gen.tanh"),
+        (dict(crop_image_height=-64), "crop_image_height: .*greater than or equal to 1.*-64"),
+        (dict(gen=dict(dim=-4)), "gen.dim: .*-4"),
+        (dict(batch_size=0), "batch_size: .*0"),
+        (dict(ID_class=0), "ID_class"),
+        (dict(ID_class="all"), "ID_class"),
+        (dict(erasing_p=1.5), "erasing_p: .*1.5"),
+        (dict(lr2=0), "lr2: "),
+        (dict(id_w=-1), "id_w: "),
+        (dict(recon_x_w=float("nan")), "recon_x_w: "),
+        (dict(recon_x_w=float("inf")), "recon_x_w: "),
+        (dict(ID_stride=3), "ID_stride: .*3"),
+        (dict(ID_style="ABC"), "ID_style: .*'AB'"),
+        (dict(teacher_style=5), "teacher_style"),
+        (dict(gen=dict(dec="slim")), "gen.dec: .*'basic', 'series' or 'parallel'.*slim"),
+        (dict(apex=True, precision="bf16"), "apex: true means precision: fp16"),
+        (dict(task="reid"), "task"),
+        (dict(task="teacher", lr_policy="multistep"), "lr_policy"),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
+)
+def test_wrong_types_and_ranges_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"file.yaml: .*{words}"):
+        parse(**values)
+
+
+def test_every_problem_is_listed_in_one_line() -> None:
+    message = refusal(batch_size=-1, gen=dict(dimm=3), pool="sum")
+    assert all(word in message for word in ("batch_size", "gen.dimm", "pool"))
+
+
+def test_data_root_must_be_given() -> None:
+    with pytest.raises(UserError, match="data_root is missing"):
+        parse_config({}, "file.yaml")
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("data_root: x\nbatch_size: 2\nbatch_size: 4\n", "line 3: key batch_size is given twice"),
+        ("data_root: x\ngen:\n  dim: 2\n  dim: 4\n", "line 4: key dim is given twice"),
+        ("", "empty"),
+        ("# nothing but a comment\n", "empty"),
+        ("- a\n- b\n", "not a list of"),
+        ("just words", "not a list of"),
+        ("a: [1\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("3: x\n", "3 is not a key name"),
+        ("a: b: c\n", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        load_config(write(tmp_path, text))
+    assert "some.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="binary.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_size_rules() -> None:
+    assert "multiples of 4" in refusal(crop_image_height=130)
+    assert "multiples of 8" in refusal(crop_image_width=132, gen=dict(n_downsample=3))
+    # The structure code is padded by 9 on every side, which reflection needs more than 9 pixels for.
+    assert "too small to be padded by 9" in refusal(crop_image_height=64, crop_image_width=32)
+    small = dict(crop_image_height=64, crop_image_width=32)
+    assert "dis.num_scales 4" in refusal(**small, gen=dict(n_downsample=1), dis=dict(num_scales=4))
+    assert parse(**small, gen=dict(n_downsample=1)).crop_image_width == 32
+    assert parse(**small, gen=dict(pad_type="zero")).gen.pad_type == "zero"
+    assert "wgan needs" in refusal(crop_image_height=128, crop_image_width=64, dis=dict(gan_type="wgan"))
+    assert parse(dis=dict(gan_type="wgan")).crop_image_height == 256
+
+
+def test_a_code_that_does_not_fit_the_generator_is_refused() -> None:
+    gen = tiny_config().gen.model_dump()
+    with pytest.raises(UserError, match="gen.id_dim 32 and gen.n_res 4: .* 256 numbers.*set gen.id_dim to 64"):
+        Generator(code_dim=256, **gen)
+    with pytest.raises(UserError, match="n_res that divides 128"):
+        Generator(code_dim=128, **gen | dict(n_res=3))
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValueError):
+        parse().batch_size = 3
+
+
+# -------------------------------------------------------------------------- folders of the release
+def test_the_config_of_a_release_folder_is_read_leniently(capsys: pytest.CaptureFixture) -> None:
+    values = dict(batch_size=4, ID_class=702, image_dir="x", gen=dict(dim=8, style_dim=3), sqrt=False)
+    cfg = parse_config(values, "run/config.yaml", strict=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["note", "warning"]
+    assert "image_dir" in lines[1] and "gen.style_dim" in lines[1]
+    assert (cfg.batch_size, cfg.ID_class, cfg.gen.dim) == (4, 702, 8)
+    assert (cfg.ID_stride, cfg.apex, cfg.erasing_p, cfg.T_w, cfg.lr_policy) == (2, False, 0, 1, "constant")
+
+
+def test_fallbacks_give_way_to_the_folders_own_values(capsys: pytest.CaptureFixture) -> None:
+    own = dict(data_root="x", ID_stride=1, apex=True, erasing_p=0.25, T_w=2, lr_policy="step")
+    cfg = parse_config(own, "run/config.yaml", strict=False)
+    assert capsys.readouterr().err == ""
+    assert {key: getattr(cfg, key) for key in own} == own
+    assert cfg.precision == "fp16"
+
+
+def test_a_wrong_type_is_refused_in_a_release_folder_too() -> None:
+    with pytest.raises(UserError, match="batch_size"):
+        parse_config(dict(batch_size="many"), "run/config.yaml", strict=False)
+
+
+def test_the_strict_reading_has_no_fallbacks() -> None:
+    cfg = parse(batch_size=4)
+    assert (cfg.ID_stride, cfg.erasing_p, cfg.lr_policy) == (1, 0.5, "multistep")
+
+
+# ---------------------------------------------------------------------------- functions of the iteration
+def test_ramp() -> None:
+    values = [ramp(0.5, 1.0, 10, 0.125, t) for t in (0, 9, 10, 11, 12, 13, 14, 15, 1000)]
+    assert values == [0.5, 0.5, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0, 1.0]
+
+
+def test_loss_weights_of_the_release() -> None:
+    cfg = DGNetConfig(data_root="")
+    for t in (0, 1, 29_999, 30_000):
+        assert vars(loss_weights(cfg, t)) == dict(recon_f_w=0, recon_s_w=0, recon_x_cyc_w=0, teacher_w=0)
+    # 0.0005 a step: one after 2,000 steps, two after 4,000.
+    assert vars(loss_weights(cfg, 30_001)) == pytest.approx(
+        dict(recon_f_w=5e-4, recon_s_w=5e-4, recon_x_cyc_w=5e-4, teacher_w=5e-4)
+    )
+    assert vars(loss_weights(cfg, 33_000)) == pytest.approx(
+        dict(recon_f_w=1, recon_s_w=1, recon_x_cyc_w=1.5, teacher_w=1.5)
+    )
+    assert vars(loss_weights(cfg, 99_999)) == dict(recon_f_w=1, recon_s_w=1, recon_x_cyc_w=2, teacher_w=2)
+
+
+def test_the_teacher_ramps_on_its_own() -> None:
+    cfg = parse(warm_iter=4, warm_teacher_iter=2, warm_scale=0.25, teacher_w=0.5, recon_s_w=0.75, max_teacher_w=1)
+    assert [loss_weights(cfg, t).teacher_w for t in range(7)] == [0.5, 0.5, 0.5, 0.75, 1, 1, 1]
+    assert [loss_weights(cfg, t).recon_s_w for t in range(7)] == [0.75, 0.75, 0.75, 0.75, 0.75, 1, 1]
+    assert [loss_weights(cfg, t).recon_f_w for t in range(7)] == [0, 0, 0, 0, 0, 0.25, 0.5]
+
+
+def test_lr_factor() -> None:
+    def at(policy: str, *iterations: int) -> list[float]:
+        return [lr_factor(policy, t, step_size=60_000, gamma=0.1, max_iter=100_000) for t in iterations]
+
+    # Milestones 60,000, 90,000 and 105,000 count from the step after.
+    assert at("multistep", 0, 59_998) == [1, 1]
+    assert at("multistep", 59_999, 89_998, 89_999, 104_998, 104_999) == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    assert at("step", 0, 59_998, 59_999, 119_998, 119_999) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert at("constant", 0, 10**6) == [1, 1]
+    assert at("cosine", 0, 25_000, 50_000, 100_000, 200_000) == pytest.approx([1, 0.8535533906, 0.5, 0, 0], abs=1e-9)
+    # An odd step size has half milestones: 5, 7.5, 8.75.
+    factors = [lr_factor("multistep", t, step_size=5, gamma=0.5, max_iter=10) for t in range(10)]
+    assert factors == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.125, 0.125]
+
+
+def test_teacher_rates() -> None:
+    def factors(**changes: Any) -> list[float]:
+        cfg = parse(task="teacher", epochs=6, warm_epochs=2, backbone="resnet10w4", pretrained=False, **changes)
+        trainer = TeacherTrainer(cfg, 3, CPU, steps_per_epoch=2)
+        return [trainer.lr_factor(t) for t in range(12)]
+
+    assert factors() == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
+    cosine = factors(lr_policy="cosine")
+    assert cosine[6] == pytest.approx(0.5) and cosine[0] == pytest.approx(0.25) and 0 < cosine[11] < 0.02
+
+
+def test_teacher_recipe_of_the_project() -> None:
+    cfg = load_config(ROOT / "configs" / "teacher.yaml")
+    assert (cfg.backbone, cfg.stride, cfg.batch_size, cfg.epochs, cfg.warm_epochs) == ("resnet50", 2, 32, 60, 5)
+    assert (cfg.trunk_lr_factor, cfg.weight_decay, cfg.lr_policy, cfg.pretrained) == (0.1, 5e-4, "step", True)
+
+
+@pytest.mark.parametrize(
+    "values,needed",
+    [
+        (dict(), True),  # the release: teacher_w rises after 30,000 of 100,000 steps
+        (dict(max_iter=30_001), False),
+        (dict(max_iter=30_002), True),
+        (dict(max_iter=10, teacher_w=1), True),
+        (dict(warm_scale=0), False),
+        (dict(max_teacher_w=0), False),
+        (dict(teacher_style=2), False),
+        (dict(teacher_style=3), False),
+        (dict(teacher_style=2, id_init="teacher"), True),
+    ],
+)
+def test_whether_a_teacher_is_read(values: dict[str, Any], needed: bool) -> None:
+    cfg = parse(**values)
+    assert cfg.needs_teacher is needed
+    if "id_init" not in values and cfg.teacher_style not in (2, 3):
+        assert needed == any(loss_weights(cfg, t).teacher_w > 0 for t in (0, cfg.max_iter - 1))

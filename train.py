@@ -1,0 +1,87 @@
+"""Train DG-Net or a teacher: `python train.py --config configs/latest.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils import UserError, pick_device, run_cli, seed_everything, set_threads
+
+if TYPE_CHECKING:
+    from config import Config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", help="YAML file: configs/latest.yaml, configs/teacher.yaml, ... (default: latest)")
+    parser.add_argument("--name", help="name of the run (default: the config's file name)")
+    parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="ITERATION",
+        help="continue from the newest complete snapshot, or from that of ITERATION",
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
+    parser.add_argument("--gpu_ids", help="GPU to use, as the release calls it: 0 is --device cuda:0")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--backbone-weights", metavar="FILE", help="ImageNet weights instead of torchvision's cache")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and schedule, stop")
+    return parser.parse_args()
+
+
+def choose_device(args: argparse.Namespace) -> str | None:
+    """--device, or the release's --gpu_ids."""
+    if args.gpu_ids is None:
+        return args.device
+    if args.device is not None:
+        raise UserError("--gpu_ids and --device: give one of the two")
+    ids = args.gpu_ids.split(",")
+    if len(ids) > 1 or not ids[0].strip().lstrip("-").isdigit():
+        raise UserError(f"--gpu_ids {args.gpu_ids}: give one number; training uses one GPU")
+    return "cpu" if int(ids[0]) < 0 else f"cuda:{int(ids[0])}"
+
+
+def read_config(args: argparse.Namespace) -> tuple[Config, str]:
+    """The config with its overrides, and the run's name. A resumed run may take its folder's config."""
+    from config import load_config, parse_config
+    from runs import open_run
+    from utils import ROOT
+
+    if args.config is None and args.resume and args.name:
+        file = open_run(args.output_path, args.name).config_file
+    else:
+        file = Path(args.config or ROOT / "configs" / "latest.yaml")
+    name = args.name or file.stem
+    # A folder that the release wrote carries keys of other versions.
+    own_folder = args.resume and file == open_run(args.output_path, name).config_file
+    cfg = load_config(file, args.set, strict=not own_folder)
+    if args.backbone_weights:
+        values = cfg.model_dump(exclude_unset=True) | {"task": cfg.task, "backbone_weights": args.backbone_weights}
+        cfg = parse_config(values, str(file))
+    return cfg, name
+
+
+def main() -> None:
+    args = parse_args()
+    cfg, name = read_config(args)
+
+    import training
+    from runs import open_run
+
+    device = pick_device(choose_device(args))
+    set_threads(args.threads)
+    seed_everything(cfg.seed)
+    run = open_run(args.output_path, name)
+    session = training.prepare(cfg, run, device, resume=args.resume is not None)
+    if args.dry_run:
+        print(training.describe(session))
+        return
+    training.train(session, resume=args.resume)
+
+
+if __name__ == "__main__":
+    run_cli(main)

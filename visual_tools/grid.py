@@ -1,0 +1,65 @@
+"""One painter of image grids with row and column labels, for every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils import IMAGENET_MEAN, IMAGENET_STD
+
+GAP = 4
+WHITE, INK = (255, 255, 255), (40, 40, 40)
+
+# Rows of the figure of test pairs, in the order of `DGNetTrainer.sample`.
+PAIR_ROWS = {
+    "x_a": "a",
+    "x_a_recon": "a again",
+    "x_ba": "a's clothes on b",
+    "x_aba": "a, cycle",
+    "x_b": "b",
+    "x_b_recon": "b again",
+    "x_ab": "b's clothes on a",
+    "x_bab": "b, cycle",
+}
+
+
+def to_uint8(x: object) -> np.ndarray:
+    """Normalised images, a tensor (N, 3, H, W), to uint8 (N, H, W, 3)."""
+    images = x.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
+    return ((images * IMAGENET_STD + IMAGENET_MEAN).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def paint_grid(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    cell_height: int = 128,
+) -> np.ndarray:
+    """A figure (H, W, 3) uint8 from rows of images (h, w, 3) uint8 of one size; None leaves a cell empty."""
+    first = next(image for row in rows for image in row if image is not None)
+    cell_width = max(1, round(cell_height * first.shape[1] / first.shape[0]))
+    font = ImageFont.load_default(size=max(11, cell_height // 9))
+    left = GAP + (max(int(font.getlength(label)) for label in row_labels) + 2 * GAP if row_labels else 0)
+    top = GAP + (int(font.size * 1.5) if column_labels else 0)
+    columns = max(map(len, rows))
+    figure = Image.new("RGB", (left + columns * (cell_width + GAP), top + len(rows) * (cell_height + GAP)), WHITE)
+    draw = ImageDraw.Draw(figure)
+    for i, label in enumerate(row_labels):
+        draw.text((GAP, top + i * (cell_height + GAP) + cell_height / 2), label, INK, font, anchor="lm")
+    for j, label in enumerate(column_labels):
+        draw.text((left + j * (cell_width + GAP) + cell_width / 2, top / 2), label, INK, font, anchor="mm")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            if image is not None:
+                cell = Image.fromarray(image).resize((cell_width, cell_height), Image.Resampling.BICUBIC)
+                figure.paste(cell, (left + j * (cell_width + GAP), top + i * (cell_height + GAP)))
+    return np.asarray(figure)
+
+
+def paint_pairs(images: dict[str, object]) -> np.ndarray:
+    """The figure of fixed test pairs: inputs, reconstructions, both swaps, cycles; a column per pair."""
+    rows = [list(to_uint8(images[name])) for name in PAIR_ROWS]
+    return paint_grid(rows, row_labels=list(PAIR_ROWS.values()))
