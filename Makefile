@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
-THREADS ?= 2
+THREADS ?= 1
 PY := $(VENV)/bin/python
 
 .PHONY: demo test lint 

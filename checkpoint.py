@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, read strictly, in the release's format (spec sections 8 and 11).
 
 A run's folder holds, per snapshot, `{gen,id,dis}_%08d.pt`, each `{'a': state_dict}`, and `state_%08d.pt` with the
-optimisers, gradient scalers, random state and iteration. The last is written last: it marks the snapshot complete.
-The release's own folders have one `optimizer.pt` in its place. Only tensors and plain containers are unpickled.
+optimisers, gradient scalers, random state and iteration. A snapshot with all of them is complete. The release's own
+folders have one `optimizer.pt` in place of the state files. Only tensors and plain containers are unpickled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,17 +38,24 @@ def write_atomically(path: Path, content: Any) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        # torch.save answers a full disk with an error of its own, in whose context the system's stands.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another --output_path"
+            f"{path}: cannot be written ({cause.strerror}); free space or choose another --output_path"
         ) from None
 
 
 def read_tensors(path: Path) -> Any:
     """Load a checkpoint file onto the CPU. Raises UserError for a missing or damaged one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # For a foreign pickle torch warns at length before it refuses it; our one line says enough.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
@@ -97,8 +105,8 @@ def short(names: list[str]) -> str:
 
 def unwrap(content: Any, source: Path) -> Mapping[str, Tensor]:
     """The state_dict in `{'a': state_dict}`."""
-    if not isinstance(content, Mapping) or "a" not in content:
-        raise UserError(f"{source}: not a checkpoint of this format (no entry 'a')")
+    if not isinstance(content, Mapping) or not isinstance(content.get("a"), Mapping):
+        raise UserError(f"{source}: not a checkpoint of this format (no state_dict as entry 'a')")
     return content["a"]
 
 
@@ -122,14 +130,15 @@ def snapshots(folder: Path, networks: list[str]) -> list[int]:
 def save_snapshot(folder: Path, trainer: Trainer, iteration: int) -> None:
     """Write the snapshot of `iteration` finished steps."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, net in trainer.networks().items():
-        write_atomically(folder / f"{name}_{iteration:08d}.pt", {"a": net.state_dict()})
     state = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers().items()}
     state["scalers"] = {name: scaler.state_dict() for name, scaler in trainer.scalers().items()}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state["iteration"] = iteration
+    # The state comes first: networks without one are then the release's, never an interrupted writing of ours.
     write_atomically(folder / f"state_{iteration:08d}.pt", state)
+    for name, net in trainer.networks().items():
+        write_atomically(folder / f"{name}_{iteration:08d}.pt", {"a": net.state_dict()})
 
 
 def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None) -> int:

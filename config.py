@@ -134,7 +134,9 @@ class DGNetConfig(CommonConfig):
     # ---- teacher and draws
     teacher: str = "best"  # name under models/, several separated by commas
     teacher_style: Annotated[int, Field(ge=0, le=4)] = 0  # soft label of the fakes (section 7)
-    use_encoder_again: float = 0.5  # probability of the live structure encoder on the fakes
+    use_encoder_again: Annotated[float, Field(allow_inf_nan=False)] = (
+        0.5  # probability of the live structure encoder on the fakes
+    )
     erasing_p: Fraction = 0.5  # random erasing, probability per image
     # ---- optimisers (section 8)
     batch_size: Count = 8  # pairs per step
@@ -183,6 +185,15 @@ class DGNetConfig(CommonConfig):
             raise ValueError(
                 f"crop_image_height {h} x crop_image_width {w}: the structure code of {h // factor} x {w // factor} "
                 "is too small to be padded by 9; use larger images, fewer gen.n_downsample, or gen.pad_type: zero"
+            )
+        # Self-attention compares codes of an eighth of the channels.
+        if self.gen.non_local and self.gen.dim * 2 * factor < 8:
+            raise ValueError(f"gen.non_local needs more channels than gen.dim {self.gen.dim} gives; use 2 or more")
+        attention = self.dis.non_local and self.dis.gan_type != "wgan"
+        if attention and self.dis.dim * 2 ** (self.dis.n_layer - 1) < 8:
+            raise ValueError(
+                f"dis.non_local needs more channels than dis.dim {self.dis.dim} and dis.n_layer {self.dis.n_layer} "
+                "give; use more of either"
             )
         if self.dis.gan_type == "wgan":
             if (h, w) != (256, 128):

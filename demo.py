@@ -31,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of both trainings (default: 0)")
     parser.add_argument("--data", default=DATA, help=f"embedded data set, drawn if absent (default: {DATA})")
     parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (default: 1; more are slower where cores are shared)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     return parser.parse_args()
 

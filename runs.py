@@ -61,7 +61,7 @@ class RunFolder:
 
 def open_run(output_path: str | None, name: str) -> RunFolder:
     """The run of that name, in the project's own folder unless `output_path` is given."""
-    if not name or Path(name).name != name:
+    if not name or name == ".." or Path(name).name != name:
         raise UserError(f"--name {name!r}: must be a plain folder name")
     return RunFolder(Path(output_path) if output_path else ROOT, name)
 
@@ -146,12 +146,18 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
             stride = opts.get("stride", 2)
             if stride not in (1, 2):
                 raise UserError(f"{folder / 'opts.yaml'}: stride must be 1 or 2 (got {stride!r})")
+            height, width = opts.get("crop_image_height", 256), opts.get("crop_image_width", 128)
+            if not all(isinstance(v, int) and v > 0 for v in (height, width)):
+                raise UserError(
+                    f"{folder / 'opts.yaml'}: crop_image_height and crop_image_width must be whole numbers above 0 "
+                    f"(got {height!r} and {width!r})"
+                )
             return TeacherFiles(
                 folder,
                 stride,
                 str(opts.get("backbone", "resnet50")),
-                int(opts.get("crop_image_height", 256)),
-                int(opts.get("crop_image_width", 128)),
+                height,
+                width,
                 str(opts.get("data_root", "../Market/pytorch/")),
             )
     raise UserError(
@@ -260,7 +266,12 @@ def pick_epoch(run: RunFolder, task: str, which: str | None) -> int:
 
 def _load_part(run: RunFolder, name: str, iteration: int) -> tuple[dict[str, Any], Path]:
     path = run.checkpoints / f"{name}_{iteration:08d}.pt"
-    return unwrap(read_tensors(path), path), path
+    try:
+        return unwrap(read_tensors(path), path), path
+    except UserError as error:
+        older = [i for i in snapshots(run.checkpoints, NETWORKS["dgnet"]) if i < iteration]
+        offer = f"; the snapshot before it: --which_epoch {older[-1]}" if older and "damaged" in str(error) else ""
+        raise UserError(f"{error}{offer}") from None
 
 
 def load_id_net(run: RunFolder, cfg: DGNetConfig, iteration: int, device: torch.device) -> IdNet:

@@ -173,7 +173,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], writer: SummaryWriter, star
         if is_dgnet and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
             figure = paint_pairs(trainer.sample(*pairs))
             if done % cfg.image_display_iter == 0 or last:
-                writer.add_image("test pairs", torch.from_numpy(figure), done, dataformats="HWC")
+                writer.add_image("test pairs", figure, done, dataformats="HWC")
             if done % cfg.image_save_iter == 0 or last:
                 save_figure(s, figure, done)
         if done % s.snapshot_iter == 0 or last:

@@ -29,6 +29,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); there is nobody to tell.
         os._exit(141)
@@ -44,6 +47,8 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown device; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this PyTorch sees no CUDA GPU; use --device cpu")
@@ -64,7 +69,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of giving them back: fresh pages cost a CPU step up to a third of its time."""
+    """Let glibc keep freed blocks instead of giving them back, since every CPU step would fault them in anew."""
     import ctypes
 
     trim_threshold, mmap_threshold = -1, -3  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

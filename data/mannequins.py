@@ -90,16 +90,16 @@ class Settings:
     """All that determines a data set. Recorded in factors.json."""
 
     seed: int = _key(0, "random seed", 0, 2**32 - 1)
-    train_ids: int = _key(96, "identities to train on", 1, 4000)
-    test_ids: int = _key(60, "identities to test on", 1, 4000)
+    train_ids: int = _key(288, "identities to train on", 1, 4000)
+    test_ids: int = _key(96, "identities to test on", 1, 4000)
     cameras: int = _key(6, "cameras", 2, CAMERAS)
-    min_cameras: int = _key(4, "every identity is seen by at least this many of them", 2, CAMERAS)
-    images_per_camera: int = _key(3, "pictures per identity and camera", 1, 40)
+    min_cameras: int = _key(3, "every identity is seen by at least this many of them", 2, CAMERAS)
+    images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
     distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
     junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
-    group_size: int = _key(4, "identities that wear the same colours", 1, 12)
-    tint: float = _key(0.08, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
-    light: float = _key(0.13, "difference in brightness of the cameras, log gain", 0.0, 1.0)
+    group_size: int = _key(6, "identities that wear the same colours", 1, 12)
+    tint: float = _key(0.05, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
+    light: float = _key(0.08, "difference in brightness of the cameras, log gain", 0.0, 1.0)
     noise: float = _key(3.0, "pixel noise, standard deviation in grey levels", 0.0, 64.0)
     occluders: float = _key(0.08, "share of pictures with something in front", 0.0, 1.0)
 

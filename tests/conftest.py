@@ -108,11 +108,12 @@ def load_script(name: str) -> Any:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
-    """`script("train", "--config", ...)` runs train.py in this process, as a shell would see it."""
+    """`script("train", "--config", ...)` runs train.py in this process, on the CPU, as a shell would see it."""
 
     def run(name: str, *arguments: object) -> Outcome:
         main = load_script(name).main
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_cli(main)
@@ -120,3 +121,12 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> An
         return Outcome(stop.value.code or 0, written.out, written.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Any:
+    """Networks as small as these are slower on several threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

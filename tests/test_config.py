@@ -310,6 +310,12 @@ def test_size_rules() -> None:
     assert parse(dis=dict(gan_type="wgan")).crop_image_height == 256
 
 
+def test_attention_needs_channels() -> None:
+    assert "gen.non_local needs more channels" in refusal(gen=dict(dim=1, n_downsample=1, non_local=1))
+    assert "dis.non_local needs more channels" in refusal(dis=dict(dim=4, n_layer=1, non_local=1))
+    parse(gen=dict(dim=2, n_downsample=1, non_local=1), dis=dict(dim=4, n_layer=2, non_local=2))
+
+
 def test_a_code_that_does_not_fit_the_generator_is_refused() -> None:
     gen = tiny_config().gen.model_dump()
     with pytest.raises(UserError, match="gen.id_dim 32 and gen.n_res 4: .* 256 numbers.*set gen.id_dim to 64"):
@@ -356,6 +362,8 @@ def test_the_strict_reading_has_no_fallbacks() -> None:
 def test_ramp() -> None:
     values = [ramp(0.5, 1.0, 10, 0.125, t) for t in (0, 9, 10, 11, 12, 13, 14, 15, 1000)]
     assert values == [0.5, 0.5, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0, 1.0]
+    # The ceiling holds after warm_start only.
+    assert [ramp(2.0, 1.0, 10, 0.125, t) for t in (10, 11)] == [2.0, 1.0]
 
 
 def test_loss_weights_of_the_release() -> None:

@@ -21,6 +21,7 @@ from reIDmodel import build_id_net, build_teacher, enlarge, frozen
 from trainer import DGNetTrainer, TeacherTrainer, random_erase, require_finite
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DOUBLE = torch.float64
 # The weights of every ramped term at once, as `loss_weights` would give them.
 WEIGHTS = L.LossWeights(recon_f_w=0.5, recon_s_w=0.5, recon_x_cyc_w=0.5, teacher_w=0.5)
@@ -98,8 +99,8 @@ def test_erasing_nothing() -> None:
     assert torch.equal(random_erase(x, 0.0, rng()), x)
 
 
-@pytest.mark.parametrize("height,width", [(256, 128), (128, 64)])
-def test_erasing_every_image(height: int, width: int) -> None:
+def test_erasing_every_image() -> None:
+    height, width = 128, 64
     x = torch.rand(200, 3, height, width) + 1
     original = x.clone()
     erased = random_erase(x, 1.0, rng())
@@ -234,12 +235,12 @@ def test_small_images_are_enlarged_for_the_id_net_only() -> None:
 def test_reconstruction_trains_the_id_net_only_when_asked(detach_f: bool) -> None:
     s = Fixture(detach_f=detach_f)
     _, terms = s.loss()
-    trunk = list(s.trainer.id_net.model.parameters())
+    trunk = [s.trainer.id_net.model.conv1.weight, s.trainer.id_net.model.layer4[0].conv2.weight]
     heads = [p for head in s.trainer.id_net.heads() for p in head.parameters()]
     for name in ("recon_x_a", "recon_x_b", "recon_xp_a", "recon_xp_b", "adv_a", "adv_b", "cyc_a", "recon_id"):
         assert reached(terms[name], trunk) is not detach_f, name
         assert not connected(terms[name], heads), name
-        assert reached(terms[name], s.trainer.gen.parameters()), name
+        assert reached(terms[name], s.trainer.gen.dec.parameters()), name
     # The code loss trains the generator through the fakes, and nothing at all where the code is detached.
     assert terms["recon_f_a"].requires_grad is not detach_f
     assert reached(terms["recon_f_a"], s.trainer.gen.parameters()) is not detach_f
@@ -287,7 +288,6 @@ def test_frozen_passes_leave_the_net_alone(style: str, batch_statistics: bool) -
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert_same_state(net, before)
-    assert "running_mean" in dict(net.named_buffers()).popitem()[0] or before.keys() == net.state_dict().keys()
     assert modes == [(m.training, getattr(m, "track_running_stats", None)) for m in net.modules()]
     assert all(torch.equal(*pair) for pair in zip(p, again, strict=True)), "dropout is off"
 
@@ -472,8 +472,9 @@ def test_gradients_are_separate_in_bf16_too() -> None:
         total, terms = trainer.generator_and_id_loss(a, b, encoded, generated, WEIGHTS, False, True, rng())
     assert not connected(total, trainer.dis.parameters())
     assert not connected(terms["recon_id"], trainer.id_net.parameters())
-    for name, p in [*trainer.gen.named_parameters(), *trainer.id_net.named_parameters()]:
-        assert name.startswith("model.fc.") or connected(total, [p]), name
+    for net in (trainer.gen, trainer.id_net):
+        for name, gradient in zip(dict(net.named_parameters()), grads(total, net.parameters()), strict=True):
+            assert (gradient is None) == name.startswith("model.fc."), name
 
 
 # ------------------------------------------------------------------------------------- the loss terms
@@ -618,7 +619,7 @@ def vgg_stand_in() -> nn.Module:
         dict(ID_style="normal", pool="avg", detach_f=False),
         dict(ID_style="PCB"),
         dict(gen=dict(dec="series")),
-        dict(gen=dict(dec="parallel", non_local=1), dis=dict(non_local=2)),
+        dict(gen=dict(dec="parallel", non_local=1), dis=dict(non_local=2, n_layer=2)),
         dict(dis=dict(gan_type="nsgan")),
         dict(vgg_w=0.5),
         dict(single="edge", use_encoder_again=-1.0),
@@ -627,26 +628,26 @@ def vgg_stand_in() -> nn.Module:
         dict(teacher="one,two", train_bn=False),
         dict(gen=dict(dropout=0.5, tanh=True, init="orthogonal", mlp_norm="ln", activ="prelu", pad_type="zero")),
         dict(dis=dict(num_scales=3, n_layer=2, norm="in", activ="relu", pad_type="replicate")),  # the least size
-        dict(gan_w=0.0, batch_size=3, lr_policy="cosine", max_iter=10),
+        dict(gan_w=0.0, lr_policy="cosine", max_iter=10),
     ],
     ids=str,
 )
 def test_a_step_with_every_option(changes: dict[str, Any]) -> None:
-    cfg = tiny_config(**ALL_LOSSES | dict(vgg_w=0.0) | changes)
+    cfg = tiny_config(**ALL_LOSSES | dict(batch_size=3) | changes)
     teachers = [build_teacher(4, backbone="resnet10w4") for _ in cfg.teachers]
     trainer = tiny_trainer(cfg, teachers=teachers, vgg=vgg_stand_in() if cfg.vgg_w else None)
-    before = {name: copied_state(net) for name, net in trainer.networks().items()}
-    values = {}
     for t in (3, 4):
         values = require_finite(trainer.step(*random_batches(cfg), t), t)
     expected = {"dis_total", "gen_total", "dis_a", "dis_b", "id", "pid", "teacher", "recon_id"}
     names = ["recon_x", "recon_xp", "recon_f", "recon_s", "cyc"] + ["adv"] * (cfg.gan_w > 0) + ["vgg"] * (cfg.vgg_w > 0)
     assert set(values) == expected | {name + image for name in names for image in ("_a", "_b")}
-    # All weights moved, but for the trunk's fc, which nothing reads.
+    # Every weight has a gradient, but the trunk's fc, which nothing reads, and a discriminator of weight 0.
     for name, net in trainer.networks().items():
         for key, p in net.named_parameters():
-            if not key.startswith("model.fc.") and (cfg.gan_w > 0 or name != "dis"):
-                assert not torch.equal(p, before[name][key]), f"{name}.{key}"
+            if not key.startswith("model.fc."):
+                assert p.grad is not None and p.grad.isfinite().all(), f"{name}.{key}"
+                if p.dim() > 1 and (cfg.gan_w > 0 or name != "dis"):
+                    assert p.grad.abs().max() > 0, f"{name}.{key}"
     for image in trainer.sample(*random_batches(cfg)[0][:2]).values():
         assert image.isfinite().all() and image.dtype == torch.float32
 
@@ -730,7 +731,7 @@ def test_optimisers_follow_the_recipe() -> None:
 
 # --------------------------------------------------------------------------------------- the teacher
 def test_teacher_step_lowers_its_loss() -> None:
-    cfg = tiny_teacher_config(batch_size=4, epochs=20, erasing_p=0.5, warm_epochs=0, trunk_lr_factor=1.0)
+    cfg = tiny_teacher_config(batch_size=4, epochs=20, erasing_p=0.1, warm_epochs=0, lr=0.01, dropout=0)
     torch.manual_seed(0)
     trainer = TeacherTrainer(cfg, 4, CPU, steps_per_epoch=1)
     generator = torch.Generator().manual_seed(0)

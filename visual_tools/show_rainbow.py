@@ -85,7 +85,7 @@ def main() -> None:
     rows = [[None, *border]]
     for i, original in enumerate(border):
         rows.append([original, *to_uint8(model.decode(s, f[i : i + 1].expand(len(s), -1)))])
-    labels = ["structure:", *("appearance" for _ in border)]
+    labels = ["structure of", *("clothes of" for _ in border)]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         Image.fromarray(paint_grid(rows, row_labels=labels)).save(out)

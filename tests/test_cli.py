@@ -1,0 +1,537 @@
+"""`train.py` and `test.py` as a user meets them: a whole run, and what they say to bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, merged
+from PIL import Image
+
+from config import load_config
+from reIDmodel import build_teacher
+from utils import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+
+
+def shell(folder: Path, name: str, *arguments: object, **environment: str) -> Outcome:
+    """Run a script in a process of its own, on the CPU, from another directory than the project's."""
+    environment |= dict(CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder with the hash of what it holds."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def clean(outcome: Outcome) -> str:
+    """The output of a script that succeeded without a warning."""
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Warning" not in outcome.err and "Traceback" not in outcome.err, outcome.err
+    return outcome.out
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A teacher and a DG-Net run on the tiny data, as train.py left them."""
+
+    folder: Path
+    data: Path
+    teacher: Outcome
+    dgnet: Outcome
+
+    def config(self, **changes: Any) -> Path:
+        """The run's config file, or another beside it with `changes`."""
+        path = self.folder / "tiny.yaml"
+        if changes:
+            values = merged(yaml.safe_load(path.read_text()), changes)
+            path = self.folder / "changed.yaml"
+            path.write_text(yaml.safe_dump(values))
+        return path
+
+    def images(self, folder: str = "bounding_box_train") -> int:
+        return len(list((self.data / folder).iterdir()))
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "outputs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    schedule = dict(max_iter=6, snapshot_save_iter=3, image_save_iter=4, image_display_iter=4)
+    dgnet = merged(TINY_DGNET, ALL_LOSSES | schedule | dict(data_root=str(tiny_data), teacher="tutor"))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(dgnet))
+    (folder / "tiny-teacher.yaml").write_text(
+        yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data), num_workers=2))
+    )
+    common = ("--output_path", folder, "--threads", 1, "--device", "cpu")
+    teacher = shell(folder, "train", "--config", "tiny-teacher.yaml", "--name", "tutor", *common)
+    run = shell(folder, "train", "--config", "tiny.yaml", *common)
+    return Runs(folder, tiny_data, teacher, run)
+
+
+@pytest.fixture
+def copied(trained: Runs, tmp_path: Path) -> Runs:
+    """The same runs in a folder of the test's own."""
+    folder = tmp_path / "runs"
+    shutil.copytree(trained.folder, folder)
+    return Runs(folder, trained.data, trained.teacher, trained.dgnet)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    for name, option in (("train", "--resume"), ("test", "--which_epoch")):
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            outcome = shell(tmp_path, name, "--help")
+            taken.append(time.perf_counter() - start)
+        assert option in clean(outcome)
+        assert min(taken) < 1
+        program = (
+            "import runpy, sys\n"
+            f"sys.argv = ['{name}.py', '--help']\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "try:\n"
+            f"    runpy.run_path({str(ROOT / f'{name}.py')!r}, run_name='__main__')\n"
+            "except SystemExit:\n"
+            "    print('heavy', sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("heavy []\n")
+
+
+def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
+    assert f"teacher written to {trained.folder / 'models' / 'tutor'}" in clean(trained.teacher)
+    opts = yaml.safe_load((trained.folder / "models" / "tutor" / "opts.yaml").read_text())
+    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w4")
+    state = torch.load(trained.folder / "models" / "tutor" / "net_last.pth", weights_only=True)
+    assert state["classifier.classifier.0.weight"].shape == (8, 512)
+
+
+def test_a_run_leaves_its_files(trained: Runs) -> None:
+    clean(trained.dgnet)
+    assert "6/6" in trained.dgnet.err and "gen_total=" in trained.dgnet.err and "step/s" in trained.dgnet.err
+    files = sorted(contents(trained.run))
+    snapshots = [f"checkpoints/{name}_0000000{i}.pt" for name in ("dis", "gen", "id", "state") for i in (3, 6)]
+    assert files == [*snapshots, "config.yaml", "images/test_00000004.png", "images/test_00000006.png"]
+    resolved = load_config(trained.run / "config.yaml")
+    assert resolved == load_config(trained.config())
+    assert (resolved.teacher_w, resolved.gen.dim, resolved.erasing_p) == (0.5, 4, 0.5)
+
+
+def test_the_figure_shows_images(trained: Runs) -> None:
+    with Image.open(trained.run / "images" / "test_00000006.png") as image:
+        assert image.mode == "RGB"
+        pixels = np.asarray(image).astype(float)
+    assert pixels.shape[0] > 8 * 64 and pixels.std() > 20
+    with Image.open(trained.run / "images" / "test_00000004.png") as image:
+        assert (np.asarray(image) != pixels).any()
+
+
+def test_tensorboard_gets_terms_weights_rates_and_figures(trained: Runs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained.folder / "logs" / "tiny"))
+    events.Reload()
+    tags = events.Tags()
+    losses = {name.removeprefix("loss/") for name in tags["scalars"] if name.startswith("loss/")}
+    pairs = ("recon_x", "recon_xp", "recon_f", "recon_s", "cyc", "adv", "dis")
+    single = {"dis_total", "gen_total", "id", "pid", "recon_id", "teacher"}
+    assert losses == single | {f"{name}_{image}" for name in pairs for image in "ab"}
+    schedule = {"lr_g", "lr_d", "lr2", "recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w"}
+    assert {f"schedule/{name}" for name in schedule} <= set(tags["scalars"])
+    assert "images_per_second" in tags["scalars"] and len(tags["images"]) == 1
+    assert [event.step for event in events.Scalars("loss/id")] == [1, 2, 3, 4, 5, 6]
+    # warm_iter 2, warm_scale 0.1: the weight of iteration 5, logged as step 6, has risen by 0.3.
+    weights = [event.value for event in events.Scalars("schedule/teacher_w")]
+    assert weights == pytest.approx([0.5, 0.5, 0.5, 0.6, 0.7, 0.8])
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+
+
+def check_report(printed: str, file: Path, queries: int) -> dict[str, Any]:
+    for words in ("trapezoidal", "Rank-1", "Rank-5", "Rank-10", "mAP", f"{queries} queries"):
+        assert words in printed, words
+    assert f"written to {file}" in printed
+    report = json.loads(file.read_text())
+    assert len(report["conventions"]) == 2
+    for by_convention in report["tables"]["single query"].values():
+        assert set(by_convention) == set(report["conventions"])
+        for numbers in by_convention.values():
+            assert 0 < numbers["rank1"] <= numbers["rank5"] <= numbers["rank10"] <= 1
+            assert 0 < numbers["mAP"] < 1
+    return report
+
+
+def test_evaluation_of_a_run(trained: Runs) -> None:
+    out = clean(shell(trained.folder, "test", "--name", "tiny", "--output_path", trained.folder, "--threads", 1))
+    report = check_report(out, trained.run / "reid.json", trained.images("query"))
+    assert "tiny after 6 steps" in out and (report["name"], report["iteration"]) == ("tiny", 6)
+    for words in ("primary (beta 0)", "fine-grained only", "0.5"):
+        assert words in out
+    assert len(report["tables"]["single query"]) == 3
+    (trained.run / "reid.json").unlink()
+
+
+def test_evaluation_of_a_teacher(trained: Runs, script: Script) -> None:
+    out = clean(script("test", "--teacher", "tutor", "--output_path", trained.folder, "--multi", "--batchsize", 16))
+    file = trained.folder / "models" / "tutor" / "reid.json"
+    report = check_report(out, file, trained.images("query"))
+    assert "teacher tutor" in out and "multi-query" in report["tables"]
+    file.unlink()
+
+
+def test_evaluation_of_an_earlier_snapshot_on_other_data(trained: Runs, script: Script, tmp_path: Path) -> None:
+    shutil.copytree(trained.data, tmp_path / "other")
+    where = ("--output_path", trained.folder, "--name", "tiny")
+    out = clean(script("test", *where, "--which_epoch", 3, "--test_dir", tmp_path / "other"))
+    assert "tiny after 3 steps" in out and str(tmp_path / "other") in out
+    assert json.loads((trained.run / "reid.json").read_text())["iteration"] == 3
+    (trained.run / "reid.json").unlink()
+    assert "--which_epoch 4: no such snapshot; there are 3, 6" in script("test", *where, "--which_epoch", 4).error
+
+
+def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: Script) -> None:
+    before, n = contents(trained.folder), trained.images()
+    out = clean(
+        script("train", "--config", trained.config(), "--name", "dry", "--output_path", trained.folder, "--dry-run")
+    )
+    assert contents(trained.folder) == before
+    for words in (
+        "run dry: dgnet on",
+        f"{n} images of 8 identities",
+        "batch x (2, 3, 64, 32)",
+        "structure code (16, 32, 16), appearance code (128,)",
+        f"6 steps, {n // 2} per epoch, a snapshot every 3",
+        "Generator",
+        "Discriminator",
+        "IdNetAB",
+        "teacher_w",
+    ):
+        assert words in out, words
+    teacher = trained.folder / "tiny-teacher.yaml"
+    out = clean(script("train", "--config", teacher, "--output_path", trained.folder, "--dry-run"))
+    assert "run tiny-teacher: teacher on" in out and f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
+    assert contents(trained.folder) == before
+
+
+def test_a_run_is_never_overwritten(trained: Runs, script: Script) -> None:
+    before = contents(trained.folder)
+    again = shell(trained.folder, "train", "--config", "tiny.yaml", "--output_path", trained.folder)
+    assert "holds another run; continue it with --resume or choose another --name" in again.error
+    assert str(trained.run) in again.error
+    teacher = script(
+        "train", "--config", trained.folder / "tiny-teacher.yaml", "--name", "tutor", "--output_path", trained.folder
+    )
+    assert "holds another run" in teacher.error
+    assert contents(trained.folder) == before
+
+
+def test_a_folder_of_other_files_is_not_used(trained: Runs, script: Script, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("precious")
+    (tmp_path / "models").symlink_to(trained.folder / "models")
+    start = ("train", "--config", trained.config(), "--name", "mine", "--output_path", tmp_path)
+    assert "mine holds another run" in script(*start).error
+    assert contents(folder).keys() == {"notes.txt"}
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(copied: Runs) -> None:
+    whole = contents(copied.run)
+    for path in copied.run.rglob("*_00000006.*"):
+        path.unlink()
+    resumed = shell(
+        copied.folder, "train", "--config", "tiny.yaml", "--output_path", copied.folder, "--resume", "--threads", 1
+    )
+    assert "resumed tiny after 3 of 6 steps" in clean(resumed)
+    assert contents(copied.run) == whole, "every file, bit for bit"
+
+
+def test_resume_needs_the_name_only(copied: Runs, script: Script) -> None:
+    """Without --config the run's own is taken; a finished run has nothing left to do."""
+    out = clean(script("train", "--name", "tiny", "--resume", "--output_path", copied.folder))
+    assert "resumed tiny after 6 of 6 steps" in out
+    longer = ("--set", "max_iter=7", "--resume", 3)
+    out = clean(script("train", "--name", "tiny", "--output_path", copied.folder, *longer))
+    assert "resumed tiny after 3 of 7 steps" in out
+    assert (copied.run / "checkpoints" / "state_00000007.pt").is_file()
+
+
+# ------------------------------------------------------------------------------------------- bad input
+@pytest.fixture
+def refused(trained: Runs, script: Script, tmp_path: Path) -> Callable[..., str]:
+    """Start a run that must be refused, with `--set` overrides; nothing may be written. Returns the error line."""
+
+    def start(*settings: str, options: tuple[object, ...] = (), config: Path | None = None) -> str:
+        output = tmp_path / "output"
+        output.mkdir(exist_ok=True)
+        if not (output / "models").exists():
+            shutil.copytree(trained.folder / "models", output / "models")
+        before = contents(output)
+        arguments = ["--config", config or trained.config(), "--name", "new", "--output_path", output, *options]
+        outcome = script("train", *arguments, *(["--set", *settings] if settings else []))
+        assert contents(output) == before
+        return outcome.error
+
+    return start
+
+
+Refused = Callable[..., str]
+
+
+def test_data_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert f"data_root {tmp_path / 'nowhere'}: no such folder" in refused(f"data_root={tmp_path / 'nowhere'}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"data_root {empty}: no train_all/" in refused(f"data_root={empty}")
+    (empty / "train_all").mkdir()
+    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
+    (empty / "train_all" / "0002").mkdir()
+    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
+
+
+def test_one_identity_only(refused: Refused, trained: Runs, tmp_path: Path) -> None:
+    one = tmp_path / "one" / "bounding_box_train"
+    one.mkdir(parents=True)
+    images = sorted((trained.data / "bounding_box_train").iterdir())
+    for path in images:
+        if path.name.split("_")[0] == images[0].name.split("_")[0]:
+            shutil.copy(path, one)
+    message = refused(f"data_root={one.parent}")
+    assert "1 identity here" in message and "at least 2" in message
+
+
+def test_fewer_images_than_a_batch(refused: Refused, trained: Runs) -> None:
+    assert f"{trained.images()} training images are fewer than batch_size 1000" in refused("batch_size=1000")
+
+
+def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(trained.data, data)
+    first, second = sorted((data / "bounding_box_train").iterdir())[:2]
+    cut(first)
+    second.write_bytes(b"")
+    message = refused(f"data_root={data}")
+    assert f"2 of {trained.images()} images cannot be read" in message
+    assert first.name in message and second.name in message and "skip_bad_images: true" in message
+
+    options = ("--output_path", trained.folder, "--dry-run", "--set", f"data_root={data}", "skip_bad_images=true")
+    outcome = script("train", "--config", trained.config(), "--name", "new", *options)
+    assert f"{trained.images() - 2} images of 8 identities" in clean(outcome)
+    (warning,) = [line for line in outcome.err.splitlines() if line.startswith("warning:")]
+    assert f"2 of {trained.images()} images cannot be read" in warning and first.name in warning
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(bacth_size=4), "unknown key bacth_size; did you mean batch_size?"),
+        (dict(gen=dict(dimm=4)), "unknown key gen.dimm; did you mean gen.dim?"),
+        (dict(batch_size="many"), "batch_size: "),
+        (dict(crop_image_height=-64), "crop_image_height: "),
+        (dict(gen=dict(dim=-4)), "gen.dim: "),
+        (dict(ID_class=751), "ID_class is 751, but"),
+        (dict(backbone="vgg16"), "backbone vgg16: not a ResNet"),
+        (dict(backbone="resnet10w8"), "set gen.id_dim to 64"),
+        (dict(gen=dict(dec="slim")), "gen.dec: "),
+    ],
+    ids=str,
+)
+def test_bad_configs(refused: Refused, trained: Runs, changes: dict[str, Any], words: str) -> None:
+    config = trained.config(**changes)
+    assert words in refused(config=config)
+
+
+def test_a_misspelt_key_in_a_process_of_its_own(trained: Runs, tmp_path: Path) -> None:
+    outcome = shell(tmp_path, "train", "--config", trained.config(), "--output_path", tmp_path, "--set", "max_itr=4")
+    assert "tiny.yaml: unknown key max_itr; did you mean max_iter?" in outcome.error
+    assert outcome.err.count("\n") == 1 and outcome.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert "nowhere.yaml: no such file" in refused(config=tmp_path / "nowhere.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "empty.yaml: empty" in refused(config=tmp_path / "empty.yaml")
+
+
+def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
+    message = refused("teacher=nobody")
+    assert "python train.py --config configs/teacher.yaml --name nobody" in message
+    assert "nobody" in refused("teacher='tutor,nobody'")
+
+    other = tmp_path / "output" / "models" / "other"
+    other.mkdir()
+    torch.save(build_teacher(5, backbone="resnet10w4").state_dict(), other / "net_last.pth")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\n")
+    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other")
+    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other", "id_init=teacher", "teacher_w=0")
+    (other / "opts.yaml").write_text("stride: 3\n")
+    assert "stride must be 1 or 2" in refused("teacher=other")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\ncrop_image_height: tall\n")
+    assert "opts.yaml: " in refused("teacher=other")
+    cut(other / "net_last.pth")
+    (other / "opts.yaml").unlink()
+    assert "net_last.pth: damaged" in refused("teacher=other")
+    torch.save({"epoch": 3}, other / "net_last.pth")
+    assert "not a teacher's weights" in refused("teacher=other")
+
+
+def test_a_checkpoint_cut_in_half(copied: Runs, script: Script) -> None:
+    cut(copied.run / "checkpoints" / "gen_00000006.pt")
+    before = contents(copied.folder)
+    # The end of the run lies behind, so make it longer.
+    resumed = ("train", "--config", copied.config(), "--output_path", copied.folder, "--set", "max_iter=7")
+    message = script(*resumed, "--resume").error
+    assert "gen_00000006.pt: damaged" in message and message.endswith("the snapshot before it: --resume 3")
+    assert contents(copied.folder).keys() - before.keys() == set()
+    assert "resumed tiny after 3 of 7 steps" in clean(script(*resumed, "--resume", 3))
+
+
+def test_a_checkpoint_cut_in_half_before_evaluation(copied: Runs) -> None:
+    cut(copied.run / "checkpoints" / "id_00000006.pt")
+    outcome = shell(copied.folder, "test", "--name", "tiny", "--output_path", copied.folder)
+    assert "id_00000006.pt: damaged" in outcome.error
+    assert outcome.error.endswith("the snapshot before it: --which_epoch 3")
+    assert not (copied.run / "reid.json").exists()
+
+
+def test_resuming_what_is_not_there(copied: Runs, script: Script) -> None:
+    where = ("--config", copied.config(), "--output_path", copied.folder)
+    assert "nothing to resume" in script("train", *where, "--name", "new", "--resume").error
+    assert "no complete snapshot of iteration 5; there are 3, 6" in script("train", *where, "--resume", 5).error
+    assert "--resume soon: not an iteration" in script("train", *where, "--resume", "soon").error
+    assert not (copied.folder / "outputs" / "new").exists()
+
+
+def test_resuming_with_another_number_of_identities(copied: Runs, script: Script, tmp_path: Path) -> None:
+    data = tmp_path / "fewer"
+    shutil.copytree(copied.data, data)
+    names = sorted({path.name[:4] for path in (data / "bounding_box_train").iterdir()})
+    for path in (data / "bounding_box_train").glob(f"{names[-1]}_*"):
+        path.unlink()
+    outcome = script(
+        "train", "--config", copied.config(), "--output_path", copied.folder, "--resume", "--set",
+        f"data_root={data}", "teacher_style=3", "max_iter=7",
+    )  # fmt: skip
+    assert "made for 8 identities, but ID_class is 7" in outcome.error
+
+
+def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
+    outcome = script(
+        "train", "--config", trained.config(), "--name", "new", "--output_path", tmp_path,
+        "--set", "lr_g=1e30", "max_iter=5", "snapshot_save_iter=1", "teacher_style=3",
+    )  # fmt: skip
+    assert "a loss is not finite" in outcome.error and "recon_x_a nan" in outcome.error
+    for path in (tmp_path / "outputs" / "new" / "checkpoints").glob("gen_*.pt"):
+        state = torch.load(path, weights_only=True)["a"]
+        assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    "settings,options,words",
+    [
+        (["apex=true"], ["--device", "cpu"], "fp16 (apex: true) needs a CUDA GPU"),
+        (["precision=fp16"], ["--device", "cpu"], "on a CPU use precision: bf16 or fp32"),
+        (["apex=true", "precision=bf16"], [], "apex: true means precision: fp16"),
+        ([], ["--device", "tpu9"], "--device tpu9: unknown device"),
+        ([], ["--device", "meta"], "--device meta: not supported"),
+        ([], ["--device", "cuda:99"], "--device cuda:99: "),
+        ([], ["--gpu_ids", "0,1"], "--gpu_ids 0,1: give one number"),
+        ([], ["--gpu_ids", "all"], "--gpu_ids all: give one number"),
+        ([], ["--gpu_ids", "99"], "--device cuda:99: "),
+        ([], ["--gpu_ids", "0", "--device", "cpu"], "--gpu_ids and --device: give one of the two"),
+        ([], ["--threads", "0"], "--threads 0: must be at least 1"),
+        ([], ["--name", "a/b"], "--name 'a/b': must be a plain folder name"),
+        ([], ["--name", ".."], "--name '..': must be a plain folder name"),
+        (["batch_size"], [], "--set batch_size: write key=value"),
+        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "vgg16-397923af.pth"),
+        (["pretrained=true"], [], "backbone resnet10w4 has no ImageNet weights; set pretrained: false"),
+        (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
+    ],
+)
+def test_bad_options(refused: Refused, settings: list[str], options: list[str], words: str) -> None:
+    assert words in refused(*settings, options=tuple(options))
+
+
+def test_the_release_number_of_no_gpu_is_the_cpu(trained: Runs, script: Script, tmp_path: Path) -> None:
+    where = ("--output_path", trained.folder, "--name", "new", "--dry-run")
+    assert "dgnet on cpu" in clean(script("train", "--config", trained.config(), *where, "--gpu_ids", "-1"))
+
+
+def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
+    """Without a network and without a cache: which file goes where."""
+    settings = ("backbone=resnet18", "gen.id_dim=512", "pretrained=true", "teacher_style=3")
+    arguments = ("--config", trained.config(), "--output_path", tmp_path / "out", "--set", *settings)
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    outcome = shell(tmp_path, "train", *arguments, TORCH_HOME=str(tmp_path / "cache"), **proxies)
+    assert "ImageNet weights of resnet18 cannot be downloaded here" in outcome.error
+    assert f"put resnet18-f37072fd.pth into {tmp_path / 'cache' / 'hub' / 'checkpoints'}" in outcome.error
+    assert "--backbone-weights FILE" in outcome.error and "pretrained: false" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: Path) -> None:
+    weights = build_teacher(3, backbone="resnet10w4").model.state_dict()
+    torch.save(weights, tmp_path / "trunk.pth")
+    start = ("train", "--config", trained.config(), "--output_path", tmp_path, "--name", "new", "--set")
+    settings = ("pretrained=true", "max_iter=1", "lr2=1e-12", "teacher_style=3")
+    clean(script(*start, *settings, "--backbone-weights", tmp_path / "trunk.pth"))
+    state = torch.load(tmp_path / "outputs" / "new" / "checkpoints" / "id_00000001.pt", weights_only=True)["a"]
+    torch.testing.assert_close(state["model.conv1.weight"], weights["conv1.weight"], rtol=1e-5, atol=1e-6)
+    assert load_config(tmp_path / "outputs" / "new" / "config.yaml").backbone_weights == str(tmp_path / "trunk.pth")
+
+    (tmp_path / "bad.pth").write_bytes(b"hello")
+    outcome = script(*start, *settings, "--name", "other", "--backbone-weights", tmp_path / "bad.pth")
+    assert "bad.pth: not ImageNet weights of resnet10w4" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--name", "nobody"], "nobody/config.yaml: no such run"),
+        (["--teacher", "nobody"], "train it with: python train.py"),
+        (["--name", "tutor"], "tutor is a teacher's run; evaluate it with: python test.py --teacher tutor"),
+        (["--name", "tiny", "--teacher", "tutor"], "--name and --teacher: give one of the two"),
+        (["--name", "tiny", "--batchsize", "0"], "--batchsize 0: must be at least 1"),
+        (["--name", "tiny", "--test_dir", "/nowhere"], "data_root /nowhere: no such folder"),
+        (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
+        (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
+    ],
+)
+def test_bad_input_of_evaluation(trained: Runs, script: Script, options: list[str], words: str) -> None:
+    before = contents(trained.folder)
+    assert words in script("test", "--output_path", trained.folder, *options).error
+    assert contents(trained.folder) == before
+
+
+def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    start = ("train", "--config", trained.config(), "--output_path", tmp_path / "file", "--set", "teacher_style=3")
+    assert "cannot be written" in script(*start).error
