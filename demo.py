@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import ROOT, UserError, run_cli
+from utils import ROOT, run_cli
 
 TEACHER = "demo-teacher"
 DATA = "datasets/mannequins"
@@ -53,10 +53,7 @@ def train(
     if finished:
         print(f"\n== {title}: done already, in {run}", flush=True)
         return
-    started = any((run / "checkpoints").glob("state_*.pt"))
-    if run.is_dir() and not started:
-        raise UserError(f"{run}: a run that stopped before its first snapshot; remove the folder or give another name")
-    resume = ["--resume"] if started else []
+    resume = ["--resume"] if run.is_dir() else []
     call(title, "train.py", "--config", config, "--name", name, *resume, *common, "--set", *settings)
 
 

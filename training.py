@@ -63,8 +63,9 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
             PairLoader(images, seed=2 * cfg.seed + 1, cache=a.pixels if cfg.cache_images else False, **common),
         ]
     per_epoch = loaders[0].batches_per_epoch
+    resumable = resume and bool(snapshots(run.checkpoints, NETWORKS[cfg.task]))
     trainer = build_trainer(
-        cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resume
+        cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resumable
     )
     if isinstance(cfg, TeacherConfig):
         max_iter, snapshot_iter = cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch
@@ -140,7 +141,9 @@ def train(s: Session, *, resume: str | None) -> None:
         )
     start_folder(run, cfg, resume=resume is not None)
     start = 0
-    if resume is not None:
+    if resume == "last" and run.config_file.is_file() and not any(run.checkpoints.glob("*.pt")):
+        print(f"{run.name} has no snapshot yet: starting from the beginning")
+    elif resume is not None:
         start = load_snapshot(run.checkpoints, s.trainer, None if resume == "last" else int(resume))
         print(f"resumed {run.name} after {start} of {s.max_iter} steps")
     with ExitStack() as stack:

@@ -535,3 +535,14 @@ def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tm
     (tmp_path / "file").write_text("")
     start = ("train", "--config", trained.config(), "--output_path", tmp_path / "file", "--set", "teacher_style=3")
     assert "cannot be written" in script(*start).error
+
+
+def test_a_run_that_stopped_before_its_first_snapshot_starts_again(copied: Runs, script: Script) -> None:
+    weights = copied.run / "checkpoints" / "gen_00000006.pt"
+    uninterrupted = torch.load(weights, weights_only=True)["a"]
+    for path in (copied.run / "checkpoints").iterdir():
+        path.unlink()
+    out = clean(script("train", "--config", copied.config(), "--output_path", copied.folder, "--resume"))
+    assert "tiny has no snapshot yet: starting from the beginning" in out
+    again = torch.load(weights, weights_only=True)["a"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
