@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils import UserError, pick_device, run_cli, set_threads, write_json
+from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,9 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")
     parser.add_argument("--no-cameras", action="store_true", help="drop nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features, .npz or .mat")
-    parser.add_argument("--output_path", help="folder of outputs/ and models/ (default: the project's)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add_machine_arguments(parser)
     return parser.parse_args()
 
 

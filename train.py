@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, pick_device, run_cli, seed_everything, set_threads
+from utils import UserError, add_machine_arguments, pick_device, run_cli, seed_everything, set_threads
 
 if TYPE_CHECKING:
     from config import Config
@@ -16,7 +16,6 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", help="YAML file: configs/latest.yaml, configs/teacher.yaml, ... (default: latest)")
     parser.add_argument("--name", help="name of the run (default: the config's file name)")
-    parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -26,8 +25,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument("--gpu_ids", help="GPU to use, as the release calls it: 0 is --device cuda:0")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add_machine_arguments(parser)
     parser.add_argument("--backbone-weights", metavar="FILE", help="ImageNet weights instead of torchvision's cache")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and schedule, stop")
     return parser.parse_args()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,6 +37,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); there is nobody to tell.
         os._exit(141)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every script of this project has: where runs are kept, and what to compute on."""
+    parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -9,7 +9,7 @@ from pathlib import Path
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, pick_device, run_cli, set_threads, write_json
+from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,9 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_root", help="embedded data set (default: the run's)")
     parser.add_argument("--count", type=int, default=512, help="swaps to draw (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of swaps")
-    parser.add_argument("--output_path", help="folder of outputs/ (default: the project's)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add_machine_arguments(parser)
     return parser.parse_args()
 
 

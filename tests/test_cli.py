@@ -546,3 +546,40 @@ def test_a_run_that_stopped_before_its_first_snapshot_starts_again(copied: Runs,
     assert "tiny has no snapshot yet: starting from the beginning" in out
     again = torch.load(weights, weights_only=True)["a"]
     assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
+
+
+# ------------------------------------------------------------------------------- figures and measures
+def test_the_swap_grid_of_a_run(copied: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 3, "--threads", 1, "--device", "cpu")
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out))
+    with Image.open(out) as grid:
+        assert grid.height > 4 * 128  # the border and three rows
+    before = out.read_bytes()
+    refused = shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out)
+    assert f"{out} exists" in refused.error and out.read_bytes() == before
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out, "--force", "--seed", 1))
+    assert out.read_bytes() != before
+
+
+def test_the_swap_grid_of_a_folder_of_images(copied: Runs, script: Script, tmp_path: Path) -> None:
+    folder, out = tmp_path / "people", tmp_path / "grid.png"
+    folder.mkdir()
+    where = ("--name", "tiny", "--output_path", copied.folder, "--input", folder, "--out", out, "--device", "cpu")
+    empty = shell(tmp_path, "visual_tools/show_rainbow", *where)
+    assert "neither a data set with a query split nor a folder of images" in empty.error and not out.exists()
+    for i, size in enumerate([(40, 90), (64, 128), (31, 57)]):
+        Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where))
+    assert out.is_file()
+
+
+def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 12, "--threads", 1, "--device", "cpu")
+    out = clean(shell(tmp_path, "gen_eval/against_truth", *where))
+    written = json.loads((copied.run / "swaps.json").read_text())
+    assert written["pairs"] == 12 and written["generated"] > 0 and written["copy"] > 20
+    assert written["reduction"] == pytest.approx(1 - written["generated"] / written["copy"])
+    assert f"copying the structure image {written['copy']:.1f}" in out
+    teacher = shell(tmp_path, "gen_eval/against_truth", "--name", "tutor", "--output_path", copied.folder)
+    assert "tutor is a teacher's run and generates nothing" in teacher.error
