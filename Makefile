@@ -4,7 +4,7 @@ VENV ?= .venv
 THREADS ?= 1
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint 
+.PHONY: demo test lint
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -331,6 +331,8 @@ def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) ->
         print(f"note: {source}: {', '.join(dead)}: read by nothing, in the release and here", file=sys.stderr)
     values = {key: value for key, value in values.items() if key not in DEAD_KEYS}
     model = _schema(values)
+    if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
+        print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)
     if not strict:
         values = (
             (RELEASE_FALLBACKS if model is DGNetConfig else {})
