@@ -5,7 +5,9 @@ Runs every step case of tests/golden and of the folder that the environment vari
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,13 @@ TERMS = {
 }
 # A gradient this small beside the network's largest is rounding: an instance norm cancels the parameter.
 NOISE = 1e-9
+
+
+@pytest.fixture(autouse=True)
+def release_memory() -> Iterator[None]:
+    """A case holds gigabytes in float64; its trainer and the recorders below form a cycle that outlives the test."""
+    yield
+    gc.collect()
 
 
 def relative(value: float, golden: float) -> float:
