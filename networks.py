@@ -22,10 +22,11 @@ from torch import Tensor
 from utils import UserError
 
 ACTIVATIONS = {
-    "lrelu": lambda: nn.LeakyReLU(0.2),
-    "relu": nn.ReLU,
+    # In place where autograd allows: each follows an operation that does not need its own output again.
+    "lrelu": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "relu": lambda: nn.ReLU(inplace=True),
     "prelu": nn.PReLU,
-    "selu": nn.SELU,
+    "selu": lambda: nn.SELU(inplace=True),
     "tanh": nn.Tanh,
     "none": nn.Identity,
 }
@@ -59,8 +60,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dims = tuple(range(1, x.dim()))
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        std, mean = torch.std_mean(x, dim=dims, keepdim=True)
-        return (x - mean) / (std + self.eps) * self.gamma.view(shape) + self.beta.view(shape)
+        std, mean = torch.std_mean(x, dim=dims, keepdim=True)  # (N, 1, 1, 1)
+        # One scale and one shift per sample and channel: a single pass over x, and only x is kept for the backward.
+        scale = self.gamma.view(shape) / (std + self.eps)
+        return torch.addcmul(self.beta.view(shape) - mean * scale, x, scale)
 
 
 class AdaIN(nn.Module):

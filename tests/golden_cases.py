@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from config import DGNetConfig, parse_config, set_values
 from data.pairs import Batch
@@ -66,6 +67,26 @@ def golden_images(seed: int, n: int, h: int, w: int) -> torch.Tensor:
     coarse = rng.standard_normal((n, 3, h // 16, w // 16)).astype(np.float32)
     fine = rng.standard_normal((n, 3, h, w)).astype(np.float32)
     return torch.from_numpy(coarse.repeat(16, axis=2).repeat(16, axis=3) + np.float32(0.1) * fine).double()
+
+
+class SmallConvolutions(TorchFunctionMode):
+    """Convolve a few images at a time.
+
+    In float64 a CPU unfolds the whole batch into one matrix before it multiplies: 10 GB for the decoder's last
+    layers. Images do not meet in a convolution, so the numbers are the same.
+    """
+
+    UNFOLDED = 2**25  # numbers in the matrix, 256 MB
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            x, weight = args[:2]
+            per_image = weight[0].numel() * x.shape[2] * x.shape[3]
+            parts = x.split(max(1, self.UNFOLDED // per_image))
+            if len(parts) > 1:
+                return torch.cat([func(part, *args[1:], **kwargs) for part in parts])
+        return func(*args, **kwargs)
 
 
 def golden_config(case: dict[str, Any]) -> DGNetConfig:
