@@ -1,7 +1,7 @@
 """Prepare Market-1501 for training and evaluation: `python prepare-market.py --data_root ../Market`."""
 
-from data.market import main
+from data.prepare import main
 from utils import run_cli
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: main(dataset="market1501"))

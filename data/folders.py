@@ -2,7 +2,7 @@
 
 Two layouts are read, and give the same lists:
 
-- prepared, by `prepare-market.py`: `DATA_ROOT/SPLIT/IDENTITY/*.jpg`, or the same under `DATA_ROOT/pytorch`;
+- prepared, by `prepare.py`: `DATA_ROOT/SPLIT/IDENTITY/*.jpg`, or the same under `DATA_ROOT/pytorch`;
 - the archive's own: `DATA_ROOT/bounding_box_train/*.jpg` and so on, the identity being in the file name.
 
 Lists are sorted by identity token as a string, then by file name: the order of torchvision's ImageFolder,
@@ -144,25 +144,24 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
         raise UserError(f"data_root {root}: no such folder; set data_root to the data set's folder")
 
     for base in (root / PREPARED_FOLDER, root):
+        if (base / UNFINISHED_MARK).exists():
+            raise UserError(f"{base}: its preparation was interrupted; run the same prepare command again")
         if (base / split).is_dir():
-            if (base / UNFINISHED_MARK).exists():
-                raise UserError(f"{base}: its preparation was interrupted; run prepare-market.py again")
             return _read_prepared(base / split, split, need_names)
     if (root / ARCHIVE_FOLDERS[split]).is_dir():
-        return read_archive(root, split)
+        return read_archive(root / ARCHIVE_FOLDERS[split], split)
     raise UserError(
         f"data_root {root}: no {split}/, {PREPARED_FOLDER}/{split}/ or {ARCHIVE_FOLDERS[split]}/ in it; "
-        "set data_root to the data set's folder, or prepare it with prepare-market.py"
+        "set data_root to the data set's folder, or prepare it with prepare.py"
     )
 
 
-def read_archive(root: Path, split: str) -> ImageList:
-    """One split from the archive's own folders, identities and cameras from the file names.
+def read_archive(folder: Path, split: str) -> ImageList:
+    """One split from the archive's own folder of it, identities and cameras from the file names.
 
     The first image of each identity, in file name order, is its `val` image; the others are `train`. Junk and
     distractors (identity 0 or less) never train.
     """
-    folder = root / ARCHIVE_FOLDERS[split]
     images = _read_flat(folder, list_images(folder), training=split in TRAINING_SPLITS)
     if split in ("train", "val"):
         tokens = images.tokens
@@ -252,6 +251,48 @@ def require_identities(images: ImageList, minimum: int = 2) -> None:
             f"{where}: {images.num_classes} identity here ({', '.join(images.classes)}), training "
             f"needs at least {minimum}; give it one sub-folder per identity"
         )
+
+
+def data_set_name(data_root: str | Path) -> str:
+    """What to call a data set: `../MSMT17/pytorch` and `../MSMT17` are MSMT17.
+
+    Either half of CUHK03-NP has the name of the folder around it before its own: CUHK03-NP-labeled.
+    """
+    root = Path(os.path.abspath(data_root))
+    root = root.parent if root.name == PREPARED_FOLDER else root
+    return f"{root.parent.name}-{root.name}" if root.name in ("labeled", "detected") else root.name
+
+
+def data_set_root(data_root: str | Path) -> Path:
+    """The folder of a data set, whether that or its prepared folder is given; equal for one and the same."""
+    root = Path(data_root).resolve()
+    return root.parent if root.name == PREPARED_FOLDER else root
+
+
+def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool = True) -> None:
+    """Read the lists of query and gallery, and of multi-query images with `multi`, before hours are spent on them.
+
+    cameras  False: images of one camera count as matches, and the query image itself alone does not.
+
+    Raises UserError as `read_split`, and when no query has a match in the gallery.
+    """
+    query, gallery = read_split(data_root, "query"), read_split(data_root, "gallery")
+    if multi:
+        read_split(data_root, "multi-query")
+    q_views, g_views = (side.camids.tolist() if cameras else [p.name for p in side.paths] for side in (query, gallery))
+    seen: dict[int, set[int | str]] = {}
+    for pid, view in zip(gallery.pids.tolist(), g_views, strict=True):
+        seen.setdefault(pid, set()).add(view)
+    asked = [(pid, view) for pid, view in zip(query.pids.tolist(), q_views, strict=True) if pid in seen and pid != -1]
+    if not asked:
+        raise UserError(
+            f"{data_root}: none of the {query.num_classes} identities in query is in the gallery (query has "
+            f"{query.classes[0]}, the gallery {gallery.classes[0]}); both must be of one data set"
+        )
+    if not any(seen[pid] - {view} for pid, view in asked):
+        remedy = "for data without cameras use --no-cameras" if cameras else "add other images to the gallery"
+        what = "camera" if cameras else "image"
+        raise UserError(f"{data_root}: no query has a match of another {what} in the gallery; {remedy}")
 
 
 def count_identities(data_root: str | Path) -> int:

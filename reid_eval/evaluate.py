@@ -120,10 +120,29 @@ def format_table(report: dict[str, Any]) -> str:
             lines += ["", f"{title}, {convention}: {explanation}"]
             lines.append("  " + " " * wide + "".join(f"{column:>9}" for column in COLUMNS.values()))
             for setting, label in labels.items():
-                values = rows[setting][convention]
-                cells = "".join(f"{100 * values[key]:9.2f}" for key in COLUMNS)
-                lines.append(f"  {label:{wide}}{cells}")
+                lines.append(f"  {label:{wide}}{_cells(rows[setting][convention])}")
     return "\n".join(lines)
+
+
+def format_comparison(reports: dict[str, dict[str, Any]]) -> str:
+    """Reports of one model by data set as lines for a terminal: a row per data set and head, in percent."""
+    first = next(iter(reports.values()))
+    lines = []
+    for title, rows in first["tables"].items():
+        labels = {setting: ROW_LABELS.get(setting, setting) for setting in rows}
+        names, heads = max(map(len, reports)), max(map(len, labels.values()))
+        for convention, explanation in first["conventions"].items():
+            lines += ["", f"{title}, {convention}: {explanation}"]
+            lines.append(" " * (names + heads + 4) + "".join(f"{column:>9}" for column in COLUMNS.values()))
+            for data_set, report in reports.items():
+                for setting, label in labels.items():
+                    cells = _cells(report["tables"][title][setting][convention])
+                    lines.append(f"  {data_set:{names}}  {label:{heads}}{cells}")
+    return "\n".join(lines)
+
+
+def _cells(values: dict[str, float]) -> str:
+    return "".join(f"{100 * values[key]:9.2f}" for key in COLUMNS)
 
 
 def _numbers(ranking: Ranking) -> dict[str, float]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config import DGNetConfig, TeacherConfig, parse_config
 from data.mannequins import make_dataset
@@ -78,6 +80,47 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "mannequins"
     make_dataset(folder, preset="tiny")
     return folder
+
+
+# A Market-1501 of the smallest size: what its folders hold.
+MARKET_NAMES = {
+    "bounding_box_train": [
+        *(f"0002_c{camera}s1_00045{i}_0{i}.jpg" for camera in (1, 2) for i in (1, 2)),
+        *(f"0007_c{camera}s2_00010{camera}_01.jpg" for camera in (1, 3, 15)),
+        "0011_c6s1_000001_01.jpg",
+        *(f"1500_c{camera}s3_000020_01.jpg" for camera in (2, 4)),
+    ],
+    "bounding_box_test": [
+        "-1_c3s2_000031_02.jpg",
+        "0000_c6s1_000010_01.jpg",
+        "0003_c1s1_000005_01.jpg",
+        "0003_c2s1_000006_01.jpg",
+        "0004_c5s1_000007_01.jpg",
+    ],
+    "query": ["0003_c4s1_000008_00.jpg", "0004_c1s1_000009_00.jpg"],
+    "gt_bbox": ["0003_c4s1_000008_00.jpg", "0003_c4s1_000010_00.jpg"],
+}
+
+
+def noise(path: Path, size: tuple[int, int] = (20, 44), mode: str = "RGB") -> Path:
+    """Save an image of blocks of noise, other for every file name; `size` is (width, height)."""
+    rng = np.random.default_rng(list(str(path.name).encode()))
+    blocks = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(blocks).resize(size, Image.Resampling.BILINEAR).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Market-1501 as its authors packed it, with the stray files that unpacking leaves."""
+    root = tmp_path / "Market"
+    for folder, names in MARKET_NAMES.items():
+        for name in names:
+            noise(root / folder / name)
+        (root / folder / "Thumbs.db").write_bytes(b"not an image")
+        (root / folder / "._0002_c1s1.jpg").write_bytes(b"hidden")
+    return root
 
 
 @dataclass(frozen=True)

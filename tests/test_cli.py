@@ -210,10 +210,48 @@ def test_evaluation_of_an_earlier_snapshot_on_other_data(trained: Runs, script: 
     shutil.copytree(trained.data, tmp_path / "other")
     where = ("--output_path", trained.folder, "--name", "tiny")
     out = clean(script("test", *where, "--which_epoch", 3, "--test_dir", tmp_path / "other"))
-    assert "tiny after 3 steps" in out and str(tmp_path / "other") in out
-    assert json.loads((trained.run / "reid.json").read_text())["iteration"] == 3
-    (trained.run / "reid.json").unlink()
+    name = trained.data.name
+    assert f"tiny after 3 steps, trained on {name}, tested on other ({tmp_path / 'other'})" in out
+    report = json.loads((trained.run / "reid-other.json").read_text())
+    assert (report["iteration"], report["trained_on"], report["tested_on"]) == (3, name, "other")
+    assert not (trained.run / "reid.json").exists(), "that of the run's own data set"
+    (trained.run / "reid-other.json").unlink()
     assert "--which_epoch 4: no such snapshot; there are 3, 6" in script("test", *where, "--which_epoch", 4).error
+
+
+def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path: Path) -> None:
+    shutil.copytree(trained.data, tmp_path / "Other" / "pytorch")
+    min((tmp_path / "Other" / "pytorch" / "bounding_box_test").iterdir()).unlink()  # junk
+    roots = (trained.data, tmp_path / "Other" / "pytorch")
+    where = ("--output_path", trained.folder, "--name", "tiny", "--multi")
+    out = clean(script("test", *where, "--test_dir", *roots))
+    files = {trained.data.name: trained.run / "reid.json", "Other": trained.run / "reid-Other.json"}
+    reports = {name: check_report(out, file, trained.images("query")) for name, file in files.items()}
+    assert [report["tested_on"] for report in reports.values()] == list(files)
+    assert reports["Other"]["gallery"] < reports[trained.data.name]["gallery"]
+    assert f"tiny after 6 steps, tested on {trained.data.name} ({trained.data})" in out
+    table = out[out.rindex("tiny after 6 steps") :]
+    for name, report in reports.items():
+        rows = [line for line in table.splitlines() if line.startswith(f"  {name} ")]
+        expected = [
+            f"{100 * by_convention[convention]['mAP']:.2f}"
+            for by_setting in report["tables"].values()
+            for convention in report["conventions"]
+            for by_convention in by_setting.values()
+        ]
+        assert [row.split()[-2] for row in rows] == expected and len(rows) == 2 * 2 * 3
+    for file in files.values():
+        file.unlink()
+
+    # What is wrong with the second shows before the first is begun.
+    before = contents(trained.folder)
+    again = script("test", *where, "--test_dir", trained.data, tmp_path / "nowhere")
+    assert "nowhere: no such folder" in again.error and again.out == ""
+    same = script("test", *where, "--test_dir", tmp_path / "Other", roots[1])
+    assert "two of one name; give every data set once" in same.error
+    saved = script("test", *where, "--test_dir", *roots, "--save-features", tmp_path / "f.npz")
+    assert "--save-features: holds one data set" in saved.error and not (tmp_path / "f.npz").exists()
+    assert contents(trained.folder) == before
 
 
 def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: Script) -> None:
@@ -529,6 +567,94 @@ def test_bad_input_of_evaluation(trained: Runs, script: Script, options: list[st
     before = contents(trained.folder)
     assert words in script("test", "--output_path", trained.folder, *options).error
     assert contents(trained.folder) == before
+
+
+def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    query, gallery = data / "query", data / "bounding_box_test"
+    for folder in (query, gallery):
+        shutil.copytree(trained.data / folder.name, folder)
+    before = contents(trained.folder)
+
+    def refused(*options: str) -> str:
+        outcome = script("test", "--output_path", trained.folder, "--name", "tiny", "--test_dir", data, *options)
+        assert outcome.out == "" and contents(trained.folder) == before
+        return outcome.error
+
+    assert "no gt_bbox/" in refused("--multi").replace("multi-query/, pytorch/multi-query/ or gt_bbox/", "gt_bbox/")
+    person = next(query.iterdir())
+    stranger = person.rename(query / f"anna_{person.name}")
+    assert f"{query}: anna_{person.name}: no identity and camera in the file name; rename it" in refused()
+    stranger.unlink()
+
+    for path in query.iterdir():
+        path.rename(query / f"9{path.name}")
+    assert f"{data}: none of the" in refused() and "both must be of one data set" in refused("--no-cameras")
+
+    for path in query.iterdir():
+        path.unlink()
+    shutil.copy(next(gallery.glob("0*_c1*")), query)
+    for path in gallery.iterdir():
+        if "_c1" not in path.name:
+            path.unlink()
+    assert "no query has a match of another camera in the gallery; for data without cameras use" in refused()
+    for path in gallery.iterdir():
+        if not (query / path.name).exists():
+            path.unlink()
+    assert "no query has a match of another image in the gallery" in refused("--no-cameras")
+
+    for path in gallery.iterdir():
+        path.unlink()
+    assert f"{gallery}: no images for gallery" in refused()
+    shutil.rmtree(gallery)
+    assert "bounding_box_test/ in it" in refused()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(ID_style="PCB"), "belongs to another network (missing"),
+        (dict(backbone="resnet10w8", gen=dict(id_dim=64)), "the config asks for"),
+        (dict(backbone="resnet18", gen=dict(id_dim=512)), "belongs to another network (missing"),
+    ],
+    ids=["style", "width", "backbone"],
+)
+def test_a_model_and_a_config_that_do_not_belong_together(
+    copied: Runs, script: Script, changes: dict[str, Any], words: str
+) -> None:
+    file = copied.run / "config.yaml"
+    file.write_text(yaml.safe_dump(merged(yaml.safe_load(file.read_text()), changes)))
+    error = script("test", "--output_path", copied.folder, "--name", "tiny").error
+    assert words in error and str(copied.run) in error
+    assert not (copied.run / "reid.json").exists()
+
+
+def test_a_teacher_and_opts_that_do_not_belong_together(copied: Runs, script: Script) -> None:
+    folder = copied.folder / "models" / "tutor"
+    opts = yaml.safe_load((folder / "opts.yaml").read_text())
+    for backbone in ("resnet18", "resnet10w8"):
+        (folder / "opts.yaml").write_text(yaml.safe_dump(opts | dict(backbone=backbone)))
+        error = script("test", "--output_path", copied.folder, "--teacher", "tutor").error
+        assert f"{folder / 'net_last.pth'}: " in error and "check the config beside it" in error
+
+
+def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, script: Script, tmp_path: Path) -> None:
+    """From a folder per identity to numbers: names that are no numbers, and no cameras."""
+    root = tmp_path / "people"
+    for path in (trained.data / "bounding_box_train").iterdir():
+        (root / f"person {path.name[:4]}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / f"person {path.name[:4]}" / path.name[5:])
+    assert script("prepare", "--dataset", "folder", "--data_root", root).code == 0
+    where = ("--output_path", trained.folder, "--name", "tiny", "--test_dir", root)
+    assert "for data without cameras use --no-cameras" in script("test", *where).error
+    out = clean(script("test", *where, "--no-cameras"))
+    report = json.loads((trained.run / "reid-people.json").read_text())
+    assert report["queries"] == 4 and report["without_match"] == 0 and "no cameras" in out
+    (trained.run / "reid-people.json").unlink()
+    start = ("train", "--config", trained.config(), "--output_path", trained.folder, "--name", "new", "--dry-run")
+    assert "images of 4 identities" in clean(
+        script(*start, "--set", f"data_root={root}", "teacher_style=3", "teacher_w=0")
+    )
 
 
 def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:

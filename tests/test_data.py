@@ -3,66 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import MARKET_NAMES, noise
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data import folders, market
+from data import folders
+from data.archives import flat_archive
 from data.folders import ImageList, check_images, count_identities, parse_name, read_split, require_identities
 from data.pairs import Batch, PairLoader, augment, iter_images, load_image, normalise, resized
-from utils import IMAGENET_MEAN, IMAGENET_STD, ROOT, UserError
+from data.prepare import Task, prepare
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 HEIGHT, WIDTH = 32, 16
-TRAIN_NAMES = [
-    *(f"0002_c{camera}s1_00045{i}_0{i}.jpg" for camera in (1, 2) for i in (1, 2)),
-    *(f"0007_c{camera}s2_00010{camera}_01.jpg" for camera in (1, 3, 15)),
-    "0011_c6s1_000001_01.jpg",
-    *(f"1500_c{camera}s3_000020_01.jpg" for camera in (2, 4)),
-]
-TEST_NAMES = [
-    "-1_c3s2_000031_02.jpg",
-    "0000_c6s1_000010_01.jpg",
-    "0003_c1s1_000005_01.jpg",
-    "0003_c2s1_000006_01.jpg",
-    "0004_c5s1_000007_01.jpg",
-]
-QUERY_NAMES = ["0003_c4s1_000008_00.jpg", "0004_c1s1_000009_00.jpg"]
-MULTI_NAMES = ["0003_c4s1_000008_00.jpg", "0003_c4s1_000010_00.jpg"]
-
-
-def noise(path: Path, size: tuple[int, int] = (20, 44), mode: str = "RGB") -> Path:
-    """Save an image of blocks of noise, other for every file name; `size` is (width, height)."""
-    rng = np.random.default_rng(list(str(path.name).encode()))
-    blocks = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(blocks).resize(size, Image.Resampling.BILINEAR).convert(mode).save(path)
-    return path
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    root = tmp_path / "Market"
-    for folder, names in (
-        ("bounding_box_train", TRAIN_NAMES),
-        ("bounding_box_test", TEST_NAMES),
-        ("query", QUERY_NAMES),
-        ("gt_bbox", MULTI_NAMES),
-    ):
-        for name in names:
-            noise(root / folder / name)
-        (root / folder / "Thumbs.db").write_bytes(b"not an image")
-        (root / folder / "._0002_c1s1.jpg").write_bytes(b"hidden")
-    return root
 
 
 @pytest.fixture
@@ -86,10 +46,6 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
     for one, other in zip(first, second, strict=True):
         for name in Batch._fields:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
-
-
-def listing(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 # ---- names and lists
@@ -125,8 +81,8 @@ def test_first_image_of_each_identity_is_val(archive: Path) -> None:
         "1500_c2s3_000020_01.jpg",
     ]
     both = sorted(p.name for p in [*val.paths, *train.paths])
-    assert both == sorted(TRAIN_NAMES)
-    assert [p.name for p in read_split(archive, "train_all").paths] == sorted(TRAIN_NAMES)
+    assert both == sorted(MARKET_NAMES["bounding_box_train"])
+    assert [p.name for p in read_split(archive, "train_all").paths] == sorted(MARKET_NAMES["bounding_box_train"])
 
 
 def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None:
@@ -142,7 +98,7 @@ def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None
 @pytest.mark.parametrize("split", folders.SPLITS)
 def test_prepared_and_archive_give_the_same_lists(archive: Path, split: str) -> None:
     before = read_split(archive, split)
-    market.prepare(archive)
+    prepare(Task("Market-1501", archive, flat_archive(archive)))
     for root in (archive, archive / "pytorch"):
         after = read_split(root, split)
         if split != "query" or root != archive:
@@ -455,127 +411,3 @@ def test_iter_images(images: ImageList, batch_size: int) -> None:
     assert torch.equal(torch.cat(batches), expected)
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert list(iter_images([], HEIGHT, WIDTH, batch_size)) == []
-
-
-# ---- preparing
-
-
-def test_prepare_layout(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    counts = market.prepare(archive)
-    prepared = archive / "pytorch"
-    assert sorted(p.name for p in prepared.iterdir()) == sorted(folders.SPLITS)
-    assert sorted(p.name for p in (prepared / "gallery").iterdir()) == ["-1", "0000", "0003", "0004"]
-    assert sorted(p.name for p in (prepared / "train_all").iterdir()) == ["0002", "0007", "0011", "1500"]
-    assert not (prepared / "train" / "0011").exists()
-    for source in (archive / "query").glob("0*.jpg"):
-        assert (prepared / "query" / source.name[:4] / source.name).samefile(source)
-    assert {split: n.images for split, n in counts.items()} == {
-        "train_all": 10,
-        "train": 6,
-        "val": 4,
-        "query": 2,
-        "gallery": 5,
-        "multi-query": 2,
-    }
-    assert counts["gallery"] == market.SplitCount(images=5, identities=2, junk=1, distractors=1)
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("copy", [False, True])
-def test_prepare_again_changes_nothing(archive: Path, copy: bool) -> None:
-    market.prepare(archive, copy=copy)
-    before = listing(archive)
-    times = {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")}
-    market.prepare(archive, copy=copy)
-    market.prepare(archive, copy=not copy)
-    assert listing(archive) == before
-    assert {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")} == times
-
-
-def test_copies_are_made_where_links_cannot(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", no_links)
-    market.prepare(archive)
-    target = archive / "pytorch" / "query" / "0003" / QUERY_NAMES[0]
-    assert not target.samefile(archive / "query" / QUERY_NAMES[0])
-    assert target.read_bytes() == (archive / "query" / QUERY_NAMES[0]).read_bytes()
-
-
-def test_prepare_goes_on_after_an_interruption(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copyfile, calls = shutil.copyfile, itertools.count()
-
-    def interrupted(source: Path, target: Path) -> None:
-        if next(calls) == 7:
-            Path(target).write_bytes(source.read_bytes()[:50])
-            raise KeyboardInterrupt
-        copyfile(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", interrupted)
-    assert market.main(["--data_root", str(archive), "--copy"]) == 130
-    with pytest.raises(UserError, match="interrupted; run prepare-market.py again"):
-        read_split(archive, "train_all")
-    monkeypatch.setattr(shutil, "copyfile", copyfile)
-    market.prepare(archive, copy=True)
-    assert len(read_split(archive, "train_all")) == 10
-    assert not [p for p in (archive / "pytorch").rglob(".*")]
-    resumed = listing(archive / "pytorch")
-    shutil.rmtree(archive / "pytorch")
-    market.prepare(archive, copy=True)
-    assert listing(archive / "pytorch") == resumed
-
-
-def test_prepare_overwrites_nothing(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = noise(archive / "pytorch" / "query" / "0003" / "other.jpg").rename(
-        archive / "pytorch" / "query" / "0003" / QUERY_NAMES[0]
-    )
-    before = listing(archive)
-    with pytest.raises(UserError, match="not the same as"):
-        market.prepare(archive)
-    assert listing(archive) == before
-    target.unlink()
-    stranger = noise(archive / "pytorch" / "query" / "0003" / "0003_c9s1_1.jpg")
-    market.prepare(archive)
-    assert stranger.exists()
-    assert "1 images are not from this archive" in capsys.readouterr().err
-
-
-def test_prepare_without_gt_bbox(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(archive / "gt_bbox")
-    assert "multi-query" not in market.prepare(archive)
-    assert "multi-query evaluation will not be possible" in capsys.readouterr().err
-    assert not (archive / "pytorch" / "multi-query").exists()
-
-
-def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "prepare-market.py"), *arguments], capture_output=True, text=True, timeout=60
-    )
-
-
-def test_prepare_command(archive: Path) -> None:
-    done = run_prepare("--data_root", str(archive))
-    assert done.returncode == 0, done.stderr
-    assert "prepared: " in done.stdout
-    gallery = next(line for line in done.stdout.splitlines() if line.startswith("gallery")).split()
-    assert gallery == ["gallery", "5", "2", "1", "1", "4"]
-    assert done.stderr.count("\n") == 1 and "gallery has 5 images of 2 identities, not 19732 of 750" in done.stderr
-
-
-def test_prepare_command_errors(archive: Path, tmp_path: Path) -> None:
-    missing = run_prepare("--data_root", str(tmp_path / "nowhere"))
-    shutil.rmtree(archive / "bounding_box_test")
-    incomplete = run_prepare("--data_root", str(archive))
-    for failed in (missing, incomplete):
-        assert failed.returncode == 2
-        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-    assert "no such folder" in missing.stderr
-    assert "no bounding_box_test/" in incomplete.stderr
-    assert not (archive / "pytorch").exists()
-
-
-def test_help_loads_no_torch() -> None:
-    code = "import data.market, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
-    assert "--data_root" in run_prepare("--help").stdout

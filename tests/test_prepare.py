@@ -1,0 +1,556 @@
+"""Preparing data sets, each packed as its authors packed it, on images of coloured noise."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import MARKET_NAMES, Outcome, noise
+
+from data import folders
+from data.archives import number_identities
+from data.folders import SPLITS, read_split
+from data.prepare import PUBLISHED, SplitCount, main, prepare, read_tasks, report
+from utils import ROOT, UserError
+
+Script = Callable[..., Outcome]
+
+
+def prepare_market(root: Path, *, copy: bool = False) -> dict[str, SplitCount]:
+    (task,) = read_tasks("market1501", root)
+    return prepare(task, copy=copy)
+
+
+def listing(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def shell(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+# ---- Market-1501, and what all have in common
+
+
+def test_prepare_layout(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = prepare_market(archive)
+    prepared = archive / "pytorch"
+    assert sorted(p.name for p in prepared.iterdir()) == sorted(folders.SPLITS)
+    assert sorted(p.name for p in (prepared / "gallery").iterdir()) == ["-1", "0000", "0003", "0004"]
+    assert sorted(p.name for p in (prepared / "train_all").iterdir()) == ["0002", "0007", "0011", "1500"]
+    assert not (prepared / "train" / "0011").exists()
+    for source in (archive / "query").glob("0*.jpg"):
+        assert (prepared / "query" / source.name[:4] / source.name).samefile(source)
+    assert {split: n.images for split, n in counts.items()} == {
+        "train_all": 10,
+        "train": 6,
+        "val": 4,
+        "query": 2,
+        "gallery": 5,
+        "multi-query": 2,
+    }
+    assert counts["gallery"] == SplitCount(images=5, identities=2, junk=1, distractors=1)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_prepare_again_changes_nothing(archive: Path, copy: bool) -> None:
+    prepare_market(archive, copy=copy)
+    before = listing(archive)
+    times = {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")}
+    prepare_market(archive, copy=copy)
+    prepare_market(archive, copy=not copy)
+    assert listing(archive) == before
+    assert {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")} == times
+
+
+def test_copies_are_made_where_links_cannot(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_links)
+    prepare_market(archive)
+    target = archive / "pytorch" / "query" / "0003" / MARKET_NAMES["query"][0]
+    assert not target.samefile(archive / "query" / MARKET_NAMES["query"][0])
+    assert target.read_bytes() == (archive / "query" / MARKET_NAMES["query"][0]).read_bytes()
+
+
+def test_prepare_goes_on_after_an_interruption(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copyfile, calls = shutil.copyfile, itertools.count()
+
+    def interrupted(source: Path, target: Path) -> None:
+        if next(calls) == 7:
+            Path(target).write_bytes(source.read_bytes()[:50])
+            raise KeyboardInterrupt
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    assert main(["--data_root", str(archive), "--copy"], dataset="market1501") == 130
+    with pytest.raises(UserError, match="interrupted; run the same prepare command again"):
+        read_split(archive, "train_all")
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    prepare_market(archive, copy=True)
+    assert len(read_split(archive, "train_all")) == 10
+    assert not [p for p in (archive / "pytorch").rglob(".*")]
+    resumed = listing(archive / "pytorch")
+    shutil.rmtree(archive / "pytorch")
+    prepare_market(archive, copy=True)
+    assert listing(archive / "pytorch") == resumed
+
+
+def test_prepare_overwrites_nothing(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = noise(archive / "pytorch" / "query" / "0003" / "other.jpg").rename(
+        archive / "pytorch" / "query" / "0003" / MARKET_NAMES["query"][0]
+    )
+    before = listing(archive)
+    with pytest.raises(UserError, match="not the same as"):
+        prepare_market(archive)
+    assert listing(archive) == before
+    target.unlink()
+    stranger = noise(archive / "pytorch" / "query" / "0003" / "0003_c9s1_1.jpg")
+    prepare_market(archive)
+    assert stranger.exists()
+    assert "1 images are not from this archive" in capsys.readouterr().err
+
+
+def test_prepare_without_gt_bbox(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(archive / "gt_bbox")
+    assert "multi-query" not in prepare_market(archive)
+    assert "multi-query evaluation will not be possible" in capsys.readouterr().err
+    assert not (archive / "pytorch" / "multi-query").exists()
+
+
+def test_prepare_command(archive: Path) -> None:
+    done = shell("prepare-market", "--data_root", str(archive))
+    assert done.returncode == 0, done.stderr
+    assert "prepared: " in done.stdout
+    gallery = next(line for line in done.stdout.splitlines() if line.startswith("gallery")).split()
+    assert gallery == ["gallery", "5", "2", "1", "1", "4"]
+    assert done.stderr.count("\n") == 1 and "gallery has 5 images of 2 identities, not 19732 of 750" in done.stderr
+
+
+def test_prepare_command_errors(archive: Path, tmp_path: Path) -> None:
+    missing = shell("prepare-market", "--data_root", str(tmp_path / "nowhere"))
+    shutil.rmtree(archive / "bounding_box_test")
+    incomplete = shell("prepare-market", "--data_root", str(archive))
+    for failed in (missing, incomplete):
+        assert failed.returncode == 2
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    assert "no such folder" in missing.stderr
+    assert "no bounding_box_test/" in incomplete.stderr
+    assert not (archive / "pytorch").exists()
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import data.prepare, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert "--data_root" in shell("prepare-market", "--help").stdout
+
+
+# ---- other archives
+
+
+def pack(root: Path, files: dict[str, list[str]]) -> Path:
+    """An archive: folder by folder the names of its images."""
+    for folder, names in files.items():
+        for name in names:
+            noise(root / folder / name)
+    return root
+
+
+def lists(root: Path) -> dict[str, list[tuple[int, int]]]:
+    """Identity and camera of the images of every split that was prepared, as training and evaluation read them."""
+    read = {split: read_split(root, split) for split in SPLITS if (root / "pytorch" / split).is_dir()}
+    return {split: sorted(zip(v.pids.tolist(), v.camids.tolist(), strict=True)) for split, v in read.items()}
+
+
+def assert_repeatable(script: Script, root: Path, *arguments: object) -> None:
+    """Again, with copies and after an interruption: the same files."""
+    prepared = listing(root / "pytorch")
+    for more in ((), ("--copy",)):
+        assert script("prepare", *arguments, *more).code == 0
+        assert listing(root / "pytorch") == prepared
+    for path in sorted((root / "pytorch").rglob("*.*g"))[::2]:
+        path.unlink()
+    (root / "pytorch" / folders.UNFINISHED_MARK).touch()
+    with pytest.raises(UserError, match="interrupted; run the same prepare command again"):
+        read_split(root, "query")
+    assert script("prepare", *arguments, "--copy").code == 0
+    assert listing(root / "pytorch") == prepared
+
+
+def test_prepare_and_prepare_market_agree(archive: Path, script: Script, tmp_path: Path) -> None:
+    shutil.copytree(archive, tmp_path / "other")
+    one = shell("prepare-market", "--data_root", str(archive))
+    two = script("prepare", "--dataset", "market1501", "--data_root", tmp_path / "other")
+    assert (one.stdout, one.stderr) == tuple(
+        text.replace(str(tmp_path / "other"), str(archive)) for text in (two.out, two.err)
+    )
+    assert listing(archive) == listing(tmp_path / "other")
+    assert_repeatable(script, archive, "--dataset", "market1501", "--data_root", archive)
+
+
+def test_dukemtmc_reid(script: Script, tmp_path: Path) -> None:
+    names = {
+        "bounding_box_train": ["0001_c2_f0046182.jpg", "0001_c5_f0055001.jpg", "0005_c1_f0046302.jpg"],
+        "bounding_box_test": ["0002_c1_f0044158.jpg", "0002_c2_f0055002.jpg", "7139_c8_f0099999.jpg"],
+        "query": ["0002_c4_f0051111.jpg"],
+    }
+    root = pack(tmp_path / "DukeMTMC-reID", names)
+    done = script("prepare", "--dataset", "dukemtmc-reid", "--data_root", root)
+    assert done.code == 0
+    note, warning = done.err.splitlines()
+    assert "withdrawn by its authors" in note
+    assert "not the complete DukeMTMC-reID" in warning and "not 17661 of 1110" in warning
+    assert "http" not in done.out + done.err
+    assert lists(root) == {
+        "train_all": [(1, 2), (1, 5), (5, 1)],
+        "train": [(1, 5)],
+        "val": [(1, 2), (5, 1)],
+        "query": [(2, 4)],
+        "gallery": [(2, 1), (2, 2), (7139, 8)],
+    }
+    assert (root / "pytorch" / "train_all" / "0005" / "0005_c1_f0046302.jpg").is_file()
+    assert_repeatable(script, root, "--dataset", "dukemtmc-reid", "--data_root", root)
+
+
+@pytest.mark.parametrize("boxes", [["labeled"], ["detected"], ["labeled", "detected"]])
+def test_cuhk03_np(script: Script, tmp_path: Path, boxes: list[str]) -> None:
+    names = {
+        "bounding_box_train": ["0001_c1_1.png", "0001_c2_6.png", "0004_c1_31.png"],
+        "bounding_box_test": ["0003_c1_22.png", "0003_c2_26.png"],
+        "query": ["0003_c1_21.png", "0003_c2_28.png"],
+    }
+    for box in boxes:
+        pack(tmp_path / "cuhk03-np" / box, names)
+    done = script("prepare", "--dataset", "cuhk03-np", "--data_root", tmp_path / "cuhk03-np")
+    assert done.code == 0
+    for box in boxes:
+        train = {"labeled": "7368 of 767", "detected": "7365 of 767"}[box]
+        assert f"not the complete CUHK03-NP {box}: train_all has 3 images of 2 identities, not {train}" in done.err
+        root = tmp_path / "cuhk03-np" / box
+        assert lists(root)["train_all"] == [(1, 1), (1, 2), (4, 1)]
+        assert lists(root)["gallery"] == lists(root)["query"] == [(3, 1), (3, 2)]
+        # One half alone may be named as well.
+        assert_repeatable(script, root, "--dataset", "cuhk03-np", "--data_root", root)
+    assert done.err.count("\n") == len(boxes)
+
+
+def test_veri776(script: Script, tmp_path: Path) -> None:
+    names = {
+        "image_train": ["0001_c001_00016450_0.jpg", "0001_c019_00016460_0.jpg", "0773_c020_00080540_1.jpg"],
+        "image_test": ["0002_c002_00030600_0.jpg", "0002_c016_00031075_0.jpg"],
+        "image_query": ["0002_c002_00030600_0.jpg"],
+    }
+    root = pack(tmp_path / "VeRi", names)
+    for split, name in (("train", "image_train"), ("query", "image_query"), ("test", "image_test")):
+        (root / f"name_{split}.txt").write_text("".join(f"{line}\n" for line in names[name]))
+    done = script("prepare", "--dataset", "veri776", "--data_root", root)
+    assert done.code == 0
+    assert "not 37778 of 576 or 37746 of 576" in done.err
+    assert lists(root) == {
+        "train_all": [(1, 1), (1, 19), (773, 20)],
+        "train": [(1, 19)],
+        "val": [(1, 1), (773, 20)],
+        "query": [(2, 2)],
+        "gallery": [(2, 2), (2, 16)],
+    }
+    assert_repeatable(script, root, "--dataset", "veri776", "--data_root", root)
+
+
+MSMT17 = {
+    "train": ["0000/0000_000_01_0303morning_0008_0.jpg", "0000/0000_001_15_0303morning_0009_0.jpg",
+              "0007/0007_002_07_0113afternoon_0081_1.jpg"],
+    "val": ["0000/0000_040_14_0302noon_0211_2.jpg"],
+    "query": ["0000/0000_003_04_0113noon_0001_0.jpg", "3059/3059_012_12_0303noon_0005_1.jpg"],
+    "gallery": ["0000/0000_000_01_0303morning_0015_0.jpg", "3059/3059_000_11_0303noon_0004_0.jpg"],
+}  # fmt: skip
+
+
+def pack_msmt17(root: Path, train: str, test: str) -> Path:
+    for split, names in MSMT17.items():
+        pack(root, {train if split in ("train", "val") else test: names})
+        (root / f"list_{split}.txt").write_text("".join(f"{name} {int(name[:4])}\n" for name in names))
+    noise(root / test / "0000" / "0000_099_01_0303morning_9999_0.jpg")  # in no list
+    return root
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("mask_train_v2", "mask_test_v2")], ids=["V1", "V2"])
+def test_msmt17(script: Script, tmp_path: Path, train: str, test: str) -> None:
+    root = pack_msmt17(tmp_path / "MSMT17", train, test)
+    done = script("prepare", "--dataset", "msmt17", "--data_root", root)
+    assert done.code == 0 and "not the complete MSMT17" in done.err
+    # The archive's identity 0 would be a distractor, so all are one higher.
+    assert lists(root) == {
+        "train_all": [(1, 1), (1, 14), (1, 15), (8, 7)],
+        "train": [(1, 1), (1, 15), (8, 7)],
+        "val": [(1, 14)],
+        "query": [(1, 4), (3060, 12)],
+        "gallery": [(1, 1), (3060, 11)],
+    }
+    source = root / test / "0000" / "0000_003_04_0113noon_0001_0.jpg"
+    target = root / "pytorch" / "query" / "0001" / "0001_c4_0000_003_04_0113noon_0001_0.jpg"
+    assert target.samefile(source)
+    assert_repeatable(script, root, "--dataset", "msmt17", "--data_root", root)
+
+
+def test_bad_archives(script: Script, tmp_path: Path, archive: Path) -> None:
+    def refused(dataset: str, root: Path, *more: object) -> str:
+        error = script("prepare", "--dataset", dataset, "--data_root", root, *more).error
+        assert not (root / "pytorch").exists()
+        return error
+
+    root = pack_msmt17(tmp_path / "up" / "MSMT17_V1", "train", "test")
+    assert f"no list_train.txt, list_val.txt, list_query.txt, list_gallery.txt in it; give {root}" in refused(
+        "msmt17", root.parent
+    )
+    for split, line in (("val", "0000/0000_040_14_0302noon_0211_2.jpg"), ("query", "0000/person.jpg 5")):
+        good = (root / f"list_{split}.txt").read_text()
+        (root / f"list_{split}.txt").write_text(f"{good}\n{line}\n")
+        number = len(MSMT17[split]) + 2
+        assert f"list_{split}.txt: line {number}: '{line}' is not a path and an identity" in refused("msmt17", root)
+        (root / f"list_{split}.txt").write_text(good)
+    (root / "test" / MSMT17["gallery"][1]).unlink()
+    assert f"{MSMT17['gallery'][1]}: no such file, one of 1 missing images" in refused("msmt17", root)
+    (root / "list_gallery.txt").write_text("\n")
+    assert "list_gallery.txt: names no image" in refused("msmt17", root)
+    pack_msmt17(root, "mask_train_v2", "mask_test_v2")
+    assert "holds V1 and V2" in refused("msmt17", root)
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "mask_test_v2")
+    assert "neither train/ and test/ (V1) nor" in refused("msmt17", root)
+
+    assert "neither labeled/ nor detected/ in it" in refused("cuhk03-np", archive)
+    assert "no image_train/, image_query/, image_test/ in it; give the folder of" in refused("veri776", archive)
+    assert f"in it; give {archive}" in refused("dukemtmc-reid", archive.parent)
+    assert "--csv: goes with --dataset csv, not with market1501" in refused("market1501", archive, "--csv", "a.csv")
+    assert "--seed: goes with --dataset folder, not with csv" in refused("csv", archive, "--seed", 1)
+    assert "--test-fraction 1.5: must be from 0 to 1" in refused("folder", archive, "--test-fraction", 1.5)
+    noise(archive / "query" / "anna_c1s1_000001_01.jpg")
+    assert "query: anna_c1s1_000001_01.jpg: no identity and camera" in refused("market1501", archive)
+    for path in (archive / "query").iterdir():
+        path.unlink()
+    assert "query: no images for query" in refused("market1501", archive)
+    assert shell("prepare", "--dataset", "market", "--data_root", str(archive)).returncode == 2
+
+
+@pytest.mark.parametrize("title", PUBLISHED)
+def test_counts_as_published_raise_no_warning(title: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for last in (0, -1):
+        counts = {split: SplitCount(*pairs[last], 0, 0) for split, pairs in PUBLISHED[title].items()}
+        report(counts, title)
+        assert capsys.readouterr().err == ""
+    images, identities = PUBLISHED[title]["query"][0]
+    report(counts | {"query": SplitCount(images - 1, identities, 0, 0)}, title)
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: this is not the complete {title}: query has") and error.count("\n") == 1
+
+
+# ---- people's own data
+
+
+def test_number_identities() -> None:
+    assert number_identities(["0007", "12", "3"]) == {"0007": 7, "12": 12, "3": 3}
+    assert number_identities(["bob", "anna", "3"]) == {"3": 1, "anna": 2, "bob": 3}
+    assert number_identities(["0", "1", "2"]) == {"0": 1, "1": 2, "2": 3}  # 0 would be a distractor
+    assert number_identities(["7", "0007"]) == {"0007": 1, "7": 2}
+    assert number_identities(["\u0663", "5"]) == {"5": 1, "\u0663": 2}
+
+
+def people(root: Path, sizes: dict[str, int]) -> Path:
+    return pack(root, {name: [f"photo {i}.png" for i in range(size)] for name, size in sizes.items()})
+
+
+def test_a_folder_per_identity(script: Script, tmp_path: Path) -> None:
+    sizes = {"anna": 4, "bob": 1, "carl": 3, "dora": 2, "eva": 5, "0012": 2, "frida": 3, "empty": 0}
+    root = people(tmp_path / "people", sizes)
+    options = ("--dataset", "folder", "--data_root", root)
+    done = script("prepare", *options)
+    assert done.code == 0
+    assert "no cameras; evaluate them with test.py --no-cameras" in done.err and "warning" not in done.err
+    rows = (root / "pytorch" / "identities.csv").read_text().splitlines()
+    assert rows == ["number,identity", "1,0012", "2,anna", "3,bob", "4,carl", "5,dora", "6,eva", "7,frida"]
+    found = lists(root)
+    assert {camera for images in found.values() for _, camera in images} == {0}
+    pids = {split: [pid for pid, _ in images] for split, images in found.items()}
+    size = dict(enumerate([2, 4, 1, 3, 2, 5, 3], 1))
+    assert len(set(pids["train_all"])) == 3 and len(set(pids["gallery"])) == 4
+    assert not set(pids["train_all"]) & set(pids["gallery"])
+    assert sorted(pids["train_all"] + pids["query"] + pids["gallery"]) == sorted(
+        i for i in size for _ in range(size[i])
+    )
+    assert pids["query"] == [pid for pid in sorted(set(pids["gallery"])) if size[pid] > 1]
+    assert sorted(pids["train"] + pids["val"]) == pids["train_all"]
+    assert pids["val"] == sorted(set(pids["train_all"]))
+    assert_repeatable(script, root, *options)
+
+    # Another split into the same folder would train on those who are tested.
+    before = listing(root)
+    assert "was prepared from other images or settings" in script("prepare", *options, "--seed", 1).error
+    assert listing(root) == before
+    others = []
+    for seed in (1, 2, 3):
+        shutil.rmtree(root / "pytorch")
+        assert script("prepare", *options, "--seed", seed).code == 0
+        others.append(lists(root))
+    assert any(other != found for other in others)
+
+
+def test_fractions_of_a_folder(script: Script, tmp_path: Path) -> None:
+    root = people(tmp_path / "people", {str(i): 2 for i in range(1, 9)})
+    prepared: dict[float, set[int]] = {}
+    for fraction, splits, tested in ((0, 3, 0), (0.25, 5, 2), (1, 2, 8)):
+        done = script("prepare", "--dataset", "folder", "--data_root", root, "--test-fraction", fraction)
+        assert done.code == 0, done.err
+        assert len(lists(root)) == splits and len(lists(root).get("query", [])) == tested
+        assert ("--no-cameras" in done.err) == (tested > 0)
+        assert not (root / "pytorch" / "identities.csv").exists()  # the folders' own numbers
+        prepared[fraction] = {pid for pid, _ in lists(root).get("query", [])}
+        shutil.rmtree(root / "pytorch")
+    assert prepared[1] == set(range(1, 9))
+
+    def refused(*more: object) -> str:
+        return script("prepare", "--dataset", "folder", "--data_root", root, *more).error
+
+    assert "8 identities leave 1 to train on, at least 2 are needed" in refused("--test-fraction", 0.9)
+    for folder in root.iterdir():
+        (folder / "photo 1.png").unlink()
+    assert "4 identities to test on, none with two images" in refused()
+    noise(root / "loose.png")
+    assert "loose.png: lies in no identity's folder" in refused()
+    (tmp_path / "none" / "anna").mkdir(parents=True)
+    root = tmp_path / "none"
+    assert "no images in its sub-folders" in refused()
+    assert "no such folder" in script("prepare", "--dataset", "folder", "--data_root", tmp_path / "nowhere").error
+
+
+TABLE = [
+    ("path", "identity", "camera", "split", "remark"),
+    ("day 1/a.jpg", "anna", "3", "train", "x"),
+    ("day 2/a.jpg", "anna", "3", "train", ""),  # the same name, identity and camera
+    ("day 2/b.jpg", "bob", "12", "train", ""),
+    ("q.png", "carl, the elder", "1", "query", ""),
+    ("g.png", "carl, the elder", "2", "gallery", ""),
+    ("nobody.png", "-1", "2", "gallery", ""),
+    ("other.png", "dora", "2", "gallery", ""),
+]
+
+
+def write_table(root: Path, rows: list[tuple[str, ...]], name: str = "dataset.csv") -> Path:
+    root.mkdir(exist_ok=True)
+    with open(root / name, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows(rows)
+    return root
+
+
+def test_a_table(script: Script, tmp_path: Path) -> None:
+    root = write_table(pack(tmp_path / "own", {"": [row[0] for row in TABLE[1:]]}), TABLE)
+    options = ("--dataset", "csv", "--data_root", root)
+    done = script("prepare", *options)
+    assert done.code == 0 and done.err == "", done.err
+    assert lists(root) == {
+        "train_all": [(1, 3), (1, 3), (2, 12)],
+        "train": [(1, 3)],
+        "val": [(1, 3), (2, 12)],
+        "query": [(3, 1)],
+        "gallery": [(-1, 2), (3, 2), (4, 2)],
+    }
+    with open(root / "pytorch" / "identities.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["number", "identity"], ["1", "anna"], ["2", "bob"], ["3", "carl, the elder"], ["4", "dora"]]
+    sources = {p.read_bytes() for p in (root / "pytorch" / "train_all").rglob("*.jpg")}
+    assert sources == {(root / row[0]).read_bytes() for row in TABLE[1:4]}
+    assert_repeatable(script, root, *options)
+
+    # More rows are added to what is there; rows that change it are refused.
+    noise(root / "new.png")
+    write_table(root, [*TABLE, ("new.png", "eva", "4", "gallery", "")])
+    before = listing(root / "pytorch")
+    assert script("prepare", *options).code == 0
+    assert lists(root)["gallery"] == [(-1, 2), (3, 2), (4, 2), (5, 4)]
+    after = listing(root / "pytorch")
+    assert after.pop("identities.csv") == before.pop("identities.csv") + b"5,eva\n"
+    assert before.items() < after.items()
+    write_table(root, [*TABLE, ("new.png", "aaron", "4", "gallery", "")])
+    before = listing(root)
+    assert "was prepared from other images or settings" in script("prepare", *options).error
+    assert listing(root) == before
+
+
+def test_a_table_with_val_rows_numbers_and_no_cameras(script: Script, tmp_path: Path) -> None:
+    rows = [("split", "path", "identity"), ("train", "a.png", "7"), ("val", "b.png", "7"), ("train", "c.png", "20")]
+    rows += [("query", "d.png", "20"), ("gallery", "e.png", "20"), ("multi-query", "d.png", "20")]
+    root = pack(tmp_path / "own", {"": [f"{letter}.png" for letter in "abcde"]})
+    (tmp_path / "tables").mkdir()
+    write_table(tmp_path / "tables", rows, "people.csv")
+    done = script("prepare", "--dataset", "csv", "--data_root", root, "--csv", tmp_path / "tables" / "people.csv")
+    assert done.code == 0 and "--no-cameras" in done.err and done.err.count("\n") == 1
+    assert lists(root) == {
+        "train_all": [(7, 0), (7, 0), (20, 0)],
+        "train": [(7, 0), (20, 0)],
+        "val": [(7, 0)],
+        "query": [(20, 0)],
+        "gallery": [(20, 0)],
+        "multi-query": [(20, 0)],
+    }
+    assert not (root / "pytorch" / "identities.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (("gone.png", "anna", "3", "train", ""), "gone.png: no such file; paths are relative to --data_root"),
+        (("", "anna", "3", "train", ""), "no path"),
+        (("dataset.csv", "anna", "3", "train", ""), "dataset.csv is no image by its name"),
+        (("q.png", "", "3", "train", ""), "no identity"),
+        (("q.png", "anna", "three", "train", ""), "camera 'three' is not a whole number"),
+        (("q.png", "anna", "-3", "train", ""), "camera '-3' is not a whole number"),
+        (("q.png", "anna", "", "train", ""), "no camera, unlike row 2"),
+        (("q.png", "anna", "3", "test", ""), "split 'test': use one of train, val, query, gallery, multi-query"),
+        (("q.png", "-1", "3", "train", ""), "identity -1 is junk"),
+        (("./q.png", "carl", "3", "query", ""), "the same image and split as row 5"),
+        (("q.png", "anna", "3", "train"), "4 fields for 5 columns"),
+        (("q.png", "anna", "3", "train", "", "x"), "6 fields for 5 columns"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_row(script: Script, tmp_path: Path, row: tuple[str, ...], words: str) -> None:
+    root = write_table(pack(tmp_path / "own", {"": [row[0] for row in TABLE[1:]]}), [*TABLE, (), row])
+    error = script("prepare", "--dataset", "csv", "--data_root", root).error
+    assert error.startswith(f"error: {root / 'dataset.csv'}: row {len(TABLE) + 2}: ") and words in error
+    assert not (root / "pytorch").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "row 1: no column path, identity, split"),
+        (b"path,identity,camera,split\n", "no row below the header"),
+        (b"path;identity;camera;split\n", "row 1: no column path, identity, split"),
+        (b"path,identity,split,path\n", "row 1: more than one column path"),
+        (b'path,identity,split\nq.png,"an"na,train\n', "row 2: not CSV"),
+        (b"path,identity,split\nq.png,anna,query\n", "no row has split gallery; it goes with query"),
+        (b"path,identity,split\nq.png,anna,gallery\n", "no row has split query; it goes with gallery"),
+        (b"path,identity,split\nq.png,anna,val\n", "no row has split train; it goes with val"),
+        (b"path,identity,split\nq.png,\xff,val\n", "not UTF-8 text"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_table(script: Script, tmp_path: Path, content: bytes, words: str) -> None:
+    root = pack(tmp_path / "own", {"": ["q.png"]})
+    (root / "dataset.csv").write_bytes(content)
+    error = script("prepare", "--dataset", "csv", "--data_root", root).error
+    assert error.startswith(f"error: {root / 'dataset.csv'}: ") and words in error
+    (root / "dataset.csv").unlink()
+    assert (
+        "dataset.csv: cannot be read (No such file" in script("prepare", "--dataset", "csv", "--data_root", root).error
+    )
+    assert not (root / "pytorch").exists()
