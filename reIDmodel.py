@@ -161,6 +161,13 @@ class IdNet(nn.Module):
     def heads(self) -> list[Head]:
         return [module for module in self.children() if isinstance(module, Head)]
 
+    def embed(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.embed_map(feature_map(self.model, x))
+
+    def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
+        """Feature map (N, 2048, h, w) to what `embed` returns."""
+        raise NotImplementedError
+
 
 class IdNetAB(IdNet):
     """Style AB: a primary and a fine-grained head on one pooled vector; by default `f` carries no gradient.
@@ -182,8 +189,8 @@ class IdNetAB(IdNet):
         v = self.pool(m).flatten(1)  # (N, 2048)
         return f.detach() if self.detach_f else f, (self.classifier1(v), self.classifier2(v))
 
-    def embed(self, x: Tensor) -> tuple[Tensor, ...]:
-        v = self.pool(feature_map(self.model, x)).flatten(1)
+    def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
+        v = self.pool(m).flatten(1)
         return self.classifier1.embed(v), self.classifier2.embed(v)
 
 
@@ -213,8 +220,8 @@ class IdNetNormal(IdNet):
             f = f / (f.norm(dim=1, keepdim=True) + 1e-8)
         return f, (self.classifier(self.pool(m).flatten(1)),)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.classifier.embed(self.pool(feature_map(self.model, x)).flatten(1)),)
+    def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
+        return (self.classifier.embed(self.pool(m).flatten(1)),)
 
 
 class IdNetPCB(IdNet):
@@ -232,8 +239,8 @@ class IdNetPCB(IdNet):
         dropped = self.dropout(parts)
         return parts.flatten(1), tuple(head(dropped[:, :, k, 0]) for k, head in enumerate(self.heads()))
 
-    def embed(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts = self.avgpool(feature_map(self.model, x))
+    def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
+        parts = self.avgpool(m)
         return tuple(head.embed(parts[:, :, k, 0]) for k, head in enumerate(self.heads()))
 
 

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import argparse
@@ -98,12 +98,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON by way of a temporary file. Raises UserError where it cannot be written."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Let `write` fill a temporary file, then rename it to `path`: there is the whole file or none.
+
+    Raises UserError where it cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        with open(part, "wb") as file:
+            write(file)
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made with its parents where it is missing. Raises UserError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON by way of a temporary file. Raises UserError where it cannot be written."""
+    make_folder(path.parent)
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))

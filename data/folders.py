@@ -127,6 +127,30 @@ def list_images(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def find_images(source: str | Path, option: str) -> list[Path]:
+    """The image files of a folder and its sub-folders, sorted folder by folder; or the one file that `source` is.
+
+    Hidden files and folders are left out, links to folders are not followed.
+    Raises UserError that names `option`, where `source` came from, if it is missing or holds no image.
+    """
+    source = Path(source).expanduser()
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{option} {source}: no such file or folder")
+
+    def unreadable(error: OSError) -> None:
+        print(f"warning: {error.filename}: cannot be read ({error.strerror}); left out", file=sys.stderr)
+
+    paths = []
+    for folder, inner, _ in os.walk(source, onerror=unreadable):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        paths += list_images(Path(folder))
+    if not paths:
+        raise UserError(f"{option} {source}: no images in it or below; looked for {_suffixes()} files")
+    return paths
+
+
 def read_split(data_root: str | Path, split: str, *, need_names: bool = True) -> ImageList:
     """The images of one split, in a fixed order.
 
@@ -300,14 +324,21 @@ def count_identities(data_root: str | Path) -> int:
     return read_split(data_root, "train_all", need_names=False).num_classes
 
 
-def check_images(paths: Sequence[Path], *, skip_bad: bool) -> list[bool]:
+def check_images(
+    paths: Sequence[Path],
+    *,
+    skip_bad: bool,
+    remedy: str = "set skip_bad_images: true in the config",
+    minimum: int = 1,
+) -> list[bool]:
     """Look at the header and the end of every file; True where it is a usable image.
 
     Bad are: empty files, files that are no image, files cut short, images of an absurd size. The pixels are
     decoded only where header and end leave a doubt, so that 13,000 files take seconds.
 
     skip_bad  False: raise UserError if any file is bad. True: say so in one line on stderr.
-    Raises UserError also when nothing remains.
+    remedy    what the error offers besides replacing the files
+    Raises UserError also when fewer than `minimum` images remain.
     """
     threads = min(16, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads) as pool:
@@ -318,9 +349,9 @@ def check_images(paths: Sequence[Path], *, skip_bad: bool) -> list[bool]:
         named = ", ".join(bad[:_NAMED_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
         found = f"{len(bad)} of {len(paths)} images cannot be read: {named}"
         if not skip_bad:
-            raise UserError(f"{found}; replace them, or set skip_bad_images: true in the config")
-        if len(bad) == len(paths):
-            raise UserError(f"{found}; no image remains, point data_root at readable images")
+            raise UserError(f"{found}; replace them, or {remedy}")
+        if len(paths) - len(bad) < minimum:
+            raise UserError(f"{found}; no image remains, give a folder with readable images")
         print(f"warning: {found}; left out", file=sys.stderr)
     return [why is None for why in defects]
 

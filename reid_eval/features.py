@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.folders import read_split
-from utils import UserError
+from utils import UserError, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +29,7 @@ class Features:
     pids: np.ndarray  # identity; -1 junk, 0 distractor
     camids: np.ndarray
     keys: np.ndarray | None = None  # names of the images, to tell a query from its own copy in the gallery
+    paths: np.ndarray | None = None  # the images' files, as strings; feature files do not keep them
 
     def __len__(self) -> int:
         return len(self.features)
@@ -124,16 +124,17 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
             arrays |= _arrays(field, side, side.features)
             if side.keys is not None:
                 arrays[f"{_PARTS[field]}_key"] = np.asarray(side.keys, dtype=str)
-        return [_write(path, lambda file: np.savez(file, **arrays))]
+        return [write_whole(path, lambda file: np.savez(file, **arrays))]
     if path.suffix == ".mat":
         from scipy.io import savemat
 
         flat = {f: _arrays(f, side, side.features.reshape(len(side), -1)) for f, side in sides.items()}
         for arrays in flat.values():
             arrays["heads"] = np.array(query.features.shape[1])
-        written = [_write(path, lambda file: savemat(file, flat["gallery"] | flat["query"]))]
+        written = [write_whole(path, lambda file: savemat(file, flat["gallery"] | flat["query"]))]
         if multi is not None:
-            written.append(_write(path.with_name("multi_query.mat"), lambda file: savemat(file, flat["multi"])))
+            second = path.with_name("multi_query.mat")
+            written.append(write_whole(second, lambda file: savemat(file, flat["multi"])))
         return written
     raise UserError(f"{path}: feature files end in .npz or .mat")
 
@@ -174,8 +175,8 @@ def without_junk(side: Features) -> Features:
     keep = side.pids != -1
     if keep.all():
         return side
-    keys = None if side.keys is None else side.keys[keep]
-    return replace(side, features=side.features[keep], pids=side.pids[keep], camids=side.camids[keep], keys=keys)
+    keys, paths = (None if values is None else values[keep] for values in (side.keys, side.paths))
+    return Features(side.features[keep], side.pids[keep], side.camids[keep], keys, paths)
 
 
 def _dims(side: Features) -> str:
@@ -185,18 +186,6 @@ def _dims(side: Features) -> str:
 def _arrays(field: str, side: Features, features: np.ndarray) -> dict[str, np.ndarray]:
     prefix = _PARTS[field]
     return {f"{prefix}_f": features, f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
-
-
-def _write(path: Path, write) -> Path:
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return path
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -305,6 +294,6 @@ def extract_data_set(
             progress=progress,
         )
         keys = np.array([path.name for path in images.paths])
-        return Features(features, images.pids, images.camids, keys)
+        return Features(features, images.pids, images.camids, keys, np.array([str(path) for path in images.paths]))
 
     return FeatureFile(side("query"), side("gallery"), side("multi-query") if multi else None)
