@@ -20,6 +20,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")
     parser.add_argument("--no-cameras", action="store_true", help="drop nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features, .npz or .mat")
+    parser.add_argument(
+        "--rank-figure", type=int, metavar="N", help="picture of the N worst, N best and N other queries; page of all"
+    )
     add_machine_arguments(parser)
     return parser.parse_args()
 
@@ -35,7 +38,10 @@ def main() -> None:
     from reid_eval.evaluate import format_comparison, format_table, report
     from reid_eval.features import extract_data_set, save_features
     from runs import load_run_for_test, load_teacher_for_test, open_run, resolve_data_root
+    from visual_tools.rank_figure import check_count, write_rank_figure
 
+    if args.rank_figure is not None:
+        check_count(args.rank_figure)
     device = pick_device(args.device)
     set_threads(args.threads)
     run = open_run(args.output_path, args.teacher or args.name or "latest")
@@ -65,11 +71,13 @@ def main() -> None:
         results[data_set] = result
         # reid.json is always about the data set that the config names.
         transferred = data_set_root(data_root) != data_set_root(own)
-        file = (run.model if args.teacher else run.path) / (f"reid-{data_set}.json" if transferred else "reid.json")
+        suffix = f"-{data_set}" if transferred else ""
+        file = (run.model if args.teacher else run.path) / f"reid{suffix}.json"
         trained = f", trained on {data_set_name(own)}" if transferred else ""
         if len(results) > 1:
             print()
-        print(f"{what}{trained}, tested on {data_set} ({data_root})\n{format_table(result)}")
+        title = f"{what}{trained}, tested on {data_set} ({data_root})"
+        print(f"{title}\n{format_table(result)}")
         header = {
             "name": run.name,
             "iteration": tested.iteration,
@@ -79,6 +87,17 @@ def main() -> None:
         }
         write_json(file, header | result)
         print(f"written to {file}")
+        if args.rank_figure is not None:
+            for path in write_rank_figure(
+                file.parent,
+                suffix,
+                sets.query,
+                sets.gallery,
+                count=args.rank_figure,
+                title=title,
+                remove_same_camera=not args.no_cameras,
+            ):
+                print(f"written to {path}")
     if len(results) > 1:
         print(f"\n{what}, trained on {data_set_name(own)}\n{format_comparison(results)}")
 

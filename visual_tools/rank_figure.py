@@ -1,0 +1,145 @@
+"""What the evaluation looks at: the ranked lists of the worst, best and some other queries, and a page of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data.pairs import load_image
+from reid_eval.features import Features
+from reid_eval.ranking import Ranking, rank
+from reid_eval.top import Entry, first_entries, main_setting
+from utils import UserError, make_folder, write_whole
+from visual_tools.grid import INK, WHITE, paint_grid
+from visual_tools.page import Hit, Result, write_page
+
+# Colours that people with colour-blindness tell apart; the word under each image says the same.
+COLOURS = {"right": (0, 158, 115), "wrong": (213, 94, 0), "junk": (150, 150, 150), "": WHITE}
+CELL_HEIGHT, CAPTION, FRAME = 128, 16, 4
+AT_MOST = 100  # queries of each kind: the picture has to be opened
+LEGEND = (
+    "right: the query's identity under another camera; wrong: another identity; junk: not counted "
+    "(the query's identity under the query's own camera, or an image without a person)"
+)
+LEGEND_NO_CAMERAS = "right: the query's identity; wrong: another identity; junk: the query image itself, not counted"
+
+
+def check_count(count: int) -> None:
+    """Raise UserError for a `--rank-figure` that no figure can be made of."""
+    if not 1 <= count <= AT_MOST:
+        raise UserError(f"--rank-figure {count}: must be between 1 and {AT_MOST}; the page shows all queries")
+
+
+def write_rank_figure(
+    folder: Path,
+    suffix: str,
+    query: Features,
+    gallery: Features,
+    *,
+    count: int,
+    title: str,
+    remove_same_camera: bool = True,
+) -> list[Path]:
+    """Write `rank_figure{suffix}.png` and `rank_page{suffix}.html` into `folder` and return both paths.
+
+    The picture shows `count` queries each of the worst, the best and random others by `standard` AP; the page all
+    queries. Both sides need their `paths`; scores are those of `top.main_setting`. Files of these names are
+    replaced.
+
+    Raises UserError for a query without any match, images that are gone, a folder that cannot be written.
+    """
+    setting, weights = main_setting(query.features.shape[1])
+    rankings = rank(
+        query.features,
+        gallery.features,
+        query.pids,
+        gallery.pids,
+        query.camids,
+        gallery.camids,
+        settings={setting: weights},
+        remove_same_camera=remove_same_camera,
+        q_keys=query.keys,
+        g_keys=gallery.keys,
+    )[setting]
+    lists = first_entries(query, gallery, remove_same_camera=remove_same_camera)
+    make_folder(folder)
+    chosen = choose_queries(rankings["standard"], count)
+    figure = Image.fromarray(paint_lists(query, gallery, rankings["standard"], lists, chosen))
+    picture = write_whole(folder / f"rank_figure{suffix}.png", lambda file: figure.save(file, format="PNG"))
+
+    results = []
+    for i, entries in enumerate(lists):
+        first = int(rankings["standard"].first[i])
+        values = {f"AP {name}": float(rankings[name].ap[i]) if first else None for name in ("standard", "official")}
+        caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; " + (
+            ", ".join(f"{name} {100 * ap:.2f} %" for name, ap in values.items()) + f", first match at rank {first}"
+            if first
+            else "no match in the gallery"
+        )
+        hits = [Hit(str(gallery.paths[e.index]), f"{_caption(e)}, {e.score:.3f}", e.mark) for e in entries]
+        results.append(Result(str(query.paths[i]), caption, hits, values | {"first match": first or None}))
+    some = rankings["standard"]
+    notes = [
+        f"{some.queries} queries ({some.without_match} without a match), {len(gallery)} gallery images; {setting}; mAP "
+        f"{100 * rankings['official'].mAP:.2f} official, {100 * some.mAP:.2f} standard; Rank-1 "
+        f"{100 * rankings['official'].cmc[0]:.2f} official, {100 * some.cmc[0]:.2f} standard",
+        LEGEND if remove_same_camera else LEGEND_NO_CAMERAS,
+    ]
+    return [picture, write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)]
+
+
+def choose_queries(ranking: Ranking, count: int) -> list[tuple[str, int]]:
+    """`count` queries each of the worst, the best and random others that have a match, as (kind, query).
+
+    None is taken twice; where they do not suffice there are fewer. The random ones are the same on every call.
+    """
+    valid = np.flatnonzero(ranking.first)
+    by_ap = valid[np.argsort(ranking.ap[valid], kind="stable")]
+    worst = by_ap[:count]
+    best = by_ap[count:][::-1][:count]
+    others = by_ap[count : max(count, len(by_ap) - count)]
+    drawn = others[np.random.default_rng(0).permutation(len(others))[:count]]
+    drawn = drawn[np.argsort(ranking.ap[drawn], kind="stable")]
+    kinds = {"worst": worst, "best": best, "random": drawn}
+    return [(kind, int(i)) for kind, queries in kinds.items() for i in queries]
+
+
+def paint_lists(
+    query: Features,
+    gallery: Features,
+    ranking: Ranking,
+    lists: Sequence[Sequence[Entry]],
+    chosen: Sequence[tuple[str, int]],
+) -> np.ndarray:
+    """The picture (H, W, 3) uint8: a row per chosen query, the query image first."""
+    width = None
+    rows, labels = [], []
+    for kind, i in chosen:
+        image = load_image(query.paths[i])
+        if width is None:
+            # All cells have the first query's proportions, within reason.
+            width = int(np.clip(CELL_HEIGHT * image.width / image.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
+        row = [_cell(image, width, "query", "")]
+        for entry in lists[i]:
+            row.append(_cell(load_image(gallery.paths[entry.index]), width, _caption(entry), entry.mark))
+        rows.append(row)
+        labels.append(f"{kind}: AP {100 * ranking.ap[i]:.1f} % ({ranking.convention})")
+    return paint_grid(rows, row_labels=labels, cell_height=rows[0][0].shape[0])
+
+
+def _cell(image: Image.Image, width: int, caption: str, mark: str) -> np.ndarray:
+    cell = Image.new("RGB", (width + 2 * FRAME, CELL_HEIGHT + 2 * FRAME + CAPTION), WHITE)
+    draw = ImageDraw.Draw(cell)
+    draw.rectangle((0, 0, cell.width - 1, CELL_HEIGHT + 2 * FRAME - 1), COLOURS[mark])
+    fitted = ImageOps.pad(image, (width, CELL_HEIGHT), Image.Resampling.BICUBIC, WHITE)
+    cell.paste(fitted, (FRAME, FRAME))
+    place = (cell.width / 2, cell.height - CAPTION / 2)
+    draw.text(place, caption, INK, ImageFont.load_default(size=12), anchor="mm")
+    return np.asarray(cell)
+
+
+def _caption(entry: Entry) -> str:
+    return entry.mark if entry.rank is None else f"{entry.rank} {entry.mark}"
