@@ -41,7 +41,9 @@ def paint_grid(
     """A figure (H, W, 3) uint8 from rows of images (h, w, 3) uint8 of one size; None leaves a cell empty."""
     first = next(image for row in rows for image in row if image is not None)
     cell_width = max(1, round(cell_height * first.shape[1] / first.shape[0]))
-    font = ImageFont.load_default(size=max(11, cell_height // 9))
+    font = column_font = ImageFont.load_default(size=max(11, cell_height // 9))
+    if widest := max(map(font.getlength, column_labels), default=0):
+        column_font = ImageFont.load_default(size=font.size * min(1, cell_width / widest))
     left = GAP + (max(int(font.getlength(label)) for label in row_labels) + 2 * GAP if row_labels else 0)
     top = GAP + (int(font.size * 1.5) if column_labels else 0)
     columns = max(map(len, rows))
@@ -50,7 +52,7 @@ def paint_grid(
     for i, label in enumerate(row_labels):
         draw.text((GAP, top + i * (cell_height + GAP) + cell_height / 2), label, INK, font, anchor="lm")
     for j, label in enumerate(column_labels):
-        draw.text((left + j * (cell_width + GAP) + cell_width / 2, top / 2), label, INK, font, anchor="mm")
+        draw.text((left + j * (cell_width + GAP) + cell_width / 2, top / 2), label, INK, column_font, anchor="mm")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             if image is not None:
