@@ -1,0 +1,143 @@
+"""Finds the people of query images in any folder of images: `python search.py --gallery DIR --query IMG`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Find the people of query images in any folder of images: no labels, no cameras."
+    )
+    parser.add_argument("--name", help="run under outputs/ (default: latest)")
+    parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
+    parser.add_argument("--which_epoch", default="last", help="iteration of the snapshot (default: the newest)")
+    parser.add_argument("--gallery", required=True, metavar="DIR", help="folder to search, with its sub-folders")
+    parser.add_argument("--query", required=True, nargs="+", metavar="IMG", help="images, or folders of images")
+    parser.add_argument("--top", type=int, default=10, help="images to show per query (default: 10)")
+    parser.add_argument(
+        "--index",
+        metavar="DIR",
+        help="folder that keeps the index (default: search/GALLERY-HASH in the folder of the run or the teacher)",
+    )
+    parser.add_argument("--rebuild", action="store_true", help="make the index anew, also for another model")
+    parser.add_argument(
+        "--approximate-from",
+        type=int,
+        default=200_000,
+        metavar="N",
+        help="number of images from which on an approximate index is used (default: 200000)",
+    )
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave unreadable gallery images out")
+    parser.add_argument(
+        "--page", metavar="FILE", help="HTML page of the results (default: results.html beside the index, replaced)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite an existing --page")
+    parser.add_argument("--batchsize", type=int, default=64, help="images per pass (default: 64)")
+    add_machine_arguments(parser)
+    args = parser.parse_args()
+    if args.name and args.teacher:
+        raise UserError("--name and --teacher: give one of the two")
+    for option in ("top", "approximate_from", "batchsize"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
+    if not Path(args.gallery).is_dir():
+        raise UserError(f"--gallery {args.gallery}: no such folder")
+    if args.page and Path(args.page).exists() and not args.force:
+        raise UserError(f"--page {args.page} exists; give another or --force")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+
+    import faiss
+
+    from data.folders import check_images, find_images
+    from reid_eval.features import extract_features
+    from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
+    from reid_eval.top import main_setting
+    from runs import load_run_for_test, load_teacher_for_test, open_run
+    from visual_tools.page import Hit, Result, write_page
+
+    # Names of files are bytes: print them as they are, whatever they hold.
+    sys.stdout.reconfigure(errors="surrogateescape")
+    queries = [path for query in args.query for path in find_images(query, "--query")]
+    check_images(queries, skip_bad=False, remedy="leave them out")
+    device = pick_device(args.device)
+    set_threads(args.threads)
+    if args.threads:
+        faiss.omp_set_num_threads(args.threads)
+    run = open_run(args.output_path, args.teacher or args.name or "latest")
+    tested = load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
+    what = f"teacher {run.name}" if args.teacher else f"{run.name} after {tested.iteration} steps"
+    height, width = tested.size
+    embed = partial(
+        extract_features,
+        tested.net,
+        height=height,
+        width=width,
+        batch_size=args.batchsize,
+        device=device,
+        progress=False,
+    )
+
+    gallery = Path(args.gallery)
+    folder = Path(args.index) if args.index else default_folder(run.model if args.teacher else run.path, gallery)
+    index = open_index(folder, gallery, fingerprint(tested.net, tested.size), what, rebuild=args.rebuild)
+    changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
+    kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
+    counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
+    print(f"{what}: {len(index)} images ({counts}), {kind}; index in {folder}")
+
+    features = embed(queries)
+    setting, _ = main_setting(features.shape[1])
+    # One more than wanted, as the query itself may lie in the gallery; it is left out.
+    found = index.search(to_vectors(features), args.top + 1)
+    results = []
+    for query, answers in zip(queries, found, strict=True):
+        others = [(gallery / name, score) for name, score in answers if not same_file(query, gallery / name)]
+        hits = [(str(path), score) for path, score in others[: args.top]]
+        print_hits(query, hits)
+        results.append(
+            Result(
+                str(query),
+                str(query),
+                [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)],
+                {"best score": hits[0][1] if hits else None},
+            )
+        )
+    page = Path(args.page) if args.page else folder / "results.html"
+    notes = [f"{what}; {len(index)} gallery images, {kind}; score: {setting}"]
+    print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
+
+
+def default_folder(base: Path, gallery: Path) -> Path:
+    """Where the index of a gallery is kept: in the model's folder, never among the user's images."""
+    path = gallery.resolve()
+    digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
+    return base / "search" / f"{path.name or 'root'}-{digest[:8]}"
+
+
+def same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def print_hits(query: Path, hits: Sequence[tuple[str, float]]) -> None:
+    print(f"\n{query}")
+    for rank, (path, score) in enumerate(hits, 1):
+        print(f"{rank:4}  {score:7.4f}  {path}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
