@@ -97,7 +97,8 @@ class Settings:
     images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
     distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
     junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
-    group_size: int = _key(6, "identities that wear the same colours", 1, 12)
+    group_size: int = _key(6, "training identities that wear the same colours", 1, 12)
+    test_group_size: int = _key(6, "test identities that wear the same colours", 1, 12)
     tint: float = _key(0.05, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
     light: float = _key(0.08, "difference in brightness of the cameras, log gain", 0.0, 1.0)
     noise: float = _key(3.0, "pixel noise, standard deviation in grey levels", 0.0, 64.0)
@@ -261,11 +262,11 @@ def _plan(settings: Settings) -> Factors:
 
     # People: train and test identities are numbered in one shuffled range, as in Market-1501.
     train_groups = math.ceil(settings.train_ids / settings.group_size)
-    test_groups = math.ceil(settings.test_ids / settings.group_size)
+    test_groups = math.ceil(settings.test_ids / settings.test_group_size)
     pairs = _colour_pairs(people_rng)
     share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
     identities = _groups(people_rng, settings.train_ids, settings.group_size, "train", pairs[:share])
-    identities += _groups(people_rng, settings.test_ids, settings.group_size, "test", pairs[share:])
+    identities += _groups(people_rng, settings.test_ids, settings.test_group_size, "test", pairs[share:])
     numbers = 1 + people_rng.permutation(len(identities))
     people = {f"{k:04d}": person for k, person in sorted(zip(numbers.tolist(), identities, strict=True))}
 

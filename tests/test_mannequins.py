@@ -119,13 +119,15 @@ def test_swap_changes_garments_and_leaves_the_background(factors: Factors) -> No
 def test_groups_share_colours_and_differ_in_structure() -> None:
     from data.mannequins import _plan
 
-    people = _plan(make_settings(seed=1, preset="demo")).people.values()
+    settings = make_settings(seed=1, preset="demo", train_ids=24, group_size=4, test_ids=36, test_group_size=12)
+    people = _plan(settings).people.values()
     groups, pairs = defaultdict(list), defaultdict(set)
     for person in people:
         if person.split != "stranger":
             groups[person.split, person.group].append(person)
             pairs[person.split].add((person.appearance.upper, person.appearance.lower))
-    assert {len(members) for members in groups.values()} == {make_settings(preset="demo").group_size}
+    sizes = {split: {len(members) for (s, _), members in groups.items() if s == split} for split in ("train", "test")}
+    assert sizes == {"train": {4}, "test": {12}}
     assert not pairs["train"] & pairs["test"]
     for members in groups.values():
         worn = {dataclasses.replace(m.appearance, upper_kind="", sleeves="") for m in members}
