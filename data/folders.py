@@ -180,6 +180,47 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
     )
 
 
+def is_data_set(root: Path) -> bool:
+    """Whether a folder holds splits, in either layout."""
+    names = {*SPLITS, *ARCHIVE_FOLDERS.values()}
+    return any((base / name).is_dir() for base in (root, root / PREPARED_FOLDER) for name in names)
+
+
+def read_people(source: str | Path, split: str | None = None) -> ImageList:
+    """Images of people to generate from, wherever they lie, sorted by name.
+
+    source  a data set, of which `split` is read (`query` by default) without junk and distractors; or a folder with
+            one sub-folder per person, one split's folder for instance; or a folder with images of any names. There,
+            the identities come from the names if all have one; otherwise every image counts as another person.
+
+    Raises UserError for a missing folder, one without images, and a `split` of what is no data set.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--input {root}: no such folder; give a data set or a folder of images")
+    if is_data_set(root):
+        images = read_split(root, split or "query", need_names=False)
+    elif split is not None:
+        raise UserError(f"--split {split}: {root} is a folder of images, not a data set; leave --split out")
+    elif loose := list_images(root):
+        if not all(_NAME.match(path.name) for path in loose):
+            n = len(loose)
+            return _image_list(loose, list(range(1, n + 1)), [0] * n, [path.stem for path in loose])
+        images = _read_flat(root, loose, training=False)
+    else:
+        try:
+            images = _read_prepared(root, "train_all", need_names=False)
+        except UserError:
+            raise UserError(
+                f"--input {root}: neither a data set nor a folder of images; looked for {_suffixes()} files there "
+                "and in one sub-folder per person"
+            ) from None
+    people = images.select(images.pids > 0)
+    if not len(people):
+        raise UserError(f"--input {root}: all {len(images)} images are junk or distractors; give images of people")
+    return people
+
+
 def read_archive(folder: Path, split: str) -> ImageList:
     """One split from the archive's own folder of it, identities and cameras from the file names.
 
