@@ -28,6 +28,10 @@ class Trainer(Protocol):
     def scalers(self) -> dict[str, torch.amp.GradScaler]: ...
 
 
+class WrongNetwork(UserError):
+    """Weights that are sound but belong to another network than the one that is to load them."""
+
+
 # ------------------------------------------------------------------------------------------------ files
 def write_atomically(path: Path, content: Any) -> None:
     """Save tensors to `path` so that a reader sees the old file, the new file or none, never a part."""
@@ -49,13 +53,16 @@ def write_atomically(path: Path, content: Any) -> None:
         ) from None
 
 
-def read_tensors(path: Path) -> Any:
-    """Load a checkpoint file onto the CPU. Raises UserError for a missing or damaged one."""
+def read_tensors(path: Path, *, mmap: bool = False) -> Any:
+    """Load a checkpoint file onto the CPU. Raises UserError for a missing or damaged one.
+
+    With `mmap`, tensors are read from the file only when they are used; it must be in PyTorch's zip format.
+    """
     try:
         with warnings.catch_warnings():
             # For a foreign pickle torch warns at length before it refuses it; our one line says enough.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
@@ -68,7 +75,7 @@ def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     """Load a published or own state_dict strictly: nothing missing, nothing of another shape.
 
     Let through, with one note: the trunk's unused `fc` (absent, present or of another size), and unused attention
-    blocks inside residual blocks (`nonloc` in the name). Raises UserError in words otherwise.
+    blocks inside residual blocks (`nonloc` in the name). Raises WrongNetwork, a UserError, in words otherwise.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source}: not a state_dict of tensors")
@@ -79,10 +86,10 @@ def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     missing = [name for name in own if name not in state and not name.startswith("model.fc.")]
     if missing or unexpected:
         listing = [f"missing {short(missing)}"] * bool(missing) + [f"unexpected {short(unexpected)}"] * bool(unexpected)
-        raise UserError(f"{source}: belongs to another network ({'; '.join(listing)}); check the config beside it")
+        raise WrongNetwork(f"{source}: belongs to another network ({'; '.join(listing)}); check the config beside it")
     shapes = [n for n in own if n in state and own[n].shape != state[n].shape and not n.startswith("model.fc.")]
     if shapes:
-        raise UserError(describe_mismatch(source, shapes[0], state, own))
+        raise WrongNetwork(describe_mismatch(source, shapes[0], state, own))
     if tolerated:
         print(f"note: {source}: unused tensors left out: {short(tolerated)}", file=sys.stderr)
     usable = {n: state[n] if n in state and state[n].shape == own[n].shape else own[n] for n in own}
