@@ -9,17 +9,16 @@ from pathlib import Path
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads, write_json
+from utils import UserError, run_cli, write_json
+from visual_tools.figure import add_run_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generated swaps against the renderer's own drawing (embedded data).")
-    parser.add_argument("--name", default="demo", help="run under outputs/ (default: demo)")
-    parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
+    add_run_arguments(parser, name="demo")
     parser.add_argument("--data_root", help="embedded data set (default: the run's)")
     parser.add_argument("--count", type=int, default=512, help="swaps to draw (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of swaps")
-    add_machine_arguments(parser)
     return parser.parse_args()
 
 
@@ -30,13 +29,11 @@ def main() -> None:
 
     from data.mannequins import load_factors
     from gen_eval.swaps import measure_swaps
-    from runs import open_run, resolve_data_root
-    from visual_tools.swapper import load_swapper
+    from runs import resolve_data_root
+    from visual_tools.swapper import open_swapper
 
-    device = pick_device(args.device)
-    set_threads(args.threads)
-    run = open_run(args.output_path, args.name)
-    model = load_swapper(run, device, args.which_epoch)
+    model = open_swapper(args)
+    run = model.run
     root = resolve_data_root(args.data_root or model.cfg.data_root)
     error = measure_swaps(
         model.swap, load_factors(root), root / "query", size=model.size, count=args.count, seed=args.seed
