@@ -693,7 +693,7 @@ def test_the_swap_grid_of_a_folder_of_images(copied: Runs, script: Script, tmp_p
     folder.mkdir()
     where = ("--name", "tiny", "--output_path", copied.folder, "--input", folder, "--out", out, "--device", "cpu")
     empty = shell(tmp_path, "visual_tools/show_rainbow", *where)
-    assert "neither a data set with a query split nor a folder of images" in empty.error and not out.exists()
+    assert "neither a data set nor a folder of images" in empty.error and not out.exists()
     for i, size in enumerate([(40, 90), (64, 128), (31, 57)]):
         Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
     clean(shell(tmp_path, "visual_tools/show_rainbow", *where))
