@@ -230,8 +230,16 @@ class TeacherConfig(CommonConfig):
     lr_policy: Literal["step", "cosine"] = "step"  # step: a tenth after two thirds; cosine: to 0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5  # before the classifier
     erasing_p: Fraction = 0.0  # random erasing, probability per image
+    extra_data: str | None = None  # folder made by generate.py, trained on beside data_root
+    extra_labels: Literal["one_hot", "lsro", "soft"] = "one_hot"  # its labels: clothes' identity, uniform, manifest's
     log_iter: Count = 20  # losses to TensorBoard
     snapshot_epochs: Count = 10  # checkpoints
+
+    @model_validator(mode="after")
+    def _labels_of_something(self) -> TeacherConfig:
+        if self.extra_data is None and self.extra_labels != "one_hot":
+            raise ValueError(f"extra_labels {self.extra_labels} needs extra_data, a folder made by generate.py")
+        return self
 
 
 Config = DGNetConfig | TeacherConfig

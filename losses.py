@@ -64,7 +64,7 @@ def l1(p: Tensor, q: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
-    """Mean over the given heads of the cross-entropy."""
+    """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K)."""
     return sum(F.cross_entropy(full(p), y) for p in logits) / len(logits)
 
 

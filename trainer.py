@@ -442,14 +442,17 @@ class TeacherTrainer:
         return factor * (0.1 if t >= self.max_iter * 2 // 3 else 1.0)
 
     def step(self, batch: Batch, t: int) -> dict[str, Tensor]:
-        """Iteration `t` (0-based): cross-entropy of the batch, SGD's step. Returns the loss and the accuracy."""
+        """Iteration `t` (0-based): cross-entropy of the batch, SGD's step. Returns the loss and the accuracy.
+
+        The target is the soft label where the batch has one: generated images among the real ones.
+        """
         set_learning_rate(self.optimizer, self.lr_factor(t))
         x = enlarge(batch.x)
         if self.cfg.erasing_p > 0:
             x = random_erase(x, self.cfg.erasing_p, np.random.default_rng((self.cfg.seed, ERASING, t)))
         with autocast(self.device, self.cfg.precision):
             _, p = self.net(x)
-            loss = L.cross_entropy(p, batch.y)
+            loss = L.cross_entropy(p, batch.y if batch.q is None else batch.q)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

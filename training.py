@@ -15,6 +15,7 @@ from tqdm import tqdm
 from checkpoint import load_snapshot, save_snapshot, snapshots
 from config import Config, DGNetConfig, TeacherConfig
 from data.folders import ImageList, read_split
+from data.generated import add_generated
 from data.pairs import Batch, PairLoader, iter_images
 from losses import loss_weights
 from runs import NETWORKS, RunFolder, build_trainer, num_classes, resolve_data_root, save_teacher, start_folder
@@ -54,7 +55,12 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
         num_workers=0 if cfg.cache_images else cfg.num_workers,
     )
     if isinstance(cfg, TeacherConfig):
-        loaders = [PairLoader(images, seed=cfg.seed, cache=cfg.cache_images, with_positive=False, **common)]
+        soft_labels = None
+        if cfg.extra_data is not None:
+            extra = resolve_data_root(cfg.extra_data)
+            images, soft_labels = add_generated(images, extra, cfg.extra_labels, skip_bad=cfg.skip_bad_images)
+        single = dict(with_positive=False, soft_labels=soft_labels)
+        loaders = [PairLoader(images, seed=cfg.seed, cache=cfg.cache_images, **single, **common)]
     else:
         # Images a and b are two independently shuffled passes over the same folder (section 1).
         a = PairLoader(images, seed=2 * cfg.seed, cache=cfg.cache_images, **common)
@@ -115,7 +121,8 @@ def schedule(s: Session, t: int) -> dict[str, float]:
 def to_device(batch: Batch, device: torch.device, cfg: Config) -> Batch:
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format
     x, xp = (v.to(device, memory_format=layout, non_blocking=True) for v in (batch.x, batch.xp))
-    return Batch(x, xp, batch.y.to(device, non_blocking=True), batch.index)
+    y, q = (None if v is None else v.to(device, non_blocking=True) for v in (batch.y, batch.q))
+    return Batch(x, xp, y, batch.index, q)
 
 
 def display_pairs(s: Session) -> tuple[Tensor, Tensor]:

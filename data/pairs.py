@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.folders import DECODE_ERRORS, IMAGE_FORMATS, ImageList
+from data.generated import SoftLabels
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
@@ -36,12 +37,14 @@ class Batch(NamedTuple):
            only one), augmented independently; (0, 3, H, W) from a loader without positives
     y      (N,) int64 class numbers, those of `ImageList.labels()`
     index  (N,) int64 positions of x in the image list
+    q      (N, K) float32 soft labels that take the place of y; None: y is the label
     """
 
     x: Tensor
     xp: Tensor
     y: Tensor
     index: Tensor
+    q: Tensor | None = None
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -105,6 +108,13 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+def denormalise(x: Tensor) -> Tensor:
+    """The inverse of `normalise`, for generated images: (N, 3, H, W) float to the nearest uint8."""
+    mean = torch.tensor(IMAGENET_MEAN, device=x.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=x.device).view(3, 1, 1)
+    return (x.detach().float() * std + mean).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
 class PairLoader:
     """An endless stream of training batches over one image list, which can be entered at any iteration.
 
@@ -120,6 +130,7 @@ class PairLoader:
                    `pixels` of another loader over the same list, shared instead of decoded again
     num_workers    processes that read files; 0 reads in one background thread. Unused with a cache
     with_positive  False: no `xp` (teacher training)
+    soft_labels    of all images, for `Batch.q`
 
     Raises UserError for fewer images than `batch_size`, and while batches are drawn for an undecodable file.
     """
@@ -136,6 +147,7 @@ class PairLoader:
         cache: bool | Tensor = False,
         num_workers: int = 0,
         with_positive: bool = True,
+        soft_labels: SoftLabels | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -161,6 +173,7 @@ class PairLoader:
         self.pad = pad
         self.num_workers = num_workers
         self.with_positive = with_positive
+        self.soft_labels = soft_labels
         self.batches_per_epoch = len(images) // batch_size
         self._labels = images.labels()
         # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
@@ -239,7 +252,8 @@ class PairLoader:
         pixels, index = raw
         images = normalise(pixels)
         y = torch.from_numpy(self._labels[index.numpy()])
-        return Batch(images[: self.batch_size], images[self.batch_size :], y, index)
+        q = None if self.soft_labels is None else torch.from_numpy(self.soft_labels.rows(index.numpy()))
+        return Batch(images[: self.batch_size], images[self.batch_size :], y, index, q)
 
     def _batches_from_thread(self, start: int) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(1)

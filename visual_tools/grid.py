@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from utils import IMAGENET_MEAN, IMAGENET_STD
+from data.pairs import denormalise
 
 GAP = 4
 WHITE, INK = (255, 255, 255), (40, 40, 40)
@@ -25,10 +26,9 @@ PAIR_ROWS = {
 }
 
 
-def to_uint8(x: object) -> np.ndarray:
-    """Normalised images, a tensor (N, 3, H, W), to uint8 (N, H, W, 3)."""
-    images = x.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
-    return ((images * IMAGENET_STD + IMAGENET_MEAN).clip(0, 1) * 255).round().astype(np.uint8)
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Normalised images (N, 3, H, W) to uint8 (N, H, W, 3)."""
+    return denormalise(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def paint_grid(

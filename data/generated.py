@@ -1,0 +1,337 @@
+"""Generated data sets, as generate.py makes them: pairs, file names, the manifest, and training on them. No torch here.
+
+FOLDER/train_all/ID/*.jpg   images, named as Market-1501's: a data set that `read_split` reads
+FOLDER/manifest.csv         a row per image: both sources, identities, cameras, the teacher's soft label
+FOLDER/generate.json        the settings that made it
+FOLDER/.unfinished          there until every image is: nobody trains on half a data set by mistake
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from data.folders import UNFINISHED_MARK, ImageList, check_images
+from utils import UserError, write_whole
+
+MANIFEST = "manifest.csv"
+SETTINGS = "generate.json"
+SPLIT = "train_all"
+UNLABELLED = "0000"  # Market-1501's number of images that show none of its identities
+_DRAWS = 1 << 16  # pairs per draw; a constant, so that more images begin with the same pairs
+
+
+class Row(NamedTuple):
+    """One line of the manifest; the fields are the columns."""
+
+    file: str  # relative to the manifest's folder
+    appearance: str  # source of the clothes, relative to generate.py's --input
+    structure: str  # source of body, pose and background
+    appearance_id: str
+    structure_id: str
+    appearance_camera: int  # 0: unknown
+    structure_camera: int
+    soft_label: str  # `ID:PROBABILITY ...`, most probable first; empty without a teacher
+
+
+# ------------------------------------------------------------------------------------------- what to make
+def count_pairs(labels: np.ndarray) -> int:
+    """How many ordered pairs of images of different identities there are; `labels` is (n,)."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    return int(len(labels) ** 2 - (sizes.astype(object) ** 2).sum())
+
+
+def draw_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(count, 2) positions of (appearance, structure) images of different identities, no pair twice.
+
+    All pairs are equally likely. Pair i depends on `labels` (n,), `seed` and i alone, not on `count`.
+    Raises ValueError when there are fewer pairs than `count`.
+    """
+    if count > count_pairs(labels):
+        raise ValueError(f"{count} pairs of {count_pairs(labels)}")
+    rng = np.random.default_rng(seed)
+    found: dict[int, None] = {}
+    while len(found) < count:
+        pairs = rng.integers(0, len(labels), (_DRAWS, 2))
+        pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
+        found.update(dict.fromkeys((pairs[:, 0] * len(labels) + pairs[:, 1]).tolist()))
+    codes = np.array(list(found)[:count], dtype=np.int64)
+    return np.stack(np.divmod(codes, len(labels)), axis=1)
+
+
+def _tokens(images: ImageList) -> list[str]:
+    classes = images.classes
+    return [classes[label] for label in images.labels().tolist()]
+
+
+def plan_rows(images: ImageList, root: Path, pairs: np.ndarray, *, labelled: bool, suffix: str) -> list[Row]:
+    """The manifest's rows for `pairs` (n, 2) of `images`, which lie under `root`; the soft labels are still empty.
+
+    Image i is `ID_cCAMERAs1_i_00` in the folder of its identity. The identity is that of the clothes, or 0000 where
+    not `labelled`; the camera is the structure's, whose background it shows.
+    """
+    sources = [path.relative_to(root).as_posix() for path in images.paths]
+    tokens, cameras = _tokens(images), images.camids.tolist()
+    # Names need a number; folders may be called anything.
+    numbers = [t if re.fullmatch("[0-9]{1,18}", t) else f"{p:04d}" for t, p in zip(tokens, images.pids, strict=True)]
+    rows = []
+    for index, (a, s) in enumerate(pairs.tolist()):
+        folder, number = (tokens[a], numbers[a]) if labelled else (UNLABELLED, UNLABELLED)
+        name = f"{number}_c{cameras[s]}s1_{index:06d}_00{suffix}"
+        rows.append(
+            Row(
+                f"{SPLIT}/{folder}/{name}", sources[a], sources[s], tokens[a], tokens[s], cameras[a], cameras[s], ""
+            )
+        )  # fmt: skip
+    return rows
+
+
+def format_soft_label(probabilities: np.ndarray, classes: Sequence[str], top: int) -> str:
+    """The `top` most probable of the K classes as `ID:PROBABILITY ...`; `probabilities` is (K,)."""
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    # Quoted, because a folder's name may hold a blank or a colon.
+    return " ".join(f"{quote(classes[k], safe='', errors='surrogateescape')}:{probabilities[k]:.4f}" for k in order)
+
+
+def parse_soft_label(text: str) -> dict[str, float]:
+    """Identity to probability. Raises ValueError for anything that is no soft label."""
+    label: dict[str, float] = {}
+    for entry in text.split():
+        token, sign, number = entry.rpartition(":")
+        probability = float(number)
+        if not sign or not 0 <= probability <= 1:
+            raise ValueError(f"{entry!r} is not ID:PROBABILITY")
+        label[unquote(token, errors="surrogateescape")] = probability
+    # Four digits each: rounding may carry the sum a little above 1.
+    if not label or sum(label.values()) > 1 + 1e-4 * len(label):
+        raise ValueError("no probabilities" if not label else "probabilities above 1 in sum")
+    return label
+
+
+# ------------------------------------------------------------------------------------------ the manifest
+def part_of(path: Path) -> Path:
+    """Where an image is written before it gets its name; hidden, so that no reader takes it for one."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _encode(rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the whole manifest; it is replaced whole or not at all."""
+    write_whole(folder / MANIFEST, lambda file: file.write(_encode([Row._fields, *rows])))
+
+
+def read_manifest(folder: Path) -> list[Row]:
+    """The rows of a generated data set.
+
+    Raises UserError for a missing or damaged manifest, and for one that names files outside of its folder.
+    """
+    path = folder / MANIFEST
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            lines = csv.reader(stream, strict=True)
+            if next(lines, None) != list(Row._fields):
+                raise UserError(f"{path}: not a manifest of generate.py; its first line must name the columns")
+            rows = [_parse_row(line, f"{path}: line {lines.line_num}") for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a folder made by generate.py") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: damaged ({error}); generate the data set again") from None
+    seen: set[str] = set()
+    for row in rows:
+        if row.file in seen:
+            raise UserError(f"{path}: {row.file} is listed twice; generate the data set again")
+        seen.add(row.file)
+    return rows
+
+
+def _parse_row(line: list[str], where: str) -> Row:
+    if len(line) != len(Row._fields):
+        raise UserError(f"{where}: {len(line)} columns instead of {len(Row._fields)}; generate the data set again")
+    file, appearance, structure, appearance_id, structure_id, *cameras, soft_label = line
+    inner = PurePosixPath(file)
+    if not inner.parts or "\0" in file or inner.is_absolute() or ".." in inner.parts:
+        raise UserError(f"{where}: {file!r} leads out of the manifest's folder; generate the data set again")
+    try:
+        cameras = [int(camera) for camera in cameras]
+    except ValueError:
+        raise UserError(f"{where}: cameras {cameras} are not whole numbers; generate the data set again") from None
+    return Row(file, appearance, structure, appearance_id, structure_id, *cameras, soft_label)
+
+
+class ManifestFile:
+    """The manifest while images are being added. At any moment every image that it lists is there and whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = open(folder / MANIFEST, "ab", buffering=0)
+        if self._file.tell() == 0:
+            self._append(_encode([Row._fields]))
+
+    def __enter__(self) -> ManifestFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Give the images of `rows` their names and list them: all of it, or after an exception nothing of it."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            for row in rows:
+                path = self.folder / row.file
+                os.replace(part_of(path), path)
+            self._append(_encode(rows))
+        except BaseException:
+            self._file.truncate(end)
+            for row in rows:
+                (self.folder / row.file).unlink(missing_ok=True)
+            raise
+
+    def _append(self, data: bytes) -> None:
+        # A disk that is nearly full takes the beginning and refuses the rest.
+        while data:
+            data = data[self._file.write(data) :]
+
+
+def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
+    """The rows of the images that an interrupted generation has finished, each as planned but for its soft label.
+
+    A last line that was cut is dropped, and so are images that are missing or damaged since. Raises UserError when
+    the manifest lists other images than `planned`.
+    """
+    path = folder / MANIFEST
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    with open(path, "r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    if b"\n" not in content:
+        return []
+    rows = read_manifest(folder)
+    expected = {row.file: row for row in planned}
+    for row in rows:
+        if expected.get(row.file) != row._replace(soft_label=""):
+            raise UserError(f"{path}: {row.file} is not what this command makes there; choose another --out")
+    sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0) if rows else []
+    if not all(sound):
+        rows = [row for row, fine in zip(rows, sound, strict=True) if fine]
+        write_manifest(folder, rows)
+        print(f"note: {folder}: they are made again", file=sys.stderr)
+    return rows
+
+
+# ------------------------------------------------------------------------------------- training on them
+@dataclass(frozen=True)
+class SoftLabels:
+    """Labels (K,) of n images, kept small: `floor` everywhere, plus `peak` at the classes `top`.
+
+    floor (n,), top (n, k) class numbers, peak (n, k).
+    """
+
+    num_classes: int
+    floor: np.ndarray
+    top: np.ndarray
+    peak: np.ndarray
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """(N, K) float32, each row a distribution, of the images at `index` (N,)."""
+        q = np.repeat(self.floor[index, None], self.num_classes, axis=1)
+        # Unused places of `top` repeat class 0, hence `add.at`.
+        np.add.at(q, (np.arange(len(index))[:, None], self.top[index]), self.peak[index])
+        return q.astype(np.float32)
+
+
+def soften(label: dict[int, float], num_classes: int) -> tuple[float, dict[int, float]]:
+    """Floor and peaks of a soft label: what its classes leave of 1 is spread evenly over all others."""
+    rest, others = 1 - sum(label.values()), num_classes - len(label)
+    if rest <= 0 or not others:
+        total = sum(label.values())
+        return 0.0, {k: p / total for k, p in label.items()}
+    floor = rest / others
+    return floor, {k: p - floor for k, p in label.items()}
+
+
+def add_generated(
+    images: ImageList, folder: Path, policy: str, *, skip_bad: bool = False
+) -> tuple[ImageList, SoftLabels | None]:
+    """The real training images followed by the generated ones of `folder`, and the labels of all where not one-hot.
+
+    policy  one_hot: the identity of the clothes; lsro: the same probability for every identity (label smoothing for
+            outliers); soft: the manifest's. Real images keep their identity.
+
+    Raises UserError for an unfinished or damaged data set, for identities that `images` do not have, and for `soft`
+    where the manifest has no soft labels.
+    """
+    rows = read_manifest(folder)
+    if (folder / UNFINISHED_MARK).exists():
+        raise UserError(f"extra_data {folder}: its generation was interrupted; run the same generate.py command again")
+    if not rows:
+        raise UserError(f"extra_data {folder}: no images in it; generate some")
+    classes, real_tokens, manifest = images.classes, _tokens(images), folder / MANIFEST
+    label_of = {token: label for label, token in enumerate(classes)}
+    pid_of = dict(zip(real_tokens, images.pids.tolist(), strict=True))
+    for row in rows:
+        require_known([row.appearance_id], label_of, manifest)
+    keep = check_images([folder / row.file for row in rows], skip_bad=skip_bad)
+    rows = [row for row, fine in zip(rows, keep, strict=True) if fine]
+    tokens = [row.appearance_id for row in rows]
+    both = ImageList(
+        images.paths + [folder / row.file for row in rows],
+        np.concatenate([images.pids, np.array([pid_of[token] for token in tokens], dtype=np.int64)]),
+        np.concatenate([images.camids, np.array([row.structure_camera for row in rows], dtype=np.int64)]),
+        real_tokens + tokens,
+    )
+    if policy == "one_hot":
+        return both, None
+    real = [(0.0, {label: 1.0}) for label in images.labels().tolist()]
+    uniform = (1 / len(classes), {})
+    made = [uniform] * len(rows) if policy == "lsro" else list(_manifest_labels(rows, label_of, manifest))
+    labels = real + made
+    width = max(len(peaks) for _, peaks in labels)
+    top, peak = np.zeros((len(labels), width), np.int64), np.zeros((len(labels), width))
+    for i, (_, peaks) in enumerate(labels):
+        top[i, : len(peaks)], peak[i, : len(peaks)] = list(peaks), list(peaks.values())
+    return both, SoftLabels(len(classes), np.array([floor for floor, _ in labels]), top, peak)
+
+
+def _manifest_labels(
+    rows: Sequence[Row], label_of: dict[str, int], manifest: Path
+) -> Iterator[tuple[float, dict[int, float]]]:
+    for row in rows:
+        if not row.soft_label:
+            raise UserError(
+                f"{manifest}: {row.file} has no soft label; generate with a --teacher, or set extra_labels: one_hot"
+            )
+        try:
+            label = parse_soft_label(row.soft_label)
+        except ValueError as error:
+            raise UserError(f"{manifest}: soft label of {row.file}: {error}; generate the data set again") from None
+        require_known(label, label_of, manifest)
+        yield soften({label_of[token]: probability for token, probability in label.items()}, len(label_of))
+
+
+def require_known(tokens: Sequence[str] | dict[str, float], label_of: dict[str, int], manifest: Path) -> None:
+    for token in tokens:
+        if token not in label_of:
+            known = sorted(label_of)
+            raise UserError(
+                f"{manifest}: identity {token} is not among the {len(known)} of the training folder ({known[0]} to "
+                f"{known[-1]}); set extra_data to images generated from the data_root of this config"
+            )
