@@ -442,7 +442,12 @@ def make_dataset(
         else:
             for chunk in chunks:
                 bar.update(_write_images(out, chunk))
-    part.replace(done)
+    try:
+        part.replace(done)
+    except FileNotFoundError:
+        # Another process drew the same files at the same time and was first to say so.
+        if not done.is_file():
+            raise
     print(f"{out}: {len(factors.images)} images")
 
 

@@ -237,3 +237,19 @@ def test_command_line(tmp_path: Path) -> None:
     assert cli(["--out", str(tmp_path / "t"), "--preset", "tiny", "--train-ids", "2", "--tint", "0.2"]) == 0
     settings = load_factors(tmp_path / "t").settings
     assert (settings.train_ids, settings.test_ids, settings.tint) == (2, 6, 0.2)
+
+
+def test_two_processes_may_draw_the_same_data_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one finds its mark renamed already."""
+    import data.mannequins as mannequins
+
+    draw = mannequins._write_images
+
+    def draw_and_be_overtaken(out: Path, entries: list) -> int:
+        count = draw(out, entries)
+        (out / "factors.json.part").rename(out / "factors.json")
+        return count
+
+    monkeypatch.setattr(mannequins, "_write_images", draw_and_be_overtaken)
+    mannequins.make_dataset(tmp_path / "data", preset="tiny", train_ids=2, test_ids=2, distractors=0, junk=0)
+    assert mannequins.load_factors(tmp_path / "data").images
