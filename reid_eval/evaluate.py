@@ -30,9 +30,9 @@ def report(
 ) -> dict[str, Any]:
     """Everything the table shows, ready for JSON; values are fractions in 0..1.
 
-    `{"queries", "without_match", "gallery", "remove_same_camera", "conventions": {name: explanation},
-    "tables": {title: {setting: {convention: {"rank1", "rank5", "rank10", "mAP", "mINP"}}}}}`, where the titles
-    are "single query" and, as asked for, "multi-query" and either with ", re-ranked" after it.
+    `{"queries", "without_match", "gallery", "remove_same_camera", "query_known_by_name", "conventions":
+    {name: explanation}, "tables": {title: {setting: {convention: {"rank1", "rank5", "rank10", "mAP", "mINP"}}}}}`,
+    where the titles are "single query" and, as asked for, "multi-query" and either with ", re-ranked" after it.
 
     Args:
         query, gallery: features and labels of both sides.
@@ -52,6 +52,7 @@ def report(
         "without_match": some.without_match,
         "gallery": len(gallery),
         "remove_same_camera": remove_same_camera,
+        "query_known_by_name": query.keys is not None and gallery.keys is not None,
         "conventions": dict(CONVENTIONS),
         "tables": {
             title: {
@@ -112,7 +113,8 @@ def format_table(report: dict[str, Any]) -> str:
     missing = report["without_match"]
     lines = [f"{report['queries']} queries ({missing} without a match), {report['gallery']} gallery images"]
     if not report["remove_same_camera"]:
-        lines.append("no cameras: nothing is left out but the query image itself")
+        itself = " but the query image itself" if report["query_known_by_name"] else "; no names tell the query image"
+        lines.append(f"no cameras: nothing is left out{itself}")
     for title, rows in report["tables"].items():
         labels = {setting: ROW_LABELS.get(setting, setting) for setting in rows}
         wide = max(len(label) for label in labels.values())

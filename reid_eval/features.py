@@ -110,8 +110,8 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
     """Write a feature file and return what was written; each file is replaced whole or not at all.
 
     `.npz` holds everything in one file. `.mat` is the release's `pytorch_result.mat`, and the multi-query
-    images go to `multi_query.mat` beside it; the heads lie side by side, (n, heads * dim), labels (1, n). One
-    name is added to the release's: `heads`, their number.
+    images go to `multi_query.mat` beside it; the heads lie side by side, (n, heads * dim), labels (1, n). To the
+    release's names `heads`, their number, and the images' names are added.
 
     Raises:
         UserError: another ending, or a folder that cannot be written.
@@ -122,8 +122,6 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
         arrays: dict[str, np.ndarray] = {}
         for field, side in sides.items():
             arrays |= _arrays(field, side, side.features)
-            if side.keys is not None:
-                arrays[f"{_PARTS[field]}_key"] = np.asarray(side.keys, dtype=str)
         return [write_whole(path, lambda file: np.savez(file, **arrays))]
     if path.suffix == ".mat":
         from scipy.io import savemat
@@ -185,7 +183,8 @@ def _dims(side: Features) -> str:
 
 def _arrays(field: str, side: Features, features: np.ndarray) -> dict[str, np.ndarray]:
     prefix = _PARTS[field]
-    return {f"{prefix}_f": features, f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
+    arrays = {f"{prefix}_f": features, f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
+    return arrays if side.keys is None else arrays | {f"{prefix}_key": np.asarray(side.keys, dtype=str)}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -217,12 +216,19 @@ def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; {field} features were not saved there")
     features = arrays[names[0]]
-    if features.dtype.kind not in "fiu" or features.ndim not in (2, 3) or 0 in features.shape[1:]:
+    if (
+        not isinstance(features, np.ndarray)
+        or features.dtype.kind not in "fiu"
+        or features.ndim not in (2, 3)
+        or 0 in features.shape[1:]
+    ):
         raise UserError(f"{path}: {names[0]} is not a table of numbers (images x features)")
     if len(features) == 0:
         raise UserError(f"{path}: {names[0]} is empty; extract features from a folder with images")
     features = np.asarray(features, dtype=np.float32)
-    bad = ~np.isfinite(features).reshape(len(features), -1).all(1)
+    rows = range(0, len(features), 4096)  # some at a time: half a million images fill gigabytes
+    finite = [np.isfinite(features[i : i + 4096]).reshape(len(features[i : i + 4096]), -1).all(1) for i in rows]
+    bad = ~np.concatenate(finite)
     if bad.any():
         raise UserError(
             f"{path}: {names[0]} holds NaN or infinity in {bad.sum()} of {len(bad)} rows (first: row "
@@ -230,7 +236,9 @@ def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:
         )
     if features.ndim == 2:
         width = features.shape[1]
-        heads = int(np.ravel(arrays.get("heads", width // HEAD_DIM if width % HEAD_DIM == 0 else 1))[0])
+        heads = width // HEAD_DIM if width % HEAD_DIM == 0 else 1
+        if "heads" in arrays:
+            heads = int(next(iter(_whole_numbers(arrays["heads"], "heads", path)), 0))
         if heads < 1 or width % heads:
             raise UserError(f"{path}: {names[0]} has {width} numbers per image, which are not {heads} heads")
         features = features.reshape(len(features), heads, -1)
@@ -239,8 +247,10 @@ def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:
         if len(values) != len(features):
             raise UserError(f"{path}: {name} has {len(values)} entries for {len(features)} rows of {names[0]}")
     keys = arrays.get(f"{prefix}_key")
-    if keys is not None and len(keys) != len(features):
-        raise UserError(f"{path}: {prefix}_key has {len(keys)} entries for {len(features)} rows of {names[0]}")
+    if keys is not None:
+        if keys.dtype.kind != "U" or keys.shape != labels[0].shape:
+            raise UserError(f"{path}: {prefix}_key does not hold one name for each of the {len(features)} images")
+        keys = np.char.rstrip(keys)  # a .mat fills up with spaces
     return Features(features, *labels, keys)
 
 
@@ -250,7 +260,7 @@ def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
         numbers = values.astype(np.int64) if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError):
         example = next((str(v) for v in values if not _is_number(v)), "")
-        what = "identities" if name.endswith("label") else "cameras"
+        what = {"label": "identities", "cam": "cameras"}.get(name.rpartition("_")[2], name)
         raise UserError(f"{path}: {name} holds {example!r}; {what} must be whole numbers") from None
     if numbers.dtype != np.int64:
         if not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):

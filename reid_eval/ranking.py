@@ -4,13 +4,15 @@ For every query these gallery entries are dropped: those of the query's identity
 and all of identity -1 (junk). The rest is ranked by score, highest first; equal scores keep the gallery's
 order. Distractors (identity 0) are images that no query asks for, so they stay, as wrong answers.
 
-Every number here is a function of the ranks of a query's matches. They are counted, never sorted out, so the
-cost per query is a few passes over its row of scores, and one pass serves all score settings and conventions.
+Every number here is a function of the ranks of a query's matches. They are counted, the row is not sorted, so
+the cost per query is a few passes over its row of scores; one product serves all score settings and
+conventions, and the next queries' product is computed while these queries' matches are counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +29,12 @@ SETTINGS = {"primary": (1.0, 0.0), "both (beta 0.5)": (1.0, 0.5), "fine": (0.0, 
 """Score settings of the two-headed net: a name and the weight of each head's dot product."""
 
 JUNK = -1
-_CHUNK_BYTES = 256 << 20
-_SORT_AT_MOST = 1024
+_CHUNK_BYTES = 384 << 20  # of scores; two chunks exist at a time
+_CHUNK_QUERIES = 1024
+_TILE = 32768  # gallery images in one product
+_COUNT_AT_MOST = 200  # matches of a query; with more, sorting the whole row costs less
+_SORT_AT_MOST = 1024  # entries from a query's first match in the gallery to its last
+_COMPARE_BYTES = 1 << 18  # of comparisons at a time, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def rank(
     q_keys: np.ndarray | None = None,
     g_keys: np.ndarray | None = None,
     max_rank: int = 50,
+    progress: bool = True,
 ) -> dict[str, dict[str, Ranking]]:
     """Rank the gallery for every query; the result is `[setting][convention]`.
 
@@ -90,8 +97,10 @@ def rank(
             `default_settings(heads)` when None.
         remove_same_camera: False is for data without cameras: nothing is dropped but the query image itself,
             and junk stays as wrong answers.
-        q_keys, g_keys: (nq,), (ng,) names of the images; gallery entries with the query's key are dropped.
+        q_keys, g_keys: (nq,), (ng,) names of the images, read only without `remove_same_camera`: the query image
+            itself is the gallery entry that has its identity and its name. Without names nothing is dropped.
         max_rank: length of the CMC.
+        progress: a progress bar on stderr when it takes more than a few seconds, where that is a terminal.
 
     Raises:
         UserError: arrays that do not fit together, an empty side, values that are not finite, or no query
@@ -103,8 +112,9 @@ def rank(
         if scores.shape != (len(q_pids), len(g_pids)):
             raise UserError(f"scores have shape {scores.shape}, but the labels say {len(q_pids)} x {len(g_pids)}")
         _check_sides(q_pids, g_pids)
+        scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
         _check_finite(scores, "score matrix")
-        heads, chunk_scores, settings = 1, lambda rows: [scores[rows]], {"scores": (1.0,)}
+        heads, settings = 1, {"scores": (1.0,)}
     else:
         _check_sides(query, gallery)
         query, gallery = _as_heads(query, "query"), _as_heads(gallery, "gallery")
@@ -120,10 +130,8 @@ def rank(
         for name, weights in settings.items():
             if len(weights) != heads:
                 raise UserError(f"score setting {name!r} has {len(weights)} weights; the features have {heads} heads")
-        used = [h for h in range(heads) if any(weights[h] for weights in settings.values())]
-
-        def chunk_scores(rows: slice) -> list[np.ndarray | None]:
-            return [query[rows, h] @ gallery[:, h].T if h in used else None for h in range(heads)]
+            if not any(weights):
+                raise UserError(f"score setting {name!r} has only weights of 0, which rank nothing")
 
     for what, labels, n in (("query", (q_pids, q_camids, q_keys), len(query)),) + (
         () if gallery is None else (("gallery", (g_pids, g_camids, g_keys), len(gallery)),)
@@ -133,9 +141,27 @@ def rank(
     if remove_same_camera and (q_camids is None or g_camids is None):
         raise UserError("no camera of the images is given; use --no-cameras for data without cameras")
 
-    lists = _QueryLists(q_pids, g_pids, q_camids, g_camids, q_keys, g_keys, remove_same_camera)
-    step = max(1, _CHUNK_BYTES // (4 * heads * len(g_pids)))
-    ranks = _all_ranks(chunk_scores, len(q_pids), step, lists, settings)
+    kept = np.flatnonzero(g_pids != JUNK) if remove_same_camera else np.arange(len(g_pids))
+    g_pids = g_pids[kept]
+    if remove_same_camera:
+        lists = _QueryLists(q_pids, g_pids, np.asarray(q_camids), np.asarray(g_camids)[kept])
+    elif q_keys is not None and g_keys is not None:
+        lists = _QueryLists(q_pids, g_pids, np.asarray(q_keys), np.asarray(g_keys))
+    else:
+        lists = _QueryLists(q_pids, g_pids)
+
+    def chunk_scores(rows: slice) -> list[np.ndarray | None]:
+        """Per head (None for one of no weight) the products (rows, kept)."""
+        if gallery is None:
+            return [scores[rows][:, kept]]
+        return [
+            _products(query[rows, h], gallery[:, h], kept) if any(w[h] for w in settings.values()) else None
+            for h in range(heads)
+        ]
+
+    step = max(1, min(_CHUNK_QUERIES, _CHUNK_BYTES // (4 * heads * max(1, len(kept)))))
+    chunks = [slice(start, min(start + step, len(q_pids))) for start in range(0, len(q_pids), step)]
+    ranks = _all_ranks(chunk_scores, chunks, lists, settings, progress)
     return {
         name: {convention: summarise(found, convention, max_rank=max_rank) for convention in CONVENTIONS}
         for name, found in ranks.items()
@@ -185,85 +211,102 @@ def summarise(found: MatchRanks, convention: str, *, max_rank: int = 50) -> Rank
 
 
 class _QueryLists:
-    """For a query, the gallery's indices (ascending) that are its matches and those that are dropped."""
+    """For a query, the gallery's indices (ascending) that are its matches and those that are dropped.
 
-    def __init__(self, q_pids, g_pids, q_camids, g_camids, q_keys, g_keys, remove_same_camera: bool):
-        self.q_pids, self.q_camids, self.g_camids = q_pids, q_camids, g_camids
-        self.remove_same_camera = remove_same_camera
+    Dropped are entries of the query's identity with the query's `mark`: its camera, or its name.
+    """
+
+    def __init__(self, q_pids, g_pids, q_marks=None, g_marks=None):
+        self.q_pids, self.q_marks, self.g_marks = q_pids, q_marks, g_marks
         self.order = np.argsort(g_pids, kind="stable")  # stable, so that every identity's indices ascend
         in_order = g_pids[self.order]
         self.begin = np.searchsorted(in_order, q_pids, "left")
         self.end = np.searchsorted(in_order, q_pids, "right")
-        self.junk = np.flatnonzero(g_pids == JUNK) if remove_same_camera else np.empty(0, np.int64)
-        self.q_keys = None
-        if q_keys is not None and g_keys is not None:
-            self.q_keys, self.by_key = q_keys, {}
-            for index, key in enumerate(g_keys):
-                self.by_key.setdefault(key, []).append(index)
 
     def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        same = self.order[self.begin[i] : self.end[i]] if self.q_pids[i] != JUNK else self.order[:0]
-        dropped = self.junk
-        if self.remove_same_camera:
-            here = self.g_camids[same] == self.q_camids[i]
-            same, dropped = same[~here], np.concatenate([dropped, same[here]])
-        if self.q_keys is not None:
-            itself = self.by_key.get(self.q_keys[i], ())
-            if len(itself):
-                same, dropped = same[~np.isin(same, itself)], np.concatenate([dropped, itself])
-        return same, dropped
+        same = self.order[self.begin[i] : self.end[i]]
+        marked = self.g_marks[same] == self.q_marks[i] if self.g_marks is not None else np.zeros(len(same), bool)
+        return (same if self.q_pids[i] != JUNK else same[:0])[~marked], same[marked]
+
+
+def _products(query: np.ndarray, gallery: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """query @ gallery[kept].T for (n, dim), (ng, dim), kept ascending; no copy of more than a tile of the gallery."""
+    scores = np.empty((len(query), len(kept)), np.result_type(query, gallery))
+    for start in range(0, len(kept), _TILE):
+        part = kept[start : start + _TILE]
+        in_one_piece = part[-1] - part[0] + 1 == len(part)  # where nothing is junk, and where files are sorted by name
+        side = gallery[part[0] : part[-1] + 1] if in_one_piece else gallery[part]
+        np.matmul(query, side.T, out=scores[:, start : start + len(part)])
+    return scores
 
 
 def _all_ranks(
     chunk_scores: Callable[[slice], list[np.ndarray | None]],
-    queries: int,
-    step: int,
+    chunks: list[slice],
     lists: _QueryLists,
     settings: Mapping[str, Sequence[float]],
+    progress: bool,
 ) -> dict[str, MatchRanks]:
+    from tqdm import tqdm
+
     found: dict[str, list[np.ndarray]] = {name: [] for name in settings}
-    for start in range(0, queries, step):
-        rows = slice(start, min(start + step, queries))
-        products = chunk_scores(rows)
-        for i in range(rows.start, rows.stop):
-            matches, dropped = lists(i)
-            for name, weights in settings.items():
-                if len(matches) == 0:
-                    found[name].append(matches)
-                    continue
-                terms = [products[h][i - start] * products[h].dtype.type(w) for h, w in enumerate(weights) if w != 0]
-                row = sum(terms[1:], terms[0]) if terms else np.zeros(len(lists.order), np.float32)
-                row[dropped] = -np.inf
-                found[name].append(match_ranks(row, matches))
+    bar = tqdm(total=chunks[-1].stop, desc="ranking", unit="query", delay=3, disable=None if progress else True)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(chunk_scores, chunks[0])
+        for k, rows in enumerate(chunks):
+            products = following.result()
+            if rows is not chunks[-1]:
+                following = ahead.submit(chunk_scores, chunks[k + 1])
+            for i in range(rows.start, rows.stop):
+                matches, dropped = lists(i)
+                for name, weights in settings.items():
+                    if len(matches) == 0:
+                        found[name].append(matches)
+                        continue
+                    row = _weighted_sum([p if p is None else p[i - rows.start] for p in products], weights)
+                    row[dropped] = -np.inf
+                    found[name].append(match_ranks(row, matches))
+            bar.update(rows.stop - rows.start)
     return {
         name: MatchRanks(np.concatenate(parts), np.cumsum([0] + [len(part) for part in parts]))
         for name, parts in found.items()
     }
 
 
+def _weighted_sum(rows: Sequence[np.ndarray | None], weights: Sequence[float]) -> np.ndarray:
+    """A new row: the sum of the rows times their weights, in their dtype."""
+    terms = [row * row.dtype.type(w) for row, w in zip(rows, weights, strict=True) if w != 0]
+    for term in terms[1:]:
+        terms[0] += term
+    return terms[0]
+
+
 def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
     """Ranks (int64, ascending, from 1) of the entries `matches` of a row of scores.
 
     The rank of a match is 1 + the entries with a greater score + those with an equal score and a smaller index.
-    `row` is (ng,) with -inf for dropped entries; `matches` is (m,) of indices whose scores are finite.
+    `row` is (ng,) with -inf for dropped entries; `matches` is (m,), at least one, of ascending indices whose scores
+    are finite.
     """
     scores = row[matches]
-    ascending = np.argsort(scores)
-    scores = scores[ascending]
-    above, equal = np.empty(len(scores), np.int64), np.empty(len(scores), np.int64)
-    # The last matches lie deep: count each on its own. Once few entries remain above, sort those few.
-    for j, score in enumerate(scores):
-        at_least = np.count_nonzero(row >= score)
-        if at_least <= _SORT_AT_MOST:
-            top = np.sort(row[row >= score])
-            above[j:] = at_least - np.searchsorted(top, scores[j:], "right")
-            equal[j:] = at_least - np.searchsorted(top, scores[j:], "left") - above[j:]
-            break
-        above[j] = np.count_nonzero(row > score)
-        equal[j] = at_least - above[j]
-    ranks = above + 1
-    for j in np.flatnonzero(equal > 1):
-        ranks[j] += np.count_nonzero(row[: matches[ascending[j]]] == scores[j])
+    first, last = (0, len(row)) if len(matches) > _COUNT_AT_MOST else (matches[0], matches[-1] + 1)
+    between = row[first:last]
+    if len(matches) <= _COUNT_AT_MOST and len(between) > _SORT_AT_MOST:
+        count, each = np.count_nonzero, zip(matches.tolist(), scores, strict=True)
+        return np.sort(np.array([count(row[:g] >= score) + count(row[g:] > score) + 1 for g, score in each]))
+    position = np.empty(len(between), np.int64)
+    position[np.argsort(-between, kind="stable")] = np.arange(1, len(between) + 1)
+    ranks = position[matches - first]
+    # The entries before all matches precede them with an equal score, those behind all do not. In a gallery sorted
+    # by identity nearly every entry is one of these, and one call compares it with several matches.
+    outside = len(row) - len(between)
+    step = max(1, _COMPARE_BYTES // max(1, outside))
+    for start in range(0, len(matches) if outside else 0, step):
+        some = scores[start : start + step, None]
+        above = np.empty((len(some), outside), bool)
+        np.greater_equal(row[:first], some, out=above[:, :first])
+        np.greater(row[last:], some, out=above[:, first:])
+        ranks[start : start + step] += [np.count_nonzero(entries) for entries in above]
     ranks.sort()
     return ranks
 

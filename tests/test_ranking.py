@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,20 @@ def test_equal_scores_keep_the_gallerys_order():
     assert match_ranks(row, np.array([0, 4])).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+def test_equal_scores_keep_the_gallerys_order_in_long_rows(scattered):
+    """Longer than what is sorted around the matches; every rank against a stable argsort of the whole row."""
+    rng = np.random.default_rng(0)
+    row = rng.integers(0, 40, 5000).astype(np.float32)
+    for _ in range(20):
+        near = rng.integers(0, 4900)
+        matches = np.sort(
+            rng.choice(5000, 12, replace=False) if scattered else near + rng.choice(100, 12, replace=False)
+        )
+        expected = np.flatnonzero(np.isin(np.argsort(-row, kind="stable"), matches)) + 1
+        assert match_ranks(row, matches).tolist() == expected.tolist()
+
+
 def test_without_cameras_only_the_image_itself_is_dropped():
     labels = [1], np.array([1, 2, 1, -1]), None, None
     scores = [[0.9, 0.8, 0.6, 0.7]]
@@ -67,6 +82,34 @@ def test_without_cameras_only_the_image_itself_is_dropped():
     assert rank_scores(scores, *labels, remove_same_camera=False)["standard"].first.tolist() == [1]
     found = rank_scores(scores, *labels, remove_same_camera=False, **keys)["standard"]
     assert found.first.tolist() == [3] and found.mAP == pytest.approx(1 / 3)  # junk is a wrong answer here
+
+
+def test_the_image_itself_is_known_by_name_and_identity():
+    """Folders of several identities may hold the same file names: only the query's own entry is dropped."""
+    names = np.array(["1.jpg", "1.jpg", "2.jpg"])
+    scores = [[1.0, 0.9, 0.8]]
+    labels = [7], np.array([7, 8, 7]), None, None
+    found = rank_scores(scores, *labels, remove_same_camera=False, q_keys=names[:1], g_keys=names)["standard"]
+    assert found.first.tolist() == [2] and found.inp.tolist() == [0.5]
+    # With cameras the labels decide, whatever the names are.
+    with_cameras = rank_scores(scores, *labels[:2], np.array([1]), np.array([2, 2, 2]), q_keys=names[:1], g_keys=names)[
+        "standard"
+    ]
+    assert with_cameras.first.tolist() == [1] and with_cameras.mAP == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("junk", [np.arange(30), np.arange(0, 90, 3), np.arange(90)[60:]])
+def test_junk_takes_no_part_wherever_it_lies(junk, monkeypatch):
+    monkeypatch.setattr(ranking, "_TILE", 16)
+    query, gallery, q_pids, g_pids, q_camids, g_camids = golden_data(4, 20, 90, 6, 3)
+    g_pids = np.where(g_pids == -1, 0, g_pids)
+    g_pids[junk] = -1
+    keep = g_pids != -1
+    found = rank(query, gallery, q_pids, g_pids, q_camids, g_camids)["feature"]["official"]
+    scores = query @ gallery[keep].T
+    expected = rank_scores(scores, q_pids, g_pids[keep], q_camids, g_camids[keep])["official"]
+    np.testing.assert_allclose(found.ap, expected.ap, atol=1e-12)
+    assert found.first.tolist() == expected.first.tolist()
 
 
 def test_a_perfect_ranking_gives_one_under_both_conventions():
@@ -181,21 +224,20 @@ def problems(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.sampled_from([0, 3, 1024]))
-def test_agrees_with_the_slow_reference(problem, sort_at_most):
+@given(problems(), st.sampled_from([(200, 1024, 1 << 18), (200, 0, 1 << 18), (0, 0, 1 << 18), (200, 1024, 100)]))
+def test_agrees_with_the_slow_reference(problem, ways):
+    """`ways` to count: beside the matches in the gallery, each match on its own, the whole row sorted, in pieces."""
     scores, labels, _ = problem
     official, standard, inp, first = slow_reference(scores, *labels)
     valid = first > 0
-    before = ranking._SORT_AT_MOST
-    ranking._SORT_AT_MOST = sort_at_most  # both ways of counting
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("_COUNT_AT_MOST", "_SORT_AT_MOST", "_COMPARE_BYTES"), ways, strict=True):
+            patch.setattr(ranking, name, value)
         if not valid.any():
             with pytest.raises(UserError, match="no query has a match"):
                 rank_scores(scores, *labels)
             return
         results = rank_scores(scores, *labels)
-    finally:
-        ranking._SORT_AT_MOST = before
     np.testing.assert_allclose(results["official"].ap, official, atol=1e-12)
     np.testing.assert_allclose(results["standard"].ap, standard, atol=1e-12)
     np.testing.assert_allclose(results["standard"].inp, inp, atol=1e-12)
@@ -222,6 +264,22 @@ def test_permuting_the_gallery_changes_nothing(problem, seed):
         assert result.cmc.tolist() == expected[convention].cmc.tolist()
 
 
+def test_memory_grows_with_a_chunk_and_not_with_the_scores(monkeypatch):
+    """500,000 gallery images scaled down: 300 x 60,000 scores of two heads fill 144 MB, two chunks of 4 MB suffice."""
+    monkeypatch.setattr(ranking, "_CHUNK_BYTES", 4 << 20)
+    rng = np.random.default_rng(0)
+    query, gallery = (rng.standard_normal((n, 2, 4), dtype=np.float32) for n in (300, 60_000))
+    q_pids, g_pids = rng.integers(1, 5000, 300), np.sort(rng.integers(-1, 5000, 60_000))
+    q_camids, g_camids = np.zeros(300, int), np.ones(60_000, int)
+    tracemalloc.start()
+    try:
+        rank(query, gallery, q_pids, g_pids, q_camids, g_camids)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 << 20
+
+
 # ---- bad input ----
 
 
@@ -244,6 +302,13 @@ def test_bad_input_is_one_clear_line():
         rank(np.ones((2, 4)), None, *labels)
     with pytest.raises(UserError, match="has 1 weights"):
         rank(q, g, *labels, settings={"x": (1,)})
+    with pytest.raises(UserError, match="only weights of 0"):
+        rank(q, g, *labels, settings={"x": (0, 0)})
+
+
+def test_scores_may_be_whole_numbers():
+    found = rank_scores([[3, 2, 1]], [4], np.array([4, 5, 4]), np.array([1]), np.array([1, 2, 2]))
+    assert found["standard"].first.tolist() == [2]
 
 
 # ---- re-ranking and multi-query ----

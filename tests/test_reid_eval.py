@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 import torch
 from PIL import Image
 
@@ -148,14 +149,47 @@ def save_raw(path, sides, **changes):
         ({"gallery_f": np.empty((0, 1024), np.float32)}, "gallery_f is empty"),
         ({"query_cam": np.ones(29)}, "29 entries for 30 rows"),
         ({"query_cam": None}, "holds no query_cam"),
+        ({"query_f": np.ones((30, 1024), np.complex64)}, "query_f is not a table of numbers"),
+        ({"heads": np.array(["two"])}, "heads holds 'two'"),
+        ({"heads": np.array(3)}, "not 3 heads"),
+        ({"gallery_key": np.array(["a.jpg", "b.jpg"])}, "one name for each of the 50 images"),
+        ({"gallery_key": np.arange(50)}, "gallery_key does not hold"),
     ],
-    ids=["dimensions", "nan", "names", "fractions", "empty", "length", "missing"],
+    ids=[
+        *("dimensions", "nan", "names", "fractions", "empty", "length", "missing"),
+        *("complex", "heads-word", "heads-number", "keys-length", "keys-numbers"),
+    ],
 )
-def test_bad_feature_files(tmp_path, sides, suffix, changes, message):
+def test_bad_feature_files(tmp_path, sides, suffix, changes, message, script):
     path = save_raw(tmp_path / f"f{suffix}", sides, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_features(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert script("reid_eval/evaluate", path).error == f"error: {error.value}"
+
+
+def test_a_sparse_mat_is_refused(tmp_path, sides):
+    path = save_raw(tmp_path / "f.mat", sides, query_f=scipy.sparse.eye_array(30, 1024, format="csc"))
+    with pytest.raises(UserError, match="query_f is not a table of numbers"):
+        load_features(path)
+
+
+def test_a_file_as_the_releases_scripts_write_it(tmp_path, sides, script):
+    """Features side by side, labels as lists of ints, no further names; multi-query in a second file."""
+    query, gallery = sides["query"], sides["gallery"]
+    multi = Features(*(np.concatenate([getattr(sides[s], part) for s in ("query", "multi")]) for part in PARTS))
+
+    def theirs(prefix, side):
+        flat = side.features.reshape(len(side), 1024)
+        return {f"{prefix}_f": flat, f"{prefix}_label": side.pids.tolist(), f"{prefix}_cam": side.camids.tolist()}
+
+    scipy.io.savemat(tmp_path / "pytorch_result.mat", theirs("gallery", gallery) | theirs("query", query))
+    scipy.io.savemat(tmp_path / "multi_query.mat", theirs("mquery", multi))
+    done = script("reid_eval/evaluate", tmp_path / "pytorch_result.mat", "--multi", "--json", tmp_path / "out.json")
+    assert done.code == 0, done.err
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["tables"] == report(query, gallery, multi=multi)["tables"]
+    assert list(stored["tables"]["single query"]) == ["primary", "both (beta 0.5)", "fine"]
 
 
 @pytest.mark.parametrize("name", ["f.npz", "f.mat"])
@@ -215,15 +249,35 @@ def test_other_numbers_of_heads_give_one_row(heads, label):
     assert list(result["tables"]["single query"]) == [label]
 
 
-def test_without_cameras_nothing_but_the_image_itself_is_left_out():
-    side = make_side(20, noise=0.1)
-    side = Features(side.features, side.pids, np.zeros(20, int), np.array([f"{i}.jpg" for i in range(20)]))
+@pytest.mark.parametrize("name", ["f.npz", "f.mat"])
+def test_without_cameras_nothing_but_the_image_itself_is_left_out(tmp_path, name):
+    """Two images of each identity, all of them queries and gallery; by way of a file."""
+    rng = np.random.default_rng(0)
+    pids = np.repeat(np.arange(1, 11), 2)
+    f = rng.standard_normal((10, 2, 512))[pids - 1] + 4 * rng.standard_normal((20, 2, 512))
+    f = (f / np.linalg.norm(f, axis=-1, keepdims=True)).astype(np.float32)
+    names = np.array([f"{'x' * (i % 7)}{i % 2}.jpg" for i in range(20)])
+    side = Features(f, pids, np.zeros(20, int), names)
     with pytest.raises(UserError, match="use --no-cameras"):
         report(side, side)
-    result = report(side, side, remove_same_camera=False)
-    assert result["tables"]["single query"]["fine"]["standard"]["mAP"] == 1
-    assert result["tables"]["single query"]["fine"]["standard"]["rank1"] == 1
-    assert "no cameras" in format_table(result)
+    save_features(tmp_path / name, side, side)
+    loaded = load_features(tmp_path / name)
+    assert loaded.gallery.keys.tolist() == names.tolist()
+
+    result = report(loaded.query, loaded.gallery, remove_same_camera=False)
+    # Worked out with all pairs of images but the 20 of an image with itself.
+    scores = f[:, 1] @ f[:, 1].T
+    np.fill_diagonal(scores, -np.inf)
+    ranks = [np.argsort(-row, kind="stable").tolist().index(i ^ 1) + 1 for i, row in enumerate(scores)]
+    assert 1 in ranks and max(ranks) > 1
+    values = result["tables"]["single query"]["fine"]["standard"]
+    assert values["mAP"] == pytest.approx(np.mean(1 / np.array(ranks)))
+    assert "nothing is left out but the query image itself" in format_table(result)
+
+    nameless = Features(f, pids, np.zeros(20, int))
+    result = report(nameless, nameless, remove_same_camera=False)
+    assert result["tables"]["single query"]["fine"]["standard"]["rank1"] == 1  # each finds itself
+    assert "nothing is left out; no names tell the query image" in format_table(result)
 
 
 def run(*arguments, cwd):
