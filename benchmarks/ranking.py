@@ -1,0 +1,218 @@
+"""Speed and memory of the ranking and of re-ranking: `python -m benchmarks.ranking [--only PART]`.
+
+speed   Market-1501's size: all score settings and both conventions in one pass, against one bare product of all
+        features (the work that no ranking can avoid) and against the plain reference below, which is timed on a
+        sample of the queries and scaled. For good features and for features at chance level, whose matches lie deep.
+memory  500,000 gallery images: the peak of a process of its own, less the features.
+rerank  k-reciprocal re-ranking of Market-1501's size (23,100 images): seconds and peak of a process of its own.
+
+The features are drawn at random; sizes and counts of labels are those of the data set, sorted as its files are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from reid_eval.features import Features, without_junk
+from reid_eval.ranking import SETTINGS, rank
+from utils import ROOT, UserError, run_cli
+
+PARTS = ("speed", "memory", "rerank")
+HEADS = 2
+KINDS = {"good": 1.0, "chance": 0.0}  # how strongly an image shows its identity
+# Shares of Market-1501's gallery: 3,819 junk and 2,793 distractors of 19,732.
+JUNK_SHARE, DISTRACTOR_SHARE = 3819 / 19732, 2793 / 19732
+
+
+def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) -> tuple[Features, Features]:
+    """Query and gallery with two heads of `dim` / 2 numbers; about 17.5 gallery images per identity, six cameras.
+
+    An image's features are its identity's, as strongly as `signal` and a long-tailed factor of its own say, and
+    noise: most matches are found at once and some lie deep, as with real features.
+    """
+    rng = np.random.default_rng(seed)
+    junk, distractors = round(ng * JUNK_SHARE), round(ng * DISTRACTOR_SHARE)
+    ids = max(1, round((ng - junk - distractors) / 17.5))
+    centers = rng.standard_normal((ids + 1, HEADS, dim // HEADS), dtype=np.float32)
+    known = rng.integers(1, ids + 1, ng - junk - distractors)
+    g_pids = np.sort(np.concatenate([np.full(junk, -1), np.zeros(distractors, np.int64), known]))
+    q_pids = np.sort(rng.integers(1, ids + 1, nq))
+
+    def side(pids: np.ndarray) -> Features:
+        features = np.empty((len(pids), HEADS, dim // HEADS), np.float32)
+        for start in range(0, len(pids), 8192):  # in place: half a million images fill gigabytes
+            part = features[start : start + 8192]
+            rng.standard_normal(part.shape, dtype=np.float32, out=part)
+            some = pids[start : start + 8192]
+            strength = signal * rng.lognormal(0, 0.8, len(some)).astype(np.float32) * (some > 0)
+            part += centers[np.maximum(some, 0)] * strength[:, None, None]
+            part /= np.linalg.norm(part, axis=-1, keepdims=True)
+        return Features(features, pids, rng.integers(1, 7, len(pids)))
+
+    return side(q_pids), side(g_pids)
+
+
+def plain_reference(query: Features, gallery: Features, weights: tuple[float, ...]) -> dict[str, np.ndarray]:
+    """Per query `official` and `standard` AP, `inp` and `first` (rank of the first match), all 0 without a match.
+
+    For one score setting, as evaluation scripts are usually written: scores of one query, an argsort of them, set
+    operations on the indices, a loop over the hits.
+    """
+    rows = []
+    for i in range(len(query)):
+        parts = zip(weights, query.features[i], gallery.features.transpose(1, 0, 2), strict=True)
+        scores = sum(np.float32(w) * (of_gallery @ of_query) for w, of_query, of_gallery in parts)
+        same_pid = np.argwhere(gallery.pids == query.pids[i])
+        same_camera = np.argwhere(gallery.camids == query.camids[i])
+        matches = np.setdiff1d(same_pid, same_camera, assume_unique=True)
+        dropped = np.append(np.argwhere(gallery.pids == -1), np.intersect1d(same_pid, same_camera))
+        order = np.argsort(-scores, kind="stable")
+        order = order[np.isin(order, dropped, invert=True)]
+        positions = np.flatnonzero(np.isin(order, matches)).tolist()
+        official = standard = 0.0
+        for n, r in enumerate(positions):
+            precision, before = (n + 1) / (r + 1), n / r if r else 1.0
+            official += (before + precision) / 2 / len(positions)
+            standard += precision / len(positions)
+        inp, first = (len(positions) / (positions[-1] + 1), positions[0] + 1) if positions else (0.0, 0)
+        rows.append((official, standard, inp, first))
+    return dict(zip(("official", "standard", "inp", "first"), np.array(rows).T, strict=True))
+
+
+def rank_sides(query: Features, gallery: Features, *, progress: bool = False):
+    sides = query.pids, gallery.pids, query.camids, gallery.camids
+    return rank(query.features, gallery.features, *sides, progress=progress)
+
+
+def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> dict:
+    """Seconds and ratios for every kind of features in `KINDS`."""
+    found = {}
+    for kind, signal in KINDS.items():
+        query, gallery = make_problem(nq, ng, dim, signal=signal)
+        chosen = np.random.default_rng(1).choice(nq, min(sample, nq), replace=False)
+        some = Features(query.features[chosen], query.pids[chosen], query.camids[chosen])
+        flat = query.features.reshape(nq, -1), gallery.features.reshape(ng, -1)
+        results = rank_sides(query, gallery)
+        seconds = alternate(
+            {
+                "bare product": lambda flat=flat: flat[0] @ flat[1].T,
+                "ranking": lambda query=query, gallery=gallery: rank_sides(query, gallery),
+                "plain reference, one setting, sample": lambda some=some, gallery=gallery: plain_reference(
+                    some, gallery, SETTINGS["both (beta 0.5)"]
+                ),
+            },
+            repeats,
+        )
+        product, ours, plain = seconds.values()
+        plain = [s * nq / len(some) for s in plain]
+        found[kind] = {
+            "mAP": {name: by["official"].mAP for name, by in results.items()},
+            "seconds": seconds,
+            "median": {name: statistics.median(values) for name, values in seconds.items()},
+            "plain reference, one setting, all queries (scaled)": statistics.median(plain),
+            "ranking / bare product": median_ratio(ours, product),
+            "plain reference of one setting / ranking of all": median_ratio(plain, ours),
+            "plain reference of all settings / ranking of all": len(SETTINGS) * median_ratio(plain, ours),
+        }
+    return found | {"settings": list(SETTINGS), "sampled queries": min(sample, nq), "repeats": repeats}
+
+
+def measure_memory(nq: int, ng: int, dim: int) -> dict:
+    """Peak of this process in bytes, less the features, and seconds of the ranking."""
+    query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
+    before = _peak()
+    start = time.perf_counter()
+    rank_sides(query, gallery, progress=True)
+    seconds = time.perf_counter() - start
+    features = query.features.nbytes + gallery.features.nbytes
+    return {
+        "features": features,
+        "beyond_features_before": before - features,
+        "beyond_features": _peak() - features,
+    } | {"seconds": seconds}
+
+
+def measure_rerank(nq: int, ng: int, dim: int) -> dict:
+    """Peak of this process in bytes, all included, and seconds of one re-ranking; junk counts as images here."""
+    from reid_eval.reranking import rerank
+
+    query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
+    gallery = Features(gallery.features, np.maximum(gallery.pids, 0), gallery.camids)
+    assert len(without_junk(gallery)) == ng
+    start = time.perf_counter()
+    distances = rerank(query.features, gallery.features)
+    seconds = time.perf_counter() - start
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    mAP = {
+        "before": rank_sides(query, gallery)["both (beta 0.5)"]["official"].mAP,
+        "after": rank(-distances, None, *labels)["scores"]["official"].mAP,
+    }
+    return {"images": nq + ng, "seconds": seconds, "peak": _peak(), "mAP": mAP}
+
+
+def _peak() -> int:
+    """Greatest resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_a_process_of_its_own(part: str, nq: int, ng: int, dim: int) -> dict:
+    code = f"import json; from benchmarks.ranking import *; print(json.dumps(measure_{part}({nq}, {ng}, {dim})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{part}: the measuring process ended with status {done.returncode}; is the memory too small?")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.ranking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated (default: all)")
+    parser.add_argument("--queries", type=int, default=3368, help="number of queries (default: 3368)")
+    parser.add_argument("--gallery", type=int, help="gallery images (default: 19732; memory: 500000)")
+    parser.add_argument("--dim", type=int, default=1024, help="numbers per image, both heads (default: 1024)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of the speed part (default: 5)")
+    parser.add_argument("--sample", type=int, default=100, help="queries of the plain reference (default: 100)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the JSON files (default: the project's)"
+    )
+    args = parser.parse_args()
+    for name, least in (("queries", 1), ("gallery", 20), ("dim", 2), ("repeats", 1), ("sample", 1)):
+        value = getattr(args, name)
+        if value is not None and (value < least or name == "dim" and value % HEADS):
+            raise UserError(f"--{name} {value}: must be {'even and ' if name == 'dim' else ''}at least {least}")
+
+    for part in args.only or PARTS:
+        sizes = args.queries, args.gallery or (500_000 if part == "memory" else 19_732), args.dim
+        result = {"machine": describe_machine(), "sizes": dict(zip(("queries", "gallery", "dim"), sizes, strict=True))}
+        print(f"{part}: {' x '.join(f'{n:,}' for n in sizes)} on {result['machine']}", flush=True)
+        if part == "speed":
+            found = measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
+            for kind in KINDS:
+                print(f"  {kind} features, mAP " + ", ".join(f"{value:.3f}" for value in found[kind]["mAP"].values()))
+                for name, value in found[kind]["median"].items():
+                    print(f"    {name:50}{value:8.2f} s")
+                for name in [name for name in found[kind] if "/" in name]:
+                    print(f"    {name:50}{found[kind][name]:8.2f}")
+        else:
+            found = in_a_process_of_its_own(part, *sizes)
+            gigabytes = {name: found[name] / 1e9 for name in ("features", "beyond_features", "peak") if name in found}
+            print("  " + ", ".join(f"{name} {value:.2f} GB" for name, value in gigabytes.items()), end="")
+            print(f", {found['seconds']:.1f} s")
+        print(f"  written to {write_result(args.results, f'ranking-{part}', result | found)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
