@@ -30,7 +30,7 @@ SETTINGS = {"primary": (1.0, 0.0), "both (beta 0.5)": (1.0, 0.5), "fine": (0.0, 
 
 JUNK = -1
 _CHUNK_BYTES = 384 << 20  # of scores; two chunks exist at a time
-_CHUNK_QUERIES = 1024
+_CHUNK_QUERIES = 700
 _TILE = 32768  # gallery images in one product
 _COUNT_AT_MOST = 200  # matches of a query; with more, sorting the whole row costs less
 _SORT_AT_MOST = 1024  # entries from a query's first match in the gallery to its last
