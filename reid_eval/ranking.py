@@ -4,9 +4,9 @@ For every query these gallery entries are dropped: those of the query's identity
 and all of identity -1 (junk). The rest is ranked by score, highest first; equal scores keep the gallery's
 order. Distractors (identity 0) are images that no query asks for, so they stay, as wrong answers.
 
-Every number here is a function of the ranks of a query's matches. They are counted, the row is not sorted, so
-the cost per query is a few passes over its row of scores; one product serves all score settings and
-conventions, and the next queries' product is computed while these queries' matches are counted.
+Every number here is a function of the ranks of a query's matches. They are counted, the row is not sorted (but
+for a query of very many matches), so the cost per query is a few passes over its row of scores; one product serves
+all score settings and conventions, and the next queries' product is computed while these queries' are counted.
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ class _QueryLists:
     def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         same = self.order[self.begin[i] : self.end[i]]
         marked = self.g_marks[same] == self.q_marks[i] if self.g_marks is not None else np.zeros(len(same), bool)
-        return (same if self.q_pids[i] != JUNK else same[:0])[~marked], same[marked]
+        matches = same[~marked] if self.q_pids[i] != JUNK else same[:0]
+        return matches, same[marked]
 
 
 def _products(query: np.ndarray, gallery: np.ndarray, kept: np.ndarray) -> np.ndarray:

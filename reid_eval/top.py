@@ -56,8 +56,8 @@ def first_entries(
 ) -> list[list[Entry]]:
     """Every query's list down to the `top`-th image that counts, junk in between included, 2 * `top` entries at most.
 
-    Junk is what `ranking.rank` drops: identity -1, the query's identity under the query's camera, and the query
-    image itself; without `remove_same_camera` the last only. Scores are those of `main_setting`.
+    Junk is what `ranking.rank` drops: identity -1 and the query's identity under the query's camera; without
+    `remove_same_camera` only the query image itself. Scores are those of `main_setting`.
     """
     _, weights = main_setting(query.features.shape[1])
     indices, scores = best_scores(query.features, gallery.features, weights, 2 * top)
@@ -65,8 +65,8 @@ def first_entries(
     junk = np.zeros_like(same)
     if remove_same_camera:
         junk |= (gallery.pids[indices] == JUNK) | (same & (gallery.camids[indices] == query.camids[:, None]))
-    if query.keys is not None and gallery.keys is not None:
-        junk |= gallery.keys[indices] == query.keys[:, None]
+    elif query.keys is not None and gallery.keys is not None:
+        junk |= same & (gallery.keys[indices] == query.keys[:, None])
     ranks = np.cumsum(~junk, axis=1)
     lists = []
     for i, entries in enumerate(indices):

@@ -98,6 +98,19 @@ def test_the_image_itself_is_known_by_name_and_identity():
     assert with_cameras.first.tolist() == [1] and with_cameras.mAP == pytest.approx((1 + 2 / 3) / 2)
 
 
+@pytest.mark.parametrize("remove_same_camera", [True, False])
+def test_a_junk_query_has_no_match(remove_same_camera):
+    g_pids, cameras = np.array([-1, -1, 3]), np.array([1, 2, 2])
+    options = {
+        "remove_same_camera": remove_same_camera,
+        "q_keys": np.array(["a", "b"]),
+        "g_keys": np.array(["a", "c", "d"]),
+    }
+    found = rank_scores([[3.0, 2, 1]] * 2, np.array([-1, 3]), g_pids, np.array([1, 1]), cameras, **options)["standard"]
+    assert found.without_match == 1
+    assert found.first.tolist() == [0, 1 if remove_same_camera else 3]
+
+
 @pytest.mark.parametrize("junk", [np.arange(30), np.arange(0, 90, 3), np.arange(90)[60:]])
 def test_junk_takes_no_part_wherever_it_lies(junk, monkeypatch):
     monkeypatch.setattr(ranking, "_TILE", 16)
