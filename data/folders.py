@@ -186,18 +186,19 @@ def is_data_set(root: Path) -> bool:
     return any((base / name).is_dir() for base in (root, root / PREPARED_FOLDER) for name in names)
 
 
-def read_people(source: str | Path, split: str | None = None) -> ImageList:
-    """Images of people to generate from, wherever they lie, sorted by name.
+def read_people(source: str | Path, split: str | None = None, *, option: str = "--input") -> ImageList:
+    """Images of people to generate from or to score, wherever they lie, sorted by name.
 
     source  a data set, of which `split` is read (`query` by default) without junk and distractors; or a folder with
             one sub-folder per person, one split's folder for instance; or a folder with images of any names. There,
             the identities come from the names if all have one; otherwise every image counts as another person.
+    option  where `source` came from, for the errors
 
     Raises UserError for a missing folder, one without images, and a `split` of what is no data set.
     """
     root = Path(source).expanduser()
     if not root.is_dir():
-        raise UserError(f"--input {root}: no such folder; give a data set or a folder of images")
+        raise UserError(f"{option} {root}: no such folder; give a data set or a folder of images")
     if is_data_set(root):
         images = read_split(root, split or "query", need_names=False)
     elif split is not None:
@@ -212,12 +213,12 @@ def read_people(source: str | Path, split: str | None = None) -> ImageList:
             images = _read_prepared(root, "train_all", need_names=False)
         except UserError:
             raise UserError(
-                f"--input {root}: neither a data set nor a folder of images; looked for {_suffixes()} files there "
+                f"{option} {root}: neither a data set nor a folder of images; looked for {_suffixes()} files there "
                 "and in one sub-folder per person"
             ) from None
     people = images.select(images.pids > 0)
     if not len(people):
-        raise UserError(f"--input {root}: all {len(images)} images are junk or distractors; give images of people")
+        raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")
     return people
 
 

@@ -1,0 +1,230 @@
+"""FID, KID, SSIM and LPIPS of folders of images; README.md beside this file says exactly what is measured.
+
+The features come from a network that maps images (N, 3, H, W) uint8 to (N, D): Inception unless another is given.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import AlexNet_Weights
+from tqdm import tqdm
+
+from checkpoint import read_tensors
+from data.folders import ImageList
+from data.pairs import iter_images
+from gen_eval.similarity import ssim
+from utils import UserError
+from visual_tools.grid import to_uint8
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+Network = Callable[[Tensor], Tensor]
+PairMeasure = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that a score depends on besides the images and the networks."""
+
+    size: tuple[int, int] = (128, 64)  # height and width that every image is resized to
+    count: int | None = None  # images of each folder, drawn at random; None: all
+    pairs: int = 2000  # random pairs of images of one identity
+    seed: int = 0
+    batch_size: int = 32
+
+
+# -------------------------------------------------------------------------------------------- networks
+def find_weights(url: str, folder: Path | None) -> Path:
+    """The file that `url` names, from `folder` or PyTorch's cache. Raises UserError that says what to put where."""
+    name, cache = url.rsplit("/", 1)[1], Path(torch.hub.get_dir()) / "checkpoints"
+    for place in (folder, cache):
+        if place is not None and (place / name).is_file():
+            return place / name
+    raise UserError(f"put {name} ({url}) into {cache}, or give --weights DIR with the folder that holds it")
+
+
+def load_inception(folder: Path | None, device: torch.device) -> Network:
+    """Inception of published FIDs (TensorFlow's of 2015, its resizing included): images to (N, 2048)."""
+    path = find_weights(URL_INCEPTION_V3, folder)
+    read_tensors(path)  # refuses whatever is more than tensors; the library would unpickle it
+    try:
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the weights of that Inception; replace the file") from None
+    net.to(device)
+    return lambda images: net(images)[0]
+
+
+def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
+    """LPIPS 0.1 on AlexNet: pairs of images (N, 3, H, W) uint8 to their mean distance (). Sides of 32 at least."""
+    path = find_weights(AlexNet_Weights.IMAGENET1K_V1.url, folder)
+    read_tensors(path)
+    cache = torch.hub.get_dir()
+    # The library takes AlexNet from PyTorch's cache only, so the folder of the file plays its part for a moment.
+    with tempfile.TemporaryDirectory() as stand_in:
+        (Path(stand_in) / "checkpoints").symlink_to(path.parent.resolve(), target_is_directory=True)
+        torch.hub.set_dir(stand_in)
+        try:
+            net = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).net.to(device)
+        except (RuntimeError, TypeError, AttributeError):
+            raise UserError(f"{path}: not the weights of AlexNet; replace the file") from None
+        finally:
+            torch.hub.set_dir(cache)
+    return lambda a, b: net(a / 255, b / 255, normalize=True).flatten()
+
+
+# -------------------------------------------------------------------------------------------- measures
+def image_features(images: ImageList, network: Network, protocol: Protocol, device: torch.device) -> Tensor:
+    """Features (n, D) float64 on the CPU of all images, by `network`. Raises UserError for an undecodable file."""
+    parts = []
+    with torch.inference_mode(), tqdm(total=len(images), desc="features", leave=False, disable=None) as bar:
+        for x in _byte_batches(images.paths, protocol):
+            parts.append(network(x.to(device)).double().cpu())
+            bar.update(len(x))
+    return torch.cat(parts)
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """FID between two sets of features (n, D) and (m, D), float64, n and m at least 2."""
+    real, fake = map(fid_features_to_statistics, (real, fake))
+    return fid_statistics_to_metric(real, fake, verbose=False)[KEY_METRIC_FID]
+
+
+def kernel_distance(real: Tensor, fake: Tensor, seed: int) -> float:
+    """KID: the unbiased MMD^2 of the kernel (x.y / D + 1)^3, mean over random subsets of equal size."""
+    size = min(KID_SUBSET_SIZE, len(real), len(fake))
+    found = kid_features_to_metric(
+        real, fake, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    return found[KEY_METRIC_KID_MEAN]
+
+
+def draw_pairs(pids: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(count, 2) indices of two different images of one identity; identities first, all equally likely.
+
+    Raises UserError when no identity has two images.
+    """
+    order = np.argsort(pids, kind="stable")
+    people, first, size = np.unique(pids[order], return_index=True, return_counts=True)
+    several = np.flatnonzero(size > 1)
+    if not len(several):
+        raise UserError(
+            f"none of the {len(people)} identities has two images; name the files like 0002_c1s1_000451_03.jpg or "
+            "give a sub-folder per person"
+        )
+    rng = np.random.default_rng(seed)
+    person = several[rng.integers(0, len(several), count)]
+    one = rng.integers(0, size[person])
+    other = rng.integers(0, size[person] - 1)
+    other += other >= one
+    return order[np.stack([first[person] + one, first[person] + other], axis=1)]
+
+
+def pair_scores(
+    images: ImageList,
+    pairs: np.ndarray,
+    measures: dict[str, PairMeasure],
+    protocol: Protocol,
+    device: torch.device,
+) -> dict[str, float]:
+    """The mean of every measure over pairs (n, 2) of indices of images."""
+    values: dict[str, list[Tensor]] = {name: [] for name in measures}
+    sides = [_byte_batches([images.paths[i] for i in side], protocol) for side in pairs.T]
+    with torch.inference_mode(), tqdm(total=len(pairs), desc="pairs", leave=False, disable=None) as bar:
+        for a, b in zip(*sides, strict=True):
+            for name, measure in measures.items():
+                values[name].append(measure(a.to(device), b.to(device)).double().cpu())
+            bar.update(len(a))
+    return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+
+
+def _byte_batches(paths: list[Path], protocol: Protocol) -> Iterator[Tensor]:
+    for x in iter_images(paths, *protocol.size, protocol.batch_size):
+        yield torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------- all of them
+def score(
+    real: ImageList,
+    fake: ImageList | None,
+    protocol: Protocol,
+    device: torch.device,
+    *,
+    real_vs_real: bool = False,
+    weights: Path | None = None,
+    network: Network | None = None,
+    lpips: PairMeasure | None = None,
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Every score that can be computed, and why the others cannot.
+
+    Args:
+        real, fake: the images; of each, `protocol.count` are drawn.
+        real_vs_real: also FID and KID between two random halves of the real images, the floor.
+        weights: folder of weights, besides PyTorch's cache.
+        network, lpips: in the place of Inception and LPIPS.
+
+    Returns:
+        `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}`, names of scores that were not computed
+        being absent, and a line for each of those. FID and KID of "real" are those of its halves.
+
+    Raises:
+        UserError: fewer images than asked for or than two (four to be halved), an undecodable image, no score at all.
+    """
+    sets = {"real": real} if fake is None else {"real": real, "fake": fake}
+    sets = {name: draw_images(images, name, protocol) for name, images in sets.items()}
+    if real_vs_real and len(sets["real"]) < 4:
+        raise UserError(f"--real: {len(sets['real'])} images cannot be halved; give four or more")
+    scores: dict[str, dict[str, float]] = {name: {"images": len(images)} for name, images in sets.items()}
+    missing = []
+
+    if real_vs_real or fake is not None:
+        try:
+            network = network or load_inception(weights, device)
+        except UserError as error:
+            missing.append(f"FID, KID: {error}")
+    if network is not None and (real_vs_real or fake is not None):
+        features = {name: image_features(images, network, protocol, device) for name, images in sets.items()}
+        compared = {name: (features["real"], side) for name, side in features.items() if name != "real"}
+        if real_vs_real:
+            order = np.random.default_rng(protocol.seed).permutation(len(features["real"]))
+            half = len(order) // 2
+            compared["real"] = features["real"][order[:half]], features["real"][order[half:]]
+        for name, (a, b) in compared.items():
+            scores[name] |= {"fid": frechet_distance(a, b), "kid": kernel_distance(a, b, protocol.seed)}
+
+    measures: dict[str, PairMeasure] = {"ssim": ssim}
+    try:
+        measures["lpips"] = lpips or load_lpips(weights, device)
+    except UserError as error:
+        missing.append(f"LPIPS: {error}")
+    for name, images in sets.items():
+        try:
+            pairs = draw_pairs(images.pids, protocol.pairs, protocol.seed)
+        except UserError as error:
+            missing.append(f"SSIM, LPIPS of {name}: {error}")
+        else:
+            scores[name] |= pair_scores(images, pairs, measures, protocol, device)
+    if all(len(row) == 1 for row in scores.values()):
+        raise UserError("no score can be computed. " + ". ".join(missing))
+    return scores, missing
+
+
+def draw_images(images: ImageList, name: str, protocol: Protocol) -> ImageList:
+    """The images of one side that are scored. Raises UserError for fewer than asked for, or than two."""
+    if len(images) < max(2, protocol.count or 0):
+        asked = f"{protocol.count} asked for; lower --count or add images" if protocol.count else "two are needed"
+        raise UserError(f"--{name} {images.paths[0].parent}: {len(images)} images, {asked}")
+    if protocol.count is None:
+        return images
+    chosen = np.random.default_rng(protocol.seed).choice(len(images), protocol.count, replace=False)
+    return images.select(np.isin(np.arange(len(images)), chosen))

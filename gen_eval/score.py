@@ -1,0 +1,177 @@
+"""Scores of generated images beside the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a file, from any directory
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import UserError, pick_device, run_cli, set_threads, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.folders import ImageList
+    from gen_eval.metrics import Protocol
+
+# FID and SSIM as the DG-Net paper prints them, Market-1501.
+PUBLISHED = {
+    "Real": (7.22, 0.350),
+    "LSGAN": (136.26, None),
+    "PG2-GAN": (151.16, None),
+    "PN-GAN": (54.23, 0.335),
+    "FD-GAN": (257.00, 0.247),
+    "DG-Net": (18.24, 0.360),
+}
+COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
+FULL_RANK = 2049  # images from which the covariance of 2048 features can have full rank
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gen_eval.score",
+        description="FID and KID between two folders of images, SSIM and LPIPS between images of one identity. Weights "
+        "are looked for in PyTorch's cache and in --weights; a score without its weights says which file to put where.",
+    )
+    parser.add_argument("--real", required=True, metavar="DIR", help="data set, folder per person, or loose images")
+    parser.add_argument("--fake", metavar="DIR", help="generated images, in any of these forms")
+    parser.add_argument("--split", help="split of the real images' data set (default: query)")
+    parser.add_argument("--real-vs-real", action="store_true", help="FID and KID between random halves of --real")
+    parser.add_argument("--count", type=int, help="images to draw from each folder (default: all)")
+    parser.add_argument("--pairs", type=int, default=2000, help="pairs for SSIM and LPIPS (default: 2000)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(128, 64),
+        metavar=("HEIGHT", "WIDTH"),
+        help="every image is resized to this first (default: 128 64)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of images, halves, pairs and KID's subsets (default: 0)")
+    parser.add_argument("--weights", metavar="DIR", help="folder with the weights, besides PyTorch's cache")
+    parser.add_argument("--batchsize", type=int, default=32, help="images per pass (default: 32)")
+    parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    return parser.parse_args()
+
+
+def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dict[str, Any]:
+    """The protocol as it applies to these images, ready for JSON."""
+    from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS
+
+    sides = {"real": real} if fake is None else {"real": real, "fake": fake}
+    drawn = [protocol.count or len(images) for images in sides.values()]
+    return {
+        name: {
+            "images": len(images),
+            "identities": len(set(images.pids.tolist())),
+            "formats": dict(Counter(path.suffix.lower() for path in images.paths)),
+        }
+        for name, images in sides.items()
+    } | {
+        "drawn": f"{protocol.count} images of each at random" if protocol.count else "all images",
+        "preparation": f"decoded, upright, RGB, resized to {protocol.size[0]} x {protocol.size[1]} (bicubic, 8 bit), "
+        "not cropped, not compressed again",
+        "fid": "Inception of 2015 by torch-fidelity, 2048 features, float64",
+        "kid": f"same features, polynomial kernel of degree 3, {KID_SUBSETS} subsets of "
+        f"{min(KID_SUBSET_SIZE, *drawn)} images (half of a folder against the other: at most its size)",
+        "ssim, lpips": f"mean over {protocol.pairs} random pairs of images of one identity; SSIM: window 11, sigma "
+        "1.5, mean over RGB; LPIPS 0.1, AlexNet",
+        "size": list(protocol.size),
+        "pairs": protocol.pairs,
+        "seed": protocol.seed,
+    }
+
+
+def format_scores(scores: dict[str, dict[str, float]], *, published: bool = True) -> str:
+    """Scores and published rows as a table for a terminal."""
+    lines = [" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values())]
+    for name, row in scores.items():
+        lines.append(f"  {name:10}" + _cells(row))
+    if published:
+        lines.append("published, Market-1501 (the DG-Net paper; its protocol is not known in every point):")
+        for name, (fid, ssim) in PUBLISHED.items():
+            lines.append(f"  {name:10}" + _cells({"fid": fid, "ssim": ssim}))
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, float | None]) -> str:
+    formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
+    scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items() if value is not None}
+    return "".join(f"{formats[key].format(scaled[key]) if key in scaled else '-':>12}" for key in COLUMNS)
+
+
+def print_scores(
+    real: ImageList,
+    fake: ImageList | None,
+    protocol: Protocol,
+    device: torch.device,
+    *,
+    real_vs_real: bool = False,
+    weights: Path | None = None,
+) -> dict[str, Any]:
+    """Compute and print the scores with their protocol; returns both, ready for JSON. Raises as `metrics.score`."""
+    from gen_eval.metrics import score
+
+    scores, missing = score(real, fake, protocol, device, real_vs_real=real_vs_real, weights=weights)
+    stated = describe(real, fake, protocol)
+    for key in ("real", "fake"):
+        if key in stated:
+            formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[key]["formats"].items())
+            print(f"{key}: {stated[key]['images']} images of {stated[key]['identities']} identities ({formats})")
+    for key in ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed"):
+        print(f"{key}: {stated[key]}")
+    print(format_scores(scores))
+    if real_vs_real:
+        print(f"FID and KID of real: one random half ({scores['real']['images'] // 2} images) against the other")
+    for line in missing:
+        print(f"not computed: {line}")
+    fewest = min(row["images"] // (2 if name == "real" and real_vs_real else 1) for name, row in scores.items())
+    if any("fid" in row for row in scores.values()) and fewest < FULL_RANK:
+        print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
+    if fake is not None and set(stated["real"]["formats"]) != set(stated["fake"]["formats"]):
+        print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
+    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
+    return {"scores": scores, "not_computed": missing, "protocol": stated, "published": published}
+
+
+def main() -> None:
+    args = parse_args()
+    least = {"count": 2, "pairs": 1, "seed": 0, "batchsize": 1}
+    for key, value in least.items():
+        given = getattr(args, key)
+        if given is not None and given < value:
+            raise UserError(f"--{key} {given}: must be at least {value}")
+    if min(args.size) < 32:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: both must be at least 32")
+    if args.fake is None and not args.real_vs_real:
+        raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
+    weights = Path(args.weights).expanduser() if args.weights else None
+    if weights is not None and not weights.is_dir():
+        raise UserError(f"--weights {weights}: no such folder; give the folder that holds the weights")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: is a folder; give a file")
+
+    from data.folders import check_images, read_people
+    from gen_eval.metrics import Protocol
+
+    device = pick_device(args.device)
+    set_threads(args.threads)
+    real = read_people(args.real, args.split, option="--real")
+    fake = read_people(args.fake, option="--fake") if args.fake else None
+    check_images([*real.paths, *(fake.paths if fake else [])], skip_bad=False, remedy="remove them")
+    protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
+    result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=weights)
+    if args.out:
+        write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

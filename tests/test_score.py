@@ -1,0 +1,176 @@
+"""FID, KID, SSIM and LPIPS of folders: closed forms, the protocol, missing weights, folders that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, Outcome, noise
+from PIL import Image
+
+from data.folders import read_people
+from gen_eval.metrics import Protocol, draw_pairs, frechet_distance, kernel_distance, load_inception, load_lpips, score
+from utils import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """PyTorch's cache, empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "checkpoints"
+
+
+def colours(x: torch.Tensor) -> torch.Tensor:
+    """The small feature network: the mean of every channel."""
+    return x.float().mean((2, 3))
+
+
+def people(folder: Path, count: int = 3, images: int = 3) -> Path:
+    """A folder of images named like Market-1501's."""
+    for pid in range(1, count + 1):
+        for k in range(images):
+            noise(folder / f"{pid:04d}_c1s1_{k:06d}_01.png", size=(32, 64))
+    return folder
+
+
+def test_fid_of_gaussians_is_its_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    m, s = np.array([1.0, -2.0, 0.5]), np.array([1.0, 2.0, 0.5])
+    a, b = rng.normal(size=(40000, 3)), m + s * rng.normal(size=(40000, 3))
+    expected = (m**2).sum() + ((s - 1) ** 2).sum()
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=0.02)
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(a)) == pytest.approx(0, abs=1e-9)
+    # Exact for what the samples themselves say, with correlated features.
+    mix = np.array([[1.0, 0.4, 0.0], [0.0, 1.0, -0.3], [0.2, 0.0, 1.0]])
+    c, d = a[:50] @ mix, b[:60]
+    sc, sd = np.cov(c, rowvar=False), np.cov(d, rowvar=False)
+    values, vectors = np.linalg.eigh(sc)
+    root = vectors * np.sqrt(values) @ vectors.T  # tr sqrt(sc sd) = tr sqrt(root sd root), of a symmetric matrix
+    both = np.sqrt(np.linalg.eigvalsh(root @ sd @ root)).sum()
+    exact = ((c.mean(0) - d.mean(0)) ** 2).sum() + np.trace(sc) + np.trace(sd) - 2 * both
+    assert frechet_distance(torch.from_numpy(c), torch.from_numpy(d)) == pytest.approx(exact, rel=1e-9)
+
+
+def test_kid_of_gaussians_is_its_closed_form() -> None:
+    rng, m, s = np.random.default_rng(0), 1.0, 0.5
+    a, b = rng.normal(size=(20000, 1)), m + s * rng.normal(size=(20000, 1))
+
+    def kernel_mean(p: tuple[float, float, float], q: tuple[float, float, float]) -> float:
+        """E (xy + 1)^3 of independent x and y, from their first three moments."""
+        return p[2] * q[2] + 3 * p[1] * q[1] + 3 * p[0] * q[0] + 1
+
+    x, y = (0.0, 1.0, 0.0), (m, m**2 + s**2, m**3 + 3 * m * s**2)
+    expected = kernel_mean(x, x) + kernel_mean(y, y) - 2 * kernel_mean(x, y)
+    assert kernel_distance(torch.from_numpy(a), torch.from_numpy(b), seed=0) == pytest.approx(expected, rel=0.05)
+    assert abs(kernel_distance(torch.from_numpy(a), torch.from_numpy(a[::-1].copy()), seed=0)) < 0.02
+
+
+def test_scores_of_folders_by_a_small_network(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    means, deviations = {"real": (120, 100, 90), "fake": (130, 100, 110)}, {"real": 12.0, "fake": 6.0}
+    values = {side: rng.normal(means[side], deviations[side], (150, 3)).round().clip(0, 255) for side in means}
+    for side, rows in values.items():
+        (tmp_path / side).mkdir()
+        for k, row in enumerate(rows):
+            image = np.broadcast_to(row.astype(np.uint8), (40, 20, 3))
+            Image.fromarray(image).save(tmp_path / side / f"{1 + k // 3:04d}_c1s1_{k:06d}_01.png")
+    real, fake = (read_people(tmp_path / side) for side in ("real", "fake"))
+
+    def level(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.float() - b.float()).abs().mean((1, 2, 3))
+
+    protocol = Protocol(pairs=40, batch_size=16)
+    scores, missing = score(real, fake, protocol, CPU, real_vs_real=True, network=colours, lpips=level)
+    assert missing == []
+    a, b = (torch.from_numpy(values[side]) for side in ("real", "fake"))
+    assert scores["fake"]["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    assert scores["fake"]["fid"] == pytest.approx(100 + 400 + 3 * 36, rel=0.25)  # of the Gaussians themselves
+    assert (
+        0 <= scores["real"]["fid"] < 0.1 * scores["fake"]["fid"] and abs(scores["real"]["kid"]) < scores["fake"]["kid"]
+    )
+    assert scores["real"]["lpips"] > 1.3 * scores["fake"]["lpips"]  # twice the deviation
+    assert scores == score(real, fake, protocol, CPU, real_vs_real=True, network=colours, lpips=level)[0]
+    some = score(real, fake, Protocol(pairs=4, count=20), CPU, network=colours, lpips=level)[0]
+    assert some["real"]["images"] == some["fake"]["images"] == 20 and some["fake"]["fid"] != scores["fake"]["fid"]
+    with pytest.raises(UserError, match="150 images, 151 asked for; lower --count"):
+        score(real, fake, Protocol(count=151), CPU, network=colours, lpips=level)
+
+
+def test_pairs_are_of_one_identity_and_all_equally_likely() -> None:
+    pids = np.array([5, 2, 5, 9, 2, 5])
+    pairs = draw_pairs(pids, 6000, seed=1)
+    assert (pids[pairs[:, 0]] == pids[pairs[:, 1]]).all() and (pairs[:, 0] != pairs[:, 1]).all()
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    expected = {2: 1 / 4, 5: 1 / 12}  # identities alike, then their 2 and 6 ordered pairs
+    assert len(found) == 8
+    assert counts / 6000 == pytest.approx([expected[pids[i]] for i, _ in found], abs=0.02)
+    with pytest.raises(UserError, match="none of the 3 identities has two images"):
+        draw_pairs(np.array([1, 2, 3]), 5, seed=0)
+
+
+def test_without_weights_the_others_still_run(script: Script, no_weights: Path, tmp_path: Path) -> None:
+    real, fake, out = people(tmp_path / "real"), people(tmp_path / "fake", images=2), tmp_path / "score.json"
+    done = script("gen_eval/score", "--real", real, "--fake", fake, "--pairs", 5, "--out", out, "--real-vs-real")
+    assert done.code == 0, done.err
+    for name in ("weights-inception-2015-12-05-6726825d.pth", "alexnet-owt-7be5be79.pth"):
+        assert sum(name in line and str(no_weights) in line for line in done.out.splitlines()) == 1
+    written = json.loads(out.read_text())
+    assert 0 < written["scores"]["fake"]["ssim"] <= 1 and "fid" not in written["scores"]["fake"]
+    assert len(written["not_computed"]) == 2 and written["protocol"]["fake"]["images"] == 6
+    assert written["published"]["DG-Net"] == {"fid": 18.24, "ssim": 0.360}
+    assert f"{written['scores']['real']['ssim']:.3f}" in done.out and "7.22" in done.out
+    for k in range(3):
+        noise(tmp_path / "loose" / f"{k}.png")
+    alone = ("--real", tmp_path / "loose", "--fake", tmp_path / "loose")
+    error = script("gen_eval/score", *alone).error
+    assert "no score can be computed" in error and "has two images" in error and "6726825d" in error
+
+
+def test_weights_that_are_none(no_weights: Path, tmp_path: Path) -> None:
+    for name, load, what in (
+        ("weights-inception-2015-12-05-6726825d.pth", load_inception, "that Inception"),
+        ("alexnet-owt-7be5be79.pth", load_lpips, "AlexNet"),
+    ):
+        (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(UserError, match=f"{name}: damaged or not a checkpoint"):
+            load(tmp_path, CPU)
+        torch.save({"a": torch.zeros(1)}, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: not the weights of {what}"):
+            load(tmp_path, CPU)
+    assert torch.hub.get_dir() == str(no_weights.parent)
+
+
+def test_lpips_by_its_library_with_an_alexnet_from_a_folder(no_weights: Path, tmp_path: Path) -> None:
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "alexnet-owt-7be5be79.pth")
+    lpips = load_lpips(tmp_path, CPU)
+    x = torch.randint(0, 256, (2, 3, 64, 32), dtype=torch.uint8)
+    assert lpips(x, x).tolist() == [0, 0]
+    assert (lpips(x, 255 - x) > 0).all() and lpips(x, 255 - x).shape == (2,)
+
+
+def test_what_cannot_be_scored(script: Script, no_weights: Path, tmp_path: Path) -> None:
+    good, bad = people(tmp_path / "good"), tmp_path / "bad"
+    run = lambda *arguments: script("gen_eval/score", "--real", good, *arguments).error  # noqa: E731
+    assert f"--fake {bad}: no such folder" in run("--fake", bad)
+    bad.mkdir()
+    assert f"--fake {bad}: neither a data set nor a folder of images" in run("--fake", bad)
+    noise(bad / "0001_c1s1_000001_01.png")
+    assert "1 images, two are needed" in run("--fake", bad)
+    (bad / "0002_c1s1_000001_01.jpg").write_text("no image")
+    assert "0002_c1s1_000001_01.jpg (not an image)" in run("--fake", bad)
+    assert "9 images, 10 asked for; lower --count" in run("--fake", good, "--count", 10)
+    assert "--fake is missing" in run()
+    assert "--size 16 64: both must be at least 32" in run("--fake", good, "--size", 16, 64)
+    assert "--pairs 0: must be at least 1" in run("--fake", good, "--pairs", 0)
+    assert "--weights none: no such folder" in run("--fake", good, "--weights", "none")
+    assert "leave --split out" in run("--fake", good, "--split", "query")
