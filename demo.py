@@ -108,6 +108,16 @@ def main() -> None:
         f"\nswap error on the changed pixels (L1, grey levels): generated {swaps['generated']:.1f}, "
         f"copying the structure image {swaps['copy']:.1f}: {100 * swaps['reduction']:.1f} % below"
     )
+    seen = {"true swap": "true", "generated": "generated", "copy": "copy", "the image itself": "appearance"}
+    print(
+        "against the true swap: "
+        + ", ".join(
+            f"{row} PSNR {swaps['images'][row]['psnr']:.1f} dB, SSIM {swaps['images'][row]['ssim']:.3f}"
+            for row in ("generated", "copy")
+        )
+        + "\nRank-1 of the teacher for the appearance identity: "
+        + ", ".join(f"{label} {100 * swaps['recognised'][row]['official']['rank1']:.1f}" for label, row in seen.items())
+    )
     print(f"\nswap grid (rows: appearance, columns: structure): {grid}\nthe run: {run}")
     print(
         "\nnext:\n"

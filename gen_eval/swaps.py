@@ -1,95 +1,208 @@
 """Generated swaps against the renderer's own drawing of them (embedded data only).
 
-Over a whole image, copying the structure image looks good because most pixels do not change; the error is therefore
-taken on the pixels in which the true swap differs from the structure image.
+Over a whole image, copying the structure image looks good because most pixels do not change; the main error is
+therefore taken on the pixels in which the true swap differs from the structure image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.folders import ImageList
 from data.mannequins import Factors
-from data.pairs import decode_images, normalise
+from data.pairs import iter_images, normalise
+from gen_eval.similarity import ssim
+from reid_eval.evaluate import report
+from reid_eval.features import Features, embed_images
+from reIDmodel import enlarge
+from utils import UserError
 from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
+MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
+COMPARED = ("generated", "copy", "reconstruction", "other")
 
 
 @dataclass(frozen=True)
-class SwapError:
-    """Mean absolute error in grey levels (0..255) on the changed pixels, over `pairs` swaps."""
+class Swaps:
+    """n swaps of images i (appearance) and j (structure), indices into an image list.
 
-    pairs: int
-    generated: float
-    copy: float
+    `images` has (n, H, W, 3) uint8 under these names:
+    appearance, structure  the two source images
+    generated              by the model
+    true                   by the renderer
+    copy                   the structure image itself
+    reconstruction         the structure image by the model, from its own two codes
+    other                  the renderer's swap with the appearance of a third person
+    """
 
-    @property
-    def reduction(self) -> float:
-        """How far the generated swap's error lies below that of copying the structure image; 1 is perfect."""
-        return 1 - self.generated / self.copy
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self) | {"reduction": self.reduction}
+    appearance: np.ndarray  # (n,)
+    structure: np.ndarray  # (n,)
+    images: dict[str, np.ndarray]
 
 
-def choose_pairs(names: Sequence[str], people: Sequence[int], count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` (appearance, structure) pairs of images of different identities, drawn from `seed`."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    while len(pairs) < count:
-        i, j = rng.integers(0, len(names), 2)
+def choose_pairs(people: Sequence[object], count: int, seed: int) -> np.ndarray:
+    """(count, 3) indices of images of three different people, drawn from `seed`: appearance, structure, other.
+
+    Raises UserError for fewer than three people.
+    """
+    if len(set(people)) < 3:
+        raise UserError(f"{len(set(people))} people to swap between; a swap against the truth needs three at least")
+    rng, third = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    chosen = []
+    while len(chosen) < count:
+        i, j = rng.integers(0, len(people), 2)
         if people[i] != people[j]:
-            pairs.append((names[i], names[j]))
-    return pairs
+            k = third.integers(0, len(people))
+            while people[k] in (people[i], people[j]):
+                k = third.integers(0, len(people))
+            chosen.append((i, j, k))
+    return np.array(chosen)
 
 
-def swap_error(generated: np.ndarray, true: np.ndarray, structure: np.ndarray) -> tuple[float, float]:
-    """Error of the generated swap and of copying the structure image on the changed pixels; (H, W, 3) uint8 each."""
-    true, structure = true.astype(float), structure.astype(float)
-    changed = np.abs(true - structure).max(axis=2) >= CHANGED
-    if not changed.any():
-        return 0.0, 0.0
-    return np.abs(generated - true)[changed].mean(), np.abs(structure - true)[changed].mean()
-
-
-def measure_swaps(
+def draw_swaps(
     swap: Callable[[Tensor, Tensor], Tensor],
     factors: Factors,
-    folder: Path,
+    images: ImageList,
     *,
     size: tuple[int, int],
     count: int = 256,
     seed: int = 0,
     batch_size: int = 32,
-) -> SwapError:
-    """The mean errors of `swap(appearance images, structure images)` over pairs of test images.
+) -> Swaps:
+    """Swaps of random pairs of images, by the model and by the renderer.
 
     Args:
-        swap: maps two (N, 3, H, W) normalised batches to generated images.
-        factors: of the embedded data set that holds the images.
-        folder: of images to draw from, the data set's `query/` for instance.
+        swap: maps two (N, 3, H, W) normalised batches, appearance and structure, to generated images.
+        factors: of the embedded data set.
+        images: images of it to draw from; those that the renderer knows nothing of are left out.
         size: (height, width) of the model's images, to which the true swaps are brought.
+
+    Raises:
+        UserError: fewer than three people, an undecodable image.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name in factors.images)
-    pairs = choose_pairs(names, [factors.images[name].person for name in names], count, seed)
-    errors = []
-    for start in range(0, count, batch_size):
-        chunk = pairs[start : start + batch_size]
-        x_app, x_str = (normalise(decode_images([folder / pair[role] for pair in chunk], *size)) for role in (0, 1))
-        with torch.no_grad():
-            generated = to_uint8(swap(x_app, x_str)).astype(float)
-        structures = to_uint8(x_str)
-        for image, structure, (i, j) in zip(generated, structures, chunk, strict=True):
-            errors.append(swap_error(image, shrink(factors.true_swap(i, j), size), structure))
-    generated_error, copy_error = np.mean([e for e in errors if e[1] > 0], axis=0)
-    return SwapError(len(errors), float(generated_error), float(copy_error))
+    names = [path.name for path in images.paths]
+    known = np.flatnonzero([name in factors.images for name in names])
+    chosen = known[choose_pairs([factors.images[names[i]].person for i in known], count, seed)]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("appearance", "copy", "generated", "reconstruction")}
+    sources = [iter_images([images.paths[i] for i in role], *size, batch_size) for role in chosen.T[:2]]
+    with torch.no_grad():
+        for x_app, x_str in zip(*sources, strict=True):
+            found = {"appearance": x_app, "copy": x_str}
+            found |= {"generated": swap(x_app, x_str), "reconstruction": swap(x_str, x_str)}
+            for name, x in found.items():
+                parts[name].append(to_uint8(x))
+    drawn = {name: np.concatenate(batches) for name, batches in parts.items()}
+    for name, role in (("true", 0), ("other", 2)):
+        true = [shrink(factors.true_swap(names[row[role]], names[row[1]]), size) for row in chosen]
+        drawn[name] = np.stack(true)
+    return Swaps(chosen[:, 0], chosen[:, 1], drawn)
+
+
+def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Errors (n,) of n images against their truths, both (n, H, W, 3) uint8; `changed` (n, H, W) bool.
+
+    "changed" and "l1": mean absolute difference in grey levels (0..255), on those pixels (0 where there is none) and
+    on all; "psnr" in dB, at most MOST_PSNR; "ssim" with a Gaussian window of 11 pixels, mean over the channels.
+    """
+    difference = np.abs(images.astype(np.float64) - truth)
+    l1 = difference.mean(axis=3)
+    mse = np.maximum((difference**2).mean(axis=(1, 2, 3)), 255**2 / 10 ** (MOST_PSNR / 10))
+    a, b = (torch.from_numpy(side).permute(0, 3, 1, 2) for side in (images, truth))
+    return {
+        "changed": (l1 * changed).sum(axis=(1, 2)) / np.maximum(changed.sum(axis=(1, 2)), 1),
+        "l1": l1.mean(axis=(1, 2)),
+        "psnr": 10 * np.log10(255**2 / mse),
+        "ssim": torch.cat([ssim(*chunk) for chunk in zip(a.split(32), b.split(32), strict=True)]).numpy(),
+    }
+
+
+def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
+    """`{row: {"changed", "l1", "psnr", "ssim"}}` for COMPARED, means over the swaps that change anything.
+
+    The truth is the true swap; that of the reconstruction is the structure image. All are measured on the same
+    changed pixels. Raises UserError where no swap changes a pixel.
+    """
+    true, copy = swaps.images["true"], swaps.images["copy"]
+    changed = np.abs(true.astype(int) - copy).max(axis=3) >= CHANGED
+    counted = changed.any(axis=(1, 2))
+    if not counted.any():
+        raise UserError("none of the true swaps changes a pixel; draw more swaps")
+    truths = {"reconstruction": copy}
+    rows = {name: image_errors(swaps.images[name], truths.get(name, true), changed) for name in COMPARED}
+    return {
+        name: {key: float(values[counted].mean()) for key, values in row.items()} | {"pairs": int(counted.sum())}
+        for name, row in rows.items()
+    }
+
+
+# ------------------------------------------------------------------------------------- does the teacher agree
+def _as_input(images: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(n, H, W, 3) uint8 as a normalised batch of (height, width)."""
+    return normalise(torch.from_numpy(np.stack([shrink(image, size) for image in images])).permute(0, 3, 1, 2))
+
+
+def recognise(
+    net: nn.Module,
+    size: tuple[int, int],
+    swaps: Swaps,
+    images: ImageList,
+    gallery: Features,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Re-identification by `net` with the images of swaps as queries: `{row: {convention: {"rank1", "mAP", ...}}}`.
+
+    The identity asked for, and the camera whose gallery images of it are left out, are those of the appearance image;
+    of the reconstruction, those of the structure image. "appearance" are the real images.
+
+    size     height and width of the images that `net` reads
+    images   the list that `swaps` were drawn from
+    """
+    found = {}
+    for row in ("appearance", "true", *COMPARED):
+        parts = [
+            embed_images(net, _as_input(swaps.images[row][k : k + batch_size], size).to(device)).float().cpu().numpy()
+            for k in range(0, len(swaps.appearance), batch_size)
+        ]
+        source = swaps.structure if row == "reconstruction" else swaps.appearance
+        queries = Features(np.concatenate(parts), images.pids[source], images.camids[source])
+        table = report(queries, gallery)["tables"]["single query"]
+        # Of a net with several heads, the setting that it is used with.
+        found[row] = table["both (beta 0.5)" if "both (beta 0.5)" in table else next(iter(table))]
+    return found
+
+
+def classify(
+    net: nn.Module,
+    size: tuple[int, int],
+    swaps: Swaps,
+    labels: np.ndarray,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """How often `net`, in eval mode, gives the class of the appearance image (of the reconstruction: the structure's).
+
+    labels  (number of images,) class of every image of the list that `swaps` were drawn from
+    """
+    found = {}
+    for row in ("appearance", "true", *COMPARED):
+        right = 0
+        wanted = torch.from_numpy(labels[swaps.structure if row == "reconstruction" else swaps.appearance])
+        for k in range(0, len(wanted), batch_size):
+            x = _as_input(swaps.images[row][k : k + batch_size], size).to(device)
+            with torch.inference_mode():
+                right += int((net(enlarge(x))[1][0].argmax(1).cpu() == wanted[k : k + batch_size]).sum())
+        found[row] = right / len(wanted)
+    return found
 
 
 def shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -707,5 +707,9 @@ def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
     assert written["pairs"] == 12 and written["generated"] > 0 and written["copy"] > 20
     assert written["reduction"] == pytest.approx(1 - written["generated"] / written["copy"])
     assert f"copying the structure image {written['copy']:.1f}" in out
+    images, seen = written["images"], written["recognised"]
+    assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
+    assert f"{images['generated']['psnr']:.1f}" in out and f"{100 * seen['true']['official']['mAP']:.1f}" in out
+    assert set(seen) == set(written["top1"]) == {"appearance", "true", *images}
     teacher = shell(tmp_path, "gen_eval/against_truth", "--name", "tutor", "--output_path", copied.folder)
     assert "tutor is a teacher's run and generates nothing" in teacher.error

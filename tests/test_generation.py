@@ -8,9 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from data.folders import ImageList, read_split
 from data.mannequins import load_factors, make_dataset
 from data.pairs import normalise
-from gen_eval.swaps import choose_pairs, measure_swaps, shrink, swap_error
+from gen_eval.similarity import ssim
+from gen_eval.swaps import (
+    MOST_PSNR,
+    Swaps,
+    choose_pairs,
+    classify,
+    draw_swaps,
+    image_errors,
+    measure_swaps,
+    recognise,
+    shrink,
+)
+from reid_eval.features import Features, embed_images
+from utils import UserError
 from visual_tools.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs, to_uint8
 
 
@@ -21,38 +35,90 @@ def mannequins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_swap_error_counts_changed_pixels_only() -> None:
-    structure = np.full((4, 4, 3), 100, np.uint8)
-    true = structure.copy()
-    true[0, 0] = 160  # the only pixel that the swap changes
-    generated = np.full((4, 4, 3), 0, np.uint8)
-    generated[0, 0] = 150
-    assert swap_error(generated.astype(float), true, structure) == (10.0, 60.0)
-    assert swap_error(structure.astype(float), structure, structure) == (0.0, 0.0)
+def test_error_on_changed_pixels_and_on_all() -> None:
+    true = np.full((1, 16, 16, 3), 100, np.uint8)
+    image = true.copy()
+    image[0, 0, 0] = 110  # changed, off by 10
+    image[0, 1, 1] = 126  # unchanged, off by 26
+    changed = np.zeros((1, 16, 16), bool)
+    changed[0, 0, :2] = True
+    errors = image_errors(image, true, changed)
+    assert errors["changed"] == pytest.approx([5.0])
+    assert errors["l1"] == pytest.approx([36 / 256])
+    assert errors["psnr"] == pytest.approx([10 * np.log10(255**2 / ((100 + 676) / 256))])
+    same = image_errors(true, true, ~changed)
+    assert same["psnr"] == [MOST_PSNR] and same["ssim"] == pytest.approx([1]) and same["l1"] == same["changed"] == [0]
+
+
+def test_ssim_of_constant_images_is_the_term_of_the_means() -> None:
+    a, b = torch.full((1, 3, 32, 16), 90, dtype=torch.uint8), torch.full((1, 3, 32, 16), 140, dtype=torch.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(a, b).tolist() == pytest.approx([(2 * 90 * 140 + c1) / (90**2 + 140**2 + c1)], abs=1e-3)
 
 
 def test_truth_and_copy_are_the_two_ends(mannequins: Path) -> None:
-    factors = load_factors(mannequins)
-    folder = mannequins / "query"
-    names = sorted(path.name for path in folder.iterdir())
-    pairs = iter(choose_pairs(names, [factors.images[n].person for n in names], 6, seed=3))
+    factors, images = load_factors(mannequins), read_split(mannequins, "query")
+    calls = iter(range(100))
+    names = [path.name for path in images.paths]
+    known = [i for i, name in enumerate(names) if name in factors.images]
+    chosen = choose_pairs([factors.images[names[i]].person for i in known], 6, seed=3)
 
     def drawn(x_app: torch.Tensor, x_str: torch.Tensor) -> torch.Tensor:
-        true = [shrink(factors.true_swap(*next(pairs)), (64, 32)) for _ in x_app]
-        return normalise(torch.from_numpy(np.stack(true)).permute(0, 3, 1, 2))
+        call = next(calls)  # of every batch first the swaps, then the reconstructions
+        rows = chosen[call // 2 * 4 : call // 2 * 4 + 4]
+        true = [factors.true_swap(names[known[row[call % 2]]], names[known[row[1]]]) for row in rows]
+        pixels = np.stack([shrink(image, (64, 32)) for image in true])
+        return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
-    perfect = measure_swaps(drawn, factors, folder, size=(64, 32), count=6, seed=3, batch_size=4)
-    copied = measure_swaps(lambda _, x_str: x_str, factors, folder, size=(64, 32), count=6, seed=3, batch_size=4)
-    assert perfect.generated < 0.5 and perfect.reduction > 0.98
-    assert copied.generated == pytest.approx(copied.copy) and copied.reduction == pytest.approx(0)
-    assert perfect.copy == copied.copy > 20
+    settings = dict(size=(64, 32), count=6, seed=3, batch_size=4)
+    swaps = draw_swaps(drawn, factors, images, **settings)
+    perfect = measure_swaps(swaps)
+    copied = measure_swaps(draw_swaps(lambda _, x_str: x_str, factors, images, **settings))
+    assert perfect["generated"]["changed"] == 0 and perfect["generated"]["psnr"] == MOST_PSNR
+    assert perfect["generated"]["ssim"] == pytest.approx(1) and perfect["reconstruction"]["ssim"] > 0.95  # JPEG
+    assert perfect["copy"] == copied["copy"] == copied["generated"] and copied["copy"]["changed"] > 20
+    assert copied["reconstruction"]["psnr"] == MOST_PSNR
+    assert perfect["other"]["changed"] > 20 and perfect["other"] == copied["other"]
+    assert len(swaps.appearance) == 6 and (swaps.images["copy"] != swaps.images["true"]).any()
 
 
-def test_pairs_join_different_people_and_depend_on_the_seed_alone() -> None:
-    names, people = [f"{i}.jpg" for i in range(12)], [i // 3 for i in range(12)]
-    pairs = choose_pairs(names, people, 50, seed=1)
-    assert pairs == choose_pairs(names, people, 50, seed=1) != choose_pairs(names, people, 50, seed=2)
-    assert all(people[names.index(i)] != people[names.index(j)] for i, j in pairs)
+def test_pairs_join_three_people_and_depend_on_the_seed_alone() -> None:
+    people = [i // 3 for i in range(12)]
+    pairs = choose_pairs(people, 50, seed=1)
+    assert (pairs == choose_pairs(people, 50, seed=1)).all() and (pairs != choose_pairs(people, 50, seed=2)).any()
+    assert all(len({people[i] for i in row}) == 3 for row in pairs)
+    with pytest.raises(UserError, match="2 people to swap between"):
+        choose_pairs([0, 0, 1, 1], 3, seed=1)
+
+
+def test_recognition_asks_for_the_appearance() -> None:
+    class Colour(torch.nn.Module):
+        """Knows people by their mean colour."""
+
+        def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x.mean((2, 3)),)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+            return x, (x.mean((2, 3)),)
+
+    def painted(colours: list[int]) -> np.ndarray:
+        images = np.zeros((len(colours), 32, 16, 3), np.uint8)
+        for image, colour in zip(images, colours, strict=True):
+            image[..., colour] = 255
+        return images
+
+    images = ImageList([Path(f"{i}.png") for i in range(3)], np.array([1, 2, 3]), np.array([1, 1, 1]))
+    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])
+    rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, reconstruction=j, other=j)
+    swaps = Swaps(i, j, {name: painted(colours.tolist()) for name, colours in rows.items()})
+    net = Colour()
+    known = embed_images(net, normalise(torch.from_numpy(painted([0, 1, 2])).permute(0, 3, 1, 2))).numpy()
+    gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
+    found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"), batch_size=2)
+    top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"), batch_size=2)
+    expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, reconstruction=1, other=0)
+    assert top1 == pytest.approx(expected)
+    assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
 
 
 def test_images_come_back_from_normalised_space() -> None:
