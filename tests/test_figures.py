@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
 SCRIPTS = ("show_rainbow", "show_swap", "show1by1", "show_smooth", "show_smooth_structure", "test_folder")
 FOLDER_SCRIPTS = ("show1by1", "test_folder")
-QUICK = {"show_smooth": ("--steps", 2), "show_smooth_structure": ("--steps", 2)}
+QUICK = {"show_smooth": ("--steps", 2), "show_smooth_structure": ("--steps", 2), "test_folder": ("--no-score",)}
 NAMES = ("a.png", "b.png", "c.png", "d.png")
 CELL = (128, 64)  # height and width that the painter gives an image of 64 x 32
 
@@ -221,7 +221,7 @@ def test_one_by_one_writes_every_pair(place: Place, script: Script, tmp_path: Pa
 
 def test_a_whole_folder_in_the_clothes_of_others(place: Place, script: Script, tmp_path: Path) -> None:
     out = tmp_path / "folder"
-    done(script("visual_tools/test_folder", *place.where, "--out", out, "--batchsize", 3))
+    done(script("visual_tools/test_folder", *place.where, "--out", out, "--batchsize", 3, "--no-score"))
     pairs = [path.stem.split("_on_") for path in sorted(out.iterdir())]
     assert sorted(b for _, b in pairs) == list("abcd") and all(a != b for a, b in pairs)
     swaps = place.swaps()
@@ -229,16 +229,22 @@ def test_a_whole_folder_in_the_clothes_of_others(place: Place, script: Script, t
         assert np.abs(read(out / f"{a}_on_{b}.png") - swaps["abcd".index(a), "abcd".index(b)]).max() <= 1
 
 
-def test_a_whole_data_set_is_a_data_set_again(place: Place, script: Script, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_whole_data_set_is_a_data_set_again(
+    place: Place, script: Script, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = ("--name", "one", "--output_path", place.run.output_path, "--out")
-    done(script("visual_tools/test_folder", *where, tmp_path / "all"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no weights"))
+    scores = done(script("visual_tools/test_folder", *where, tmp_path / "all"))
+    ssim = [line.split()[3] for line in scores.splitlines() if line.split()[:1] in (["real"], ["fake"])]
+    assert len(ssim) == 2 and all(0 < float(value) < 1 for value in ssim)
     images = read_split(tiny_data, "query")
     drawn = [path.stem.split("_on_") for path in (tmp_path / "all").iterdir()]
     assert sorted(b for _, b in drawn) == sorted(
         p.stem for p, pid in zip(images.paths, images.pids, strict=True) if pid > 0
     )
     assert all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
-    done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1))
+    some = done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1, "--no-score"))
+    assert "published" not in some
     assert len(list((tmp_path / "some").iterdir())) == 3
 
 

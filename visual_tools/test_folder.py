@@ -1,4 +1,4 @@
-"""A whole folder drawn again: every image's structure in the clothes of somebody else's, chosen at random.
+"""A whole folder drawn again: every image's structure in the clothes of a random other person's; then the scores.
 
 python visual_tools/test_folder.py --name latest --input ../Market/pytorch --split gallery --out generated
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import run_cli
+from utils import UserError, run_cli
 from visual_tools.figure import add_figure_arguments, check_arguments
 
 if TYPE_CHECKING:
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="A whole folder drawn again: every image's structure in the clothes of somebody else's, chosen at "
-        "random. A_on_B.png has the clothes of A on the person of B."
+        "random. A_on_B.png has the clothes of A on the person of B. Then the scores of gen_eval.score against the "
+        "images that were read."
     )
     add_figure_arguments(
         parser,
         count="images to draw, chosen by --seed (default: all)",
         out="new or empty folder for the PNG files (default: the run's images/folder_ITERATION)",
     )
+    parser.add_argument("--no-score", action="store_true", help="leave the scores out")
+    parser.add_argument("--weights", metavar="DIR", help="folder with the scores' weights, besides PyTorch's cache")
     return parser.parse_args()
 
 
@@ -52,10 +55,13 @@ def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
     return by_person[np.where(place >= start, place + end - start, place)]
 
 
-def generate(model: Swapper, images: ImageList, partners: np.ndarray, chosen: np.ndarray, out: Path, batch: int) -> int:
-    """Write the images `chosen` (indices) in the clothes of their partners into `out`; returns how many."""
+def generate(
+    model: Swapper, images: ImageList, partners: np.ndarray, chosen: np.ndarray, out: Path, batch: int
+) -> ImageList:
+    """Write the images `chosen` (indices) in the clothes of their partners into `out`; returns these."""
     from tqdm import tqdm
 
+    from data.folders import ImageList
     from data.pairs import iter_images
     from visual_tools.figure import file_names, write_image
     from visual_tools.grid import to_uint8
@@ -65,14 +71,15 @@ def generate(model: Swapper, images: ImageList, partners: np.ndarray, chosen: np
         *(iter_images([images.paths[i] for i in side], *model.size, batch) for side in (partners[chosen], chosen)),
         strict=True,
     )
-    wanted = iter(chosen)
+    wanted, written = iter(chosen), []
     with tqdm(total=len(chosen), desc="images", leave=False, disable=None) as bar:
         for x_app, x_str in batches:
             for image in to_uint8(model.swap(x_app, x_str)):
                 j = next(wanted)
-                write_image(out / f"{names[partners[j]]}_on_{names[j]}.png", image)
+                written.append(out / f"{names[partners[j]]}_on_{names[j]}.png")
+                write_image(written[-1], image)
             bar.update(len(x_str))
-    return len(chosen)
+    return ImageList(written, images.pids[partners[chosen]], images.camids[partners[chosen]])
 
 
 def main() -> None:
@@ -88,8 +95,19 @@ def main() -> None:
     check_images(images.paths, skip_bad=False, remedy="remove them")
     chosen = choose(images, args.count or len(images), args.seed, asked=True)
     out = new_folder(Path(args.out or model.run.images / f"folder_{model.iteration:08d}"), force=args.force)
-    count = generate(model, images, draw_partners(images.pids, args.seed), chosen, out, args.batchsize)
-    print(f"{count} images written to {out}")
+    made = generate(model, images, draw_partners(images.pids, args.seed), chosen, out, args.batchsize)
+    print(f"{len(made)} images written to {out}")
+    if args.no_score or len(made) < 2:
+        return
+    from gen_eval.metrics import Protocol
+    from gen_eval.score import print_scores
+
+    print()
+    protocol = Protocol(seed=args.seed, batch_size=args.batchsize)
+    try:
+        print_scores(images, made, protocol, model.device, weights=Path(args.weights) if args.weights else None)
+    except UserError as error:  # the images are written, whatever the scores lack
+        print(f"scores: {error}")
 
 
 if __name__ == "__main__":
