@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from checkpoint import save_snapshot
 from data.folders import parse_name, read_people, read_split
 from data.pairs import decode_images, normalise
+from gen_eval.metrics import Protocol
 from runs import RunFolder, start_folder
 from utils import ROOT, UserError
 from visual_tools.figure import choose, file_names, labels, write_gif, write_image
@@ -234,7 +236,9 @@ def test_a_whole_data_set_is_a_data_set_again(
 ) -> None:
     where = ("--name", "one", "--output_path", place.run.output_path, "--out")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no weights"))
+    monkeypatch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=20))  # for speed
     scores = done(script("visual_tools/test_folder", *where, tmp_path / "all"))
+    assert "over 20 random pairs" in scores
     ssim = [line.split()[3] for line in scores.splitlines() if line.split()[:1] in (["real"], ["fake"])]
     assert len(ssim) == 2 and all(0 < float(value) < 1 for value in ssim)
     images = read_split(tiny_data, "query")
