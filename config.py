@@ -90,10 +90,12 @@ class CommonConfig(Section):
     precision: Precision = "fp32"  # arithmetic of the passes
     channels_last: bool = False  # memory format; faster in bf16 on CPUs and in fp16 on GPUs
     cache_images: bool = False  # keep all training images decoded and resized in memory
+    check_ranks_iter: Count = 500  # several processes: compare their weights every so many steps
     crop_padding: Annotated[int, Field(ge=0)] = 10  # pixels added on every side before the random crop
     skip_bad_images: bool = False  # leave unreadable images out instead of stopping
     train_split: Literal["train_all", "train"] = "train_all"  # train leaves out each identity's validation image
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and augmentation
+    sync_bn: bool = False  # several processes: BatchNorm with the statistics of the whole batch
 
 
 class DGNetConfig(CommonConfig):
@@ -139,7 +141,7 @@ class DGNetConfig(CommonConfig):
     )
     erasing_p: Fraction = 0.5  # random erasing, probability per image
     # ---- optimisers (section 8)
-    batch_size: Count = 8  # pairs per step
+    batch_size: Count = 8  # pairs per step, of all processes together
     max_iter: Count = 100000  # steps
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Adam
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam
@@ -222,7 +224,7 @@ class TeacherConfig(CommonConfig):
 
     task: Literal["teacher"]
     stride: Literal[1, 2] = 2  # stride of the trunk's last stage
-    batch_size: Count = 32  # images per step
+    batch_size: Count = 32  # images per step, of all processes together
     epochs: Count = 60  # passes over the training images
     warm_epochs: Annotated[int, Field(ge=0)] = 5  # linear warm-up of the rates
     lr: Rate = 0.05  # of the head; the trunk gets a tenth

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed import world_size
 from networks import Discriminator
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def l1(p: Tensor, q: Tensor) -> Tensor:
     return (full(p) - full(q.detach())).abs().mean()
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over the whole batch, of which each process has an equal slice; means need nothing of the kind."""
+    return x.sum() * world_size()
+
+
 def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
     """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K)."""
     return sum(F.cross_entropy(full(p), y) for p in logits) / len(logits)
@@ -101,22 +107,22 @@ def discriminator_loss(
                 loss = F.binary_cross_entropy_with_logits(f, torch.zeros_like(f))
                 loss = loss + F.binary_cross_entropy_with_logits(r, torch.ones_like(r))
             else:  # wgan
-                loss = f.mean() - r.mean() + 0.001 * (f.square().sum() + r.square().sum())
+                loss = f.mean() - r.mean() + 0.001 * (total(f.square()) + total(r.square()))
             terms[name] = terms[name] + loss + penalty * g.flatten(1).square().sum(dim=1).mean()
     return terms["dis_a"] + terms["dis_b"], terms
 
 
 def adversarial_loss(scores: Sequence[Tensor], gan_type: str) -> Tensor:
     """G's loss for one fake from D's score maps of it (section 5)."""
-    total = 0.0
+    loss = 0.0
     for d in map(full, scores):
         if gan_type == "lsgan":
-            total = total + 2 * (d - 1).square().mean()
+            loss = loss + 2 * (d - 1).square().mean()
         elif gan_type == "nsgan":
-            total = total + F.binary_cross_entropy_with_logits(d, torch.ones_like(d))
+            loss = loss + F.binary_cross_entropy_with_logits(d, torch.ones_like(d))
         else:  # wgan
-            total = total - d.mean() + 0.001 * d.square().sum()
-    return total
+            loss = loss - d.mean() + 0.001 * total(d.square())
+    return loss
 
 
 # --------------------------------------------------------------------------------------------- teacher

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads, write_json
+from utils import UserError, add_machine_arguments, run_cli, set_threads, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batchsize", type=int, default=64, help="images per pass")
     parser.add_argument("--multi", action="store_true", help="also multi-query; needs multi-query/ or gt_bbox/")
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")
     parser.add_argument("--no-cameras", action="store_true", help="drop nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features, .npz or .mat")
     parser.add_argument(
@@ -27,14 +32,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int | None:
     args = parse_args()
     if args.name and args.teacher:
         raise UserError("--name and --teacher: give one of the two")
     if args.batchsize < 1:
         raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
 
+    import launch
+
+    processes = launch.count_processes(args.processes, None)
+    if processes > 1 and not launch.started():
+        return launch.launch(processes, args.device)
+    with launch.process_group(args.device) as device:
+        return run_test(args, device)
+
+
+def run_test(args: argparse.Namespace, device: torch.device) -> None:
     from data.folders import check_test_set, data_set_name, data_set_root
+    from distributed import is_main
     from reid_eval.evaluate import format_comparison, format_table, report
     from reid_eval.features import extract_data_set, save_features
     from runs import load_run_for_test, load_teacher_for_test, open_run, resolve_data_root
@@ -42,7 +58,6 @@ def main() -> None:
 
     if args.rank_figure is not None:
         check_count(args.rank_figure)
-    device = pick_device(args.device)
     set_threads(args.threads)
     run = open_run(args.output_path, args.teacher or args.name or "latest")
     tested = load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
@@ -62,13 +77,15 @@ def main() -> None:
         sets = extract_data_set(
             tested.net, data_root, size=tested.size, batch_size=args.batchsize, device=device, multi=args.multi
         )
-        if args.save_features:
+        if args.save_features and is_main():
             for path in save_features(args.save_features, sets.query, sets.gallery, sets.multi):
                 print(f"features written to {path}")
         result = report(
             sets.query, sets.gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=not args.no_cameras
         )
         results[data_set] = result
+        if not is_main():
+            continue  # one writes
         # reid.json is always about the data set that the config names.
         transferred = data_set_root(data_root) != data_set_root(own)
         suffix = f"-{data_set}" if transferred else ""

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, add_machine_arguments, pick_device, run_cli, seed_everything, set_threads
+from utils import add_machine_arguments, run_cli, seed_everything, set_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from config import Config
 
 
@@ -24,23 +26,12 @@ def parse_args() -> argparse.Namespace:
         help="continue from the newest complete snapshot, or from that of ITERATION",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
-    parser.add_argument("--gpu_ids", help="GPU to use, as the release calls it: 0 is --device cuda:0")
+    parser.add_argument("--gpu_ids", metavar="N,...", help="GPUs to use, a process for each: 0 is --device cuda:0")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that share each batch (default: 1)")
     add_machine_arguments(parser)
     parser.add_argument("--backbone-weights", metavar="FILE", help="ImageNet weights instead of torchvision's cache")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and schedule, stop")
     return parser.parse_args()
-
-
-def choose_device(args: argparse.Namespace) -> str | None:
-    """--device, or the release's --gpu_ids."""
-    if args.gpu_ids is None:
-        return args.device
-    if args.device is not None:
-        raise UserError("--gpu_ids and --device: give one of the two")
-    ids = args.gpu_ids.split(",")
-    if len(ids) > 1 or not ids[0].strip().lstrip("-").isdigit():
-        raise UserError(f"--gpu_ids {args.gpu_ids}: give one number; training uses one GPU")
-    return "cpu" if int(ids[0]) < 0 else f"cuda:{int(ids[0])}"
 
 
 def read_config(args: argparse.Namespace) -> tuple[Config, str]:
@@ -63,14 +54,26 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     return cfg, name
 
 
-def main() -> None:
+def main() -> int | None:
     args = parse_args()
+
+    import launch
+
+    gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
+    processes = launch.count_processes(args.processes, gpu_ids)
+    if processes > 1 and not launch.started():
+        read_config(args)  # what is wrong with it is said before anything starts
+        return launch.launch(processes, args.device, gpu_ids)
+    with launch.process_group(args.device, gpu_ids) as device:
+        return run_training(args, device)
+
+
+def run_training(args: argparse.Namespace, device: torch.device) -> None:
     cfg, name = read_config(args)
 
     import training
     from runs import open_run
 
-    device = pick_device(choose_device(args))
     set_threads(args.threads)
     seed_everything(cfg.seed)
     run = open_run(args.output_path, name)

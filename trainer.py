@@ -18,6 +18,7 @@ from torch import Tensor
 import losses as L
 from config import DGNetConfig, TeacherConfig
 from data.pairs import Batch
+from distributed import average_gradients, own_rows, world_size
 from networks import Discriminator, Generator, weights_frozen
 from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen
 from structure_input import to_edge, to_gray
@@ -85,7 +86,8 @@ def random_erase(x: Tensor, p: float, rng: np.random.Generator) -> Tensor:
 
     Area fraction uniform in 0.02-0.4, aspect h/w uniform in 0.3-1/0.3, drawn again up to 100 times until it fits.
     """
-    n, _, height, width = x.shape
+    # Drawn for the whole batch, of which x is this process's slice.
+    n, (height, width) = len(x) * world_size(), x.shape[2:]
     boxes = np.zeros((n, 4), dtype=np.int64)  # top, bottom, left, right; empty: nothing erased
     for i in range(n):
         if rng.random() > p:
@@ -98,6 +100,7 @@ def random_erase(x: Tensor, p: float, rng: np.random.Generator) -> Tensor:
                 top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
                 boxes[i] = top, top + h, left, left + w
                 break
+    boxes = own_rows(boxes, len(x))
     top, bottom, left, right = torch.from_numpy(boxes).to(x.device, non_blocking=True).T[..., None, None]
     rows = torch.arange(height, device=x.device)[:, None]
     columns = torch.arange(width, device=x.device)[None, :]
@@ -190,9 +193,9 @@ class DGNetTrainer:
     def learning_rates(self) -> dict[str, float]:
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers().items()}
 
-    def structure_input(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """What the structure encoder sees of an image: (N, 1, H, W)."""
-        return to_gray(x) if self.cfg.single == "gray" else to_edge(x, rng)
+    def structure_input(self, x: Tensor, rng: np.random.Generator | None = None, images: int | None = None) -> Tensor:
+        """What the structure encoder sees of an image: (N, 1, H, W). `rng` and `images` are for edges."""
+        return to_gray(x) if self.cfg.single == "gray" else to_edge(x, rng, images)
 
     # ------------------------------------------------------------------------------------ one step
     def step(self, a: Batch, b: Batch, t: int) -> dict[str, Tensor]:
@@ -221,7 +224,7 @@ class DGNetTrainer:
 
     def encode(self, a: Batch, b: Batch, rng: np.random.Generator, update_id: bool = True) -> Encoded:
         """Point 2. The id net's passes are separate because each has its own BatchNorm statistics."""
-        s_a, s_b = self.gen.encode(self.structure_input(torch.cat([a.x, b.x]), rng)).chunk(2)
+        s_a, s_b = self.gen.encode(self.structure_input(torch.cat([a.x, b.x]), rng, len(a.x))).chunk(2)
         with nullcontext() if update_id else torch.no_grad():
             f_a, p_a = self.id_net(enlarge(a.x))
             f_b, p_b = self.id_net(enlarge(b.x))
@@ -250,6 +253,7 @@ class DGNetTrainer:
         total = cfg.gan_w * loss
         self.opt_dis.zero_grad()
         self.scaler_dis.scale(total).backward()
+        average_gradients(self.opt_dis)
         self.scaler_dis.step(self.opt_dis)
         self.scaler_dis.update()
         return {"dis_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
@@ -271,9 +275,10 @@ class DGNetTrainer:
         self.opt_gen.zero_grad()
         self.opt_id.zero_grad()
         self.scaler_gen.scale(total).backward()
-        self.scaler_gen.step(self.opt_gen)
-        if update_id:
-            self.scaler_gen.step(self.opt_id)
+        updated = [self.opt_gen, self.opt_id] if update_id else [self.opt_gen]
+        average_gradients(*updated)
+        for optimizer in updated:
+            self.scaler_gen.step(optimizer)
         self.scaler_gen.update()
         return {"gen_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
 
@@ -314,7 +319,7 @@ class DGNetTrainer:
         if w.recon_s_w > 0 or w.recon_x_cyc_w > 0:
             fakes = torch.cat([g.x_ab, g.x_ba])
             with nullcontext() if live_encoder else weights_frozen(self.gen):
-                fakes = self.structure_input(fakes.detach() if live_encoder else fakes, rng)
+                fakes = self.structure_input(fakes.detach() if live_encoder else fakes, rng, len(a.x))
                 s_a, s_b = self.gen.encode(fakes).chunk(2)
             if w.recon_s_w > 0:
                 add("recon_s_a", w.recon_s_w, L.l1(s_a, e.s_a))
@@ -455,6 +460,7 @@ class TeacherTrainer:
             loss = L.cross_entropy(p, batch.y if batch.q is None else batch.q)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        average_gradients(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return {"id": loss.detach(), "accuracy": (p[0].argmax(dim=1) == batch.y).float().mean()}

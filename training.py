@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import distributed
 from checkpoint import load_snapshot, save_snapshot, snapshots
 from config import Config, DGNetConfig, TeacherConfig
 from data.folders import ImageList, read_split
@@ -45,6 +46,7 @@ class Session:
 
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
+    own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
     images = read_training_images(cfg)
     classes = num_classes(cfg, images)
     common = dict(
@@ -53,6 +55,7 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
         width=cfg.crop_image_width,
         pad=cfg.crop_padding,
         num_workers=0 if cfg.cache_images else cfg.num_workers,
+        part=(distributed.rank(), distributed.world_size()),
     )
     if isinstance(cfg, TeacherConfig):
         soft_labels = None
@@ -73,6 +76,8 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
     trainer = build_trainer(
         cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resumable
     )
+    nets = [*trainer.networks().values(), *getattr(trainer, "teachers", [])]
+    distributed.act_on_whole_batch(nets, own_batch_size, sync_bn=cfg.sync_bn)
     if isinstance(cfg, TeacherConfig):
         max_iter, snapshot_iter = cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch
     else:
@@ -82,7 +87,8 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
 
 def describe(s: Session) -> str:
     """What `--dry-run` prints: sizes of networks, shapes of a batch, the schedule."""
-    lines = [f"run {s.run.name}: {s.cfg.task} on {s.device}, {len(s.images)} images of {s.classes} identities"]
+    where = f"{s.device}" + (f", one of {n} processes" if (n := distributed.world_size()) > 1 else "")
+    lines = [f"run {s.run.name}: {s.cfg.task} on {where}, {len(s.images)} images of {s.classes} identities"]
     for name, net in s.trainer.networks().items():
         lines.append(
             f"  {name:4s} {sum(p.numel() for p in net.parameters()) / 1e6:8.2f} M parameters  {type(net).__name__}"
@@ -146,28 +152,34 @@ def train(s: Session, *, resume: str | None) -> None:
         raise UserError(
             f"--resume {resume}: not an iteration; there are {snapshots(run.checkpoints, NETWORKS[cfg.task])}"
         )
-    start_folder(run, cfg, resume=resume is not None)
+    if distributed.is_main():
+        start_folder(run, cfg, resume=resume is not None)
+    distributed.wait_for_all()
     start = 0
     if resume == "last" and run.config_file.is_file() and not any(run.checkpoints.glob("*.pt")):
         print(f"{run.name} has no snapshot yet: starting from the beginning")
     elif resume is not None:
         start = load_snapshot(run.checkpoints, s.trainer, None if resume == "last" else int(resume))
         print(f"resumed {run.name} after {start} of {s.max_iter} steps")
+    distributed.start_together(s.trainer, start, s.device)
     with ExitStack() as stack:
-        writer = stack.enter_context(SummaryWriter(str(run.logs), purge_step=start))
+        writer = None
+        if distributed.is_main():
+            writer = stack.enter_context(SummaryWriter(str(run.logs), purge_step=start))
         streams: list[Iterator[Batch]] = [loader.batches(start) for loader in s.loaders]
         for stream in streams:
             stack.callback(stream.close)
         loop(s, streams, writer, start)
-    if isinstance(cfg, TeacherConfig):
+    if isinstance(cfg, TeacherConfig) and distributed.is_main():
         save_teacher(run, cfg, s.trainer.net, s.classes)
         print(f"teacher written to {run.model}")
 
 
-def loop(s: Session, streams: list[Iterator[Batch]], writer: SummaryWriter, start: int) -> None:
-    cfg, trainer = s.cfg, s.trainer
-    is_dgnet = isinstance(trainer, DGNetTrainer)
-    pairs = display_pairs(s) if is_dgnet else None
+def loop(s: Session, streams: list[Iterator[Batch]], writer: SummaryWriter | None, start: int) -> None:
+    """The steps. Of several processes each makes all of them; the one with a `writer` writes."""
+    cfg, trainer, main = s.cfg, s.trainer, writer is not None
+    paints = main and isinstance(trainer, DGNetTrainer)
+    pairs = display_pairs(s) if paints else None
     seen, since = start, time.perf_counter()
     bar = tqdm(range(start, s.max_iter), initial=start, total=s.max_iter, desc=s.run.name, unit="step", mininterval=0.5)
     for t in bar:
@@ -175,20 +187,25 @@ def loop(s: Session, streams: list[Iterator[Batch]], writer: SummaryWriter, star
         terms = trainer.step(*batches, t)
         done, last = t + 1, t + 1 == s.max_iter
         if done % cfg.log_iter == 0 or last:
-            values = require_finite(terms, t)
-            rate = (done - seen) * sum(len(b.y) for b in batches) / (time.perf_counter() - since)
+            values = require_finite(distributed.average_terms(terms), t)
+            rate = (done - seen) * cfg.batch_size * len(batches) / (time.perf_counter() - since)
             seen, since = done, time.perf_counter()
-            log(writer, s, values, rate, t)
+            if main:
+                log(writer, s, values, rate, t)
             bar.set_postfix({k: f"{values[k]:.3f}" for k in SHOWN[cfg.task] if k in values}, refresh=False)
-        if is_dgnet and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
+        if paints and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
             figure = paint_pairs(trainer.sample(*pairs))
             if done % cfg.image_display_iter == 0 or last:
                 writer.add_image("test pairs", figure, done, dataformats="HWC")
             if done % cfg.image_save_iter == 0 or last:
                 save_figure(s, figure, done)
+        if done % cfg.check_ranks_iter == 0 or last:
+            distributed.check_ranks(trainer, done)
         if done % s.snapshot_iter == 0 or last:
-            require_finite(terms, t)
-            save_snapshot(s.run.checkpoints, trainer, done)
+            require_finite(distributed.average_terms(terms), t)
+            distributed.share_buffers(trainer)
+            if main:
+                save_snapshot(s.run.checkpoints, trainer, done)
 
 
 def log(writer: SummaryWriter, s: Session, values: dict[str, float], rate: float, t: int) -> None:

@@ -23,14 +23,16 @@ ROOT = Path(__file__).resolve().parent
 class UserError(Exception):
     """Bad input. The message is one line that names the file or key and the remedy."""
 
+    status = 2  # of the program that it ends
+
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -131,6 +131,8 @@ class PairLoader:
     num_workers    processes that read files; 0 reads in one background thread. Unused with a cache
     with_positive  False: no `xp` (teacher training)
     soft_labels    of all images, for `Batch.q`
+    part           (rank, world size): batches hold the rank-th of as many equal slices of the N images; the same
+                   draws are made in every process, so that the slices together are the batch of one process
 
     Raises UserError for fewer images than `batch_size`, and while batches are drawn for an undecodable file.
     """
@@ -148,6 +150,7 @@ class PairLoader:
         num_workers: int = 0,
         with_positive: bool = True,
         soft_labels: SoftLabels | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -174,6 +177,10 @@ class PairLoader:
         self.num_workers = num_workers
         self.with_positive = with_positive
         self.soft_labels = soft_labels
+        rank, processes = part
+        if batch_size % processes:
+            raise ValueError(f"{batch_size} images are not {processes} equal slices")
+        self._own = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
         self.batches_per_epoch = len(images) // batch_size
         self._labels = images.labels()
         # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
@@ -222,11 +229,16 @@ class PairLoader:
         index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         rng = np.random.default_rng((self.seed, _DRAW, iteration))
         draws = [self._draw_augmentation(rng)]
-        chosen = index
+        positives = []
         if self.with_positive:
-            chosen = np.concatenate([index, self._draw_positives(rng, index)])
+            positives = [self._draw_positives(rng, index)]
             draws.append(self._draw_augmentation(rng))
-        flip, top, left = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*draws, strict=True))
+        own = self._own
+        index = index[own]
+        chosen = np.concatenate([index, *(other[own] for other in positives)])
+        flip, top, left = (
+            torch.from_numpy(np.concatenate([draw[own] for draw in parts])) for parts in zip(*draws, strict=True)
+        )
 
         if self.pixels is not None:
             pixels = self.pixels[torch.from_numpy(chosen)]
@@ -253,7 +265,7 @@ class PairLoader:
         images = normalise(pixels)
         y = torch.from_numpy(self._labels[index.numpy()])
         q = None if self.soft_labels is None else torch.from_numpy(self.soft_labels.rows(index.numpy()))
-        return Batch(images[: self.batch_size], images[self.batch_size :], y, index, q)
+        return Batch(images[: len(index)], images[len(index) :], y, index, q)
 
     def _batches_from_thread(self, start: int) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(1)

@@ -72,7 +72,11 @@ def rankings(
     rerank: bool = False,
     remove_same_camera: bool = True,
 ) -> dict[str, dict[str, dict[str, Ranking]]]:
-    """The full results behind `report`, per-query values included, as `[title][setting][convention]`."""
+    """The full results behind `report`, per-query values included, as `[title][setting][convention]`.
+
+    Several processes share the rankings, each of which takes a process by itself, and all return all.
+    """
+    import distributed
     from reid_eval import ranking, reranking
     from reid_eval.features import without_junk
 
@@ -95,16 +99,26 @@ def rankings(
         queries["multi-query"] = reranking.multi_query(
             multi.features, multi.pids, multi.camids, query.pids, query.camids
         )
-    results = {title: rank(features, gallery.features, gallery) for title, features in queries.items()}
+    # What to rank, as (title, name of the setting or None for all of them at once).
+    tasks: list[tuple[str, str | None]] = [(title, None) for title in queries]
+    settings = ranking.default_settings(query.features.shape[1])
+    # Junk would be among the neighbours; without cameras it counts as wrong answers and so takes part.
+    side = without_junk(gallery) if rerank and remove_same_camera else gallery
     if rerank:
-        # Junk would be among the neighbours; without cameras it counts as wrong answers and so takes part.
-        side = without_junk(gallery) if remove_same_camera else gallery
-        settings = ranking.default_settings(query.features.shape[1])
-        for title, features in queries.items():
-            results[f"{title}, re-ranked"] = {
-                name: rank(-reranking.rerank(features, side.features, weights=weights), None, side)["scores"]
-                for name, weights in settings.items()
-            }
+        tasks += [(title, name) for title in queries for name in settings]
+
+    own = {}
+    for title, name in tasks[distributed.rank() :: distributed.world_size()]:
+        features = queries[title]
+        if name is None:
+            own[title, name] = rank(features, gallery.features, gallery)
+        else:
+            scores = -reranking.rerank(features, side.features, weights=settings[name])
+            own[title, name] = {name: rank(scores, None, side)["scores"]}
+    done = {task: found for share in distributed.gather(own) for task, found in share.items()}
+    results: dict[str, dict[str, dict[str, Ranking]]] = {}
+    for title, name in tasks:
+        results.setdefault(title if name is None else f"{title}, re-ranked", {}).update(done[title, name])
     return results
 
 

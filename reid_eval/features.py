@@ -85,6 +85,9 @@ def extract_features(
 ) -> np.ndarray:
     """Features (n, heads, dim) float32 of the images in `paths`, in their order.
 
+    Several processes share the batches and all return the whole; the batches are those of one process, and so are
+    the features, to the bit.
+
     Args:
         net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
         paths: image files; none gives an empty (0, 1, 0) array.
@@ -97,12 +100,17 @@ def extract_features(
     from tqdm import tqdm
 
     from data.pairs import iter_images
+    from distributed import gather, rank, world_size
 
+    starts = range(0, len(paths), max(1, batch_size))[rank() :: world_size()]
+    own = [path for start in starts for path in paths[start : start + batch_size]]
     parts = []
-    with tqdm(total=len(paths), desc="features", unit="img", disable=None if progress else True) as bar:
-        for x in iter_images(paths, height, width, batch_size, num_workers=num_workers):
+    with tqdm(total=len(own), desc="features", unit="img", disable=None if progress else True) as bar:
+        for x in iter_images(own, height, width, batch_size, num_workers=num_workers):
             parts.append(embed_images(net, x.to(device, non_blocking=True)).float().cpu().numpy())
             bar.update(len(x))
+    shares = gather(parts)
+    parts = [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
     return np.concatenate(parts) if parts else np.empty((0, 1, 0), np.float32)
 
 

@@ -1,0 +1,328 @@
+"""Several processes train one run: who is who, what they exchange, and layers that act on the whole batch.
+
+Every process holds the whole model and an equal slice of each batch; gradients are averaged after each backward.
+`batch_size` is that of the whole batch, and what is drawn at random is drawn for the whole batch in every process,
+which keeps its own slice: the number of processes does not show in what a run sees. In one process everything here
+does nothing. Starting and ending the processes: launch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils import UserError
+
+T = TypeVar("T")
+BUCKET_BYTES = 32 * 2**20  # of gradients in one message: while it travels the next one is packed
+
+
+class Trainer(Protocol):
+    def networks(self) -> dict[str, nn.Module]: ...
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
+
+
+class ProcessLost(UserError):
+    """Another process of this run has ended or cannot be reached. Not bad input, so its exit status is 1."""
+
+    status = 1
+
+
+def rank() -> int:
+    """This process's number, 0..world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+@contextmanager
+def reaching_others() -> Iterator[None]:
+    """Around each exchange: what the backends raise when a process is gone becomes ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ProcessLost(
+            f"another process of this run has ended or cannot be reached, so all end; continue with --resume ({reason})"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------- exchanges
+@torch.no_grad()
+def average_gradients(*optimizers: torch.optim.Optimizer) -> None:
+    """Replace the gradients of the optimisers' parameters by their mean over the processes.
+
+    To be called after backward and before the step, and before a loss scale is taken back: an overflow in one process
+    then shows in all. Parameters without gradient stay without: which they are is the same in every process, because
+    it depends on the config and the iteration alone.
+    """
+    if world_size() == 1:
+        return
+    grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+    sent = []
+    with reaching_others():
+        for bucket in buckets(grads, BUCKET_BYTES):
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, message in sent:
+            message.wait()
+            flat.div_(world_size())
+            for grad, values in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(values.view_as(grad))
+
+
+def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of together at most `size` bytes; a larger one is alone."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.nbytes > size:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def average_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of the whole batch: their means over the processes' equal slices. Not finite in one, in all."""
+    if world_size() == 1:
+        return terms
+    values = torch.stack([term.detach().double() for term in terms.values()])
+    with reaching_others():
+        dist.all_reduce(values)
+    return dict(zip(terms, values / world_size(), strict=True))
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in their order, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with reaching_others():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set in any process: a decision that all take alike, such as to stop after this step."""
+    return any(gather(flag))
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    gather(None)
+
+
+# ---------------------------------------------------------------------------------- slices of the batch
+def own_batch_size(batch_size: int, *, sync_bn: bool) -> int:
+    """How many images of a batch each process has. Raises UserError where they cannot be shared out."""
+    n, rest = divmod(batch_size, world_size())
+    if rest:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared out equally over {world_size()} processes; "
+            "batch_size counts the images of all: make it a multiple of the number of processes"
+        )
+    if n == 1 and world_size() > 1 and not sync_bn:
+        raise UserError(
+            f"batch_size {batch_size} over {world_size()} processes leaves one image in each, too few for the "
+            "statistics of BatchNorm; raise batch_size, use fewer processes or set sync_bn: true"
+        )
+    return n
+
+
+def own_rows(values: T, images: int) -> T:
+    """Of values drawn for whole batches this process's part, rows (k * images, ...) of (k * whole batch, ...).
+
+    values  array or tensor; k batches one after the other
+    images  of a batch in this process
+    """
+    rest = values.shape[1:]
+    return values.reshape(-1, world_size(), images, *rest)[:, rank()].reshape(-1, *rest)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn for the whole batch, so that it does not depend on the number of processes."""
+
+    def __init__(self, p: float, images: int) -> None:
+        super().__init__(p)
+        self.images = images  # of a batch in this process
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        whole = x.new_ones(len(x) * world_size(), *x.shape[1:])
+        return x * own_rows(F.dropout(whole, self.p), self.images)
+
+
+class _NormaliseBatch(torch.autograd.Function):
+    """BatchNorm's training pass over equal slices in all processes: one exchange forward, one backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        dims, full = [0, *range(2, x.dim())], x.to(torch.promote_types(x.dtype, torch.float32))
+        own_var, own_mean = torch.var_mean(full, dim=dims, unbiased=False)
+        moments = own_mean.new_zeros(world_size(), 2, x.shape[1])
+        moments[rank(), 0], moments[rank(), 1] = own_mean, own_var
+        with reaching_others():
+            dist.all_reduce(moments)
+        mean = moments[:, 0].mean(dim=0)
+        var = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(dim=0)
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.mark_non_differentiable(mean, var)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        scale = inverse * weight
+        y = torch.addcmul((bias - mean * scale).view(shape), full, scale.view(shape))
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        dims, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
+        full = torch.promote_types(x.dtype, torch.float32)
+        grad = grad.to(full)
+        normalised = (x.to(full) - mean.view(shape)) * inverse.view(shape)
+        own = torch.stack([grad.sum(dim=dims), (grad * normalised).sum(dim=dims)])
+        totals = own.clone()
+        with reaching_others():
+            dist.all_reduce(totals)
+        centre, slope = (totals / (x.numel() // x.shape[1] * world_size())).view(2, *shape)
+        grad_x = (grad - centre - normalised * slope) * (inverse * weight).view(shape)
+        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm with the statistics of the whole batch, on any device; torch's own is for CUDA alone."""
+
+    @classmethod
+    def like(cls, norm: _BatchNorm) -> SyncBatchNorm:
+        """One with the parameters and buffers of `norm`, shared, so that optimisers keep hold of them."""
+        own = cls(norm.num_features, norm.eps, norm.momentum)
+        own._parameters, own._buffers, own.training = norm._parameters, norm._buffers, norm.training
+        return own
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Of any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean, var = _NormaliseBatch.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            count = x.numel() // x.shape[1] * world_size()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
+        return y
+
+
+def act_on_whole_batch(nets: list[nn.Module], images: int, *, sync_bn: bool) -> None:
+    """Exchange the layers that see or draw across a batch, in place; parameters and their names stay.
+
+    Dropout always, BatchNorm with `sync_bn`. `images`: of a batch in this process. Nothing to do in one process.
+    """
+    if world_size() == 1:
+        return
+    for module in [module for net in nets for module in net.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, Dropout(child.p, images).train(child.training))
+            elif sync_bn and isinstance(child, _BatchNorm):
+                setattr(module, name, SyncBatchNorm.like(child))
+
+
+# ----------------------------------------------------------------------------------- keeping in step
+def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
+    """Before the first step: weights, buffers and random state of process 0 for all, then `check_ranks`.
+
+    Raises UserError where the processes would start at different iterations.
+    """
+    if world_size() == 1:
+        return
+    starts = gather(start)
+    if len(set(starts)) > 1:
+        raise UserError(
+            f"the processes found different snapshots, after {', '.join(map(str, starts))} steps; "
+            "--output_path must be the same folder for all"
+        )
+    share(lambda net: [*net.parameters(), *net.buffers()], trainer)
+    # Equal states make equal masks of dropout; a snapshot holds those of process 0.
+    states = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
+    torch.set_rng_state(states[0][0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[0][1], device)
+    check_ranks(trainer, start)
+
+
+def share_buffers(trainer: Trainer) -> None:
+    """The networks' buffers (running statistics) of process 0 for all. Before a snapshot, which keeps these."""
+    share(lambda net: list(net.buffers()), trainer)
+
+
+@torch.no_grad()
+def share(tensors: Callable[[nn.Module], list[Tensor]], trainer: Trainer) -> None:
+    if world_size() == 1:
+        return
+    with reaching_others():
+        for net in trainer.networks().values():
+            for tensor in tensors(net):
+                # A broadcast wants dense rows, which a channels-last weight has not.
+                dense = tensor.contiguous()
+                dist.broadcast(dense, src=0)
+                if dense is not tensor:
+                    tensor.copy_(dense)
+
+
+def check_ranks(trainer: Trainer, t: int) -> None:
+    """Raises UserError when a weight or an optimiser's state is not the same, bit for bit, in every process."""
+    if world_size() == 1:
+        return
+    named = [(f"{net}.{name}", p) for net, m in trainer.networks().items() for name, p in m.named_parameters()]
+    names = {id(p): name for name, p in named}
+    for optimizer in trainer.optimizers().values():
+        for p, state in optimizer.state.items():
+            named += [(f"{names[id(p)]} ({key})", v) for key, v in state.items() if isinstance(v, Tensor)]
+    hashes = torch.stack([checksum(tensor) for _, tensor in named]).cpu()
+    theirs = gather(hashes)
+    if any(len(other) != len(hashes) for other in theirs):
+        raise UserError(f"iteration {t}: the optimisers of the processes hold different states; resume the run")
+    differs = (torch.stack(theirs) != hashes).any(dim=0).any(dim=1)
+    if differs.any():
+        wrong = [name for (name, _), bad in zip(named, differs.tolist(), strict=True) if bad]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"iteration {t}: the processes' weights are no longer the same ({wrong[0]}{more}); "
+            "continue from an earlier snapshot with --resume ITERATION"
+        )
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """(2,) int64 on the CPU: sums of the values' bits, plain and weighted by their place, modulo 2**64.
+
+    Sums of whole numbers do not depend on their order, so the same values have the same sum on every device.
+    """
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(-1).view(whole).to(torch.int64)
+    place = torch.arange(1, len(bits) + 1, device=bits.device)
+    return torch.stack([bits.sum(), (bits * place).sum()]).cpu()
