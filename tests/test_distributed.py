@@ -308,7 +308,8 @@ def test_losses_and_gradients_are_those_of_one_process(found: Any, size: int, ca
 @several
 def test_slices_together_are_the_batch_of_one_process(found: Any, size: int) -> None:
     for kind, batch in found[1][0]["batches"].items():
-        for field, value in batch._asdict().items():
+        for field in ("x", "xp", "y", "index"):
+            value = getattr(batch, field)
             slices = [getattr(own["batches"][kind], field) for own in found[size]]
             assert len({len(part) for part in slices}) == 1
             assert torch.equal(torch.cat(slices), value), (kind, field)
