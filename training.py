@@ -262,6 +262,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board, stop: StopSig
             log(board, s, values, rate, t, skipped)
             bar.set_postfix({k: f"{values[k]:.3f}" for k in SHOWN[cfg.task] if k in values}, refresh=False)
         if is_dgnet and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
+            require_finite(s, finite)
             figure = paint_pairs(trainer.sample(*pairs))
             if done % cfg.image_display_iter == 0 or last:
                 board.image("test pairs", figure, done)
