@@ -25,7 +25,7 @@ import yaml
 
 from utils import ROOT, UserError, run_cli, write_json
 
-STEPS_PER_KILL = 12
+STEPS_PER_KILL = 8
 SETTINGS = dict(
     backbone="resnet10w4",
     pretrained=False,
