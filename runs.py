@@ -79,10 +79,10 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
     elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
         holder = present[0].parent if present else run.path
         raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
-    make_folder(run, cfg)
+    make_run_folder(run, cfg)
 
 
-def make_folder(run: RunFolder, cfg: Config) -> None:
+def make_run_folder(run: RunFolder, cfg: Config) -> None:
     """Make what is not there of a run's folder. The config comes first: a folder without one is no run."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from runs import (
     TEACHER_FILES,
     RunFolder,
     build_trainer,
-    make_folder,
+    make_run_folder,
     num_classes,
     resolve_data_root,
     save_teacher,
@@ -44,7 +44,7 @@ from runs import (
 )
 from runs import training_images as read_training_images
 from trainer import DGNetTrainer, TeacherTrainer, lr_factor
-from utils import ROOT, UserError, part_of
+from utils import ROOT, UserError, write_whole
 from visual_tools.grid import paint_pairs
 
 # The losses that the progress bar shows, by task.
@@ -331,7 +331,7 @@ def save(s: Session, finite: FiniteWatch, done: int) -> None:
 def keep_folder(s: Session) -> None:
     """Make a run's folder again that somebody has removed."""
     if not s.run.config_file.is_file():
-        make_folder(s.run, s.cfg)
+        make_run_folder(s.run, s.cfg)
         print(f"\nwarning: {s.run.path} was removed while the run was going on; made again", file=sys.stderr)
 
 
@@ -342,7 +342,6 @@ def save_figure(s: Session, figure: Any, done: int) -> None:
     path = s.run.images / f"test_{done:08d}.png"
     try:
         keep_folder(s)
-        Image.fromarray(figure).save(part_of(path), format="PNG")
-        part_of(path).replace(path)
-    except (OSError, UserError) as error:
-        print(f"\nwarning: {path}: cannot be written ({error}); training goes on", file=sys.stderr)
+        write_whole(path, lambda file: Image.fromarray(figure).save(file, format="PNG"))
+    except UserError as error:
+        print(f"\nwarning: {error}; training goes on", file=sys.stderr)
