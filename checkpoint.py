@@ -191,10 +191,10 @@ def check_file(path: Path, manifest: Mapping[str, Any] | None) -> None:
         if expected is None:
             raise Damaged(f"{path}: damaged (its manifest does not know it)")
         if size != expected["bytes"]:
-            raise Damaged(f"{path}: damaged ({size} bytes instead of {expected['bytes']})")
+            raise Damaged(f"{path}: damaged or another run's ({size} bytes instead of {expected['bytes']})")
         with open(path, "rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                raise Damaged(f"{path}: damaged (its checksum is not that of its manifest)")
+                raise Damaged(f"{path}: damaged or another run's (its checksum is not that of its manifest)")
     except FileNotFoundError:
         raise Damaged(f"{path}: damaged (no such file)") from None
     except OSError as error:

@@ -25,7 +25,7 @@ import yaml
 
 from utils import ROOT, UserError, run_cli, write_json
 
-STEPS_PER_KILL = 8
+STEPS_PER_KILL = 6  # about as many as a killed process gets on by
 SETTINGS = dict(
     backbone="resnet10w4",
     pretrained=False,
@@ -161,7 +161,7 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         make_dataset(data, preset="tiny")
     config = scratch / "run.yaml"
     config.write_text(yaml.safe_dump(SETTINGS | dict(data_root=str(data))))
-    max_iter = STEPS_PER_KILL * args.kills + 10
+    max_iter = STEPS_PER_KILL * args.kills + 4
     whole, killed = (Trial(scratch / name, config, max_iter) for name in ("whole", "killed"))
     for trial in (whole, killed):
         trial.folder.mkdir()

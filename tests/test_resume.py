@@ -43,6 +43,13 @@ Trace = dict[int, dict[str, float]]
 DGNET = merged(TINY_DGNET, ALL_LOSSES | dict(teacher_style=3, gen=dict(dropout=0.2), step_size=4)) | dict(
     max_iter=6, snapshot_save_iter=2, image_save_iter=3, image_display_iter=100, log_iter=1
 )
+# For the faults: the quickest steps, half of the terms, four of them.
+LIGHT = DGNET | dict(
+    **dict.fromkeys(
+        ("recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w", "recon_id_w", "warm_scale", "erasing_p"), 0
+    ),
+    **dict(max_iter=4, display_size=1),
+)
 TEACHER = TINY_TEACHER | dict(batch_size=32, epochs=2, snapshot_epochs=1, erasing_p=0.5, log_iter=1)
 
 
@@ -54,19 +61,20 @@ class Runs:
     data: Path
     script: Callable[..., Outcome]
     monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any] = field(default_factory=lambda: DGNET)
     traces: dict[str, Trace] = field(default_factory=dict)
 
     def train(
         self,
         name: str,
         *options: object,
-        config: dict[str, Any] = DGNET,
+        config: dict[str, Any] | None = None,
         at: tuple[int, Callable[[], object]] | None = None,
         **settings: Any,
     ) -> Outcome:
         """Run train.py; at iteration `at[0]`, before its step, `at[1]` is called."""
         file = self.folder / "config.yaml"
-        file.write_text(yaml.safe_dump(config | dict(data_root=str(self.data))))
+        file.write_text(yaml.safe_dump((config or self.config) | dict(data_root=str(self.data))))
         trace, log = self.traces.setdefault(name, {}), training.log
         with self.monkeypatch.context() as patch:
 
@@ -91,7 +99,9 @@ class Runs:
     def images(self, name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (self.run(name) / "images").iterdir()}
 
-    def assert_same(self, name: str, other: str, iteration: int) -> None:
+    def assert_same(self, name: str, other: str) -> None:
+        """Losses of every step, all of the last snapshot, and the images."""
+        iteration = max(self.traces[name]) + 1
         assert self.traces[name] == self.traces[other]
         assert self.hashes(name, iteration) == self.hashes(other, iteration)
         assert self.images(name) == self.images(other)
@@ -126,23 +136,34 @@ def runs(tmp_path: Path, tiny_data: Path, script: Any, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run that was never stopped, made by the first test that asks."""
-    return {"folder": tmp_path_factory.mktemp("whole")}
+def finished() -> dict[int, tuple[Path, Trace]]:
+    """Runs that were never stopped, made by the first tests that ask: folder and trace by the number of steps."""
+    return {}
+
+
+def with_whole(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    """`runs` with the finished run `whole` of its config in it."""
+    steps = runs.config["max_iter"]
+    if steps not in finished:
+        clean(runs.train("whole"))
+        finished[steps] = runs.folder.parent / f"{runs.folder.name}-whole", runs.traces["whole"]
+        shutil.copytree(runs.folder, finished[steps][0])
+    else:
+        shutil.copytree(finished[steps][0], runs.folder, dirs_exist_ok=True)
+        runs.traces["whole"] = finished[steps][1]
+    assert sorted(runs.traces["whole"]) == list(range(steps)) and len(runs.images("whole")) == 2
+    return runs
 
 
 @pytest.fixture
-def undisturbed(runs: Runs, whole: dict[str, Any]) -> Runs:
-    """`runs` with the finished run `whole` in it."""
-    if "trace" not in whole:
-        clean(runs.train("whole"))
-        whole["trace"] = runs.traces["whole"]
-        shutil.copytree(runs.folder, whole["folder"], dirs_exist_ok=True)
-    else:
-        shutil.copytree(whole["folder"], runs.folder, dirs_exist_ok=True)
-        runs.traces["whole"] = whole["trace"]
-    assert sorted(runs.traces["whole"]) == list(range(6)) and len(runs.images("whole")) == 2
-    return runs
+def undisturbed(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    return with_whole(runs, finished)
+
+
+@pytest.fixture
+def light(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    runs.config = LIGHT
+    return with_whole(runs, finished)
 
 
 # ------------------------------------------------------------------------------------------ full traces
@@ -159,7 +180,7 @@ def test_a_stopped_dgnet_goes_on_as_if_nothing_had_happened(undisturbed: Runs, s
 
     goes_on = clean(runs.train("parts", "--resume", **settings))
     assert "resumed parts after 3 of 6 steps" in goes_on.out and not lines(goes_on, "note")
-    runs.assert_same("whole", "parts", 6)
+    runs.assert_same("whole", "parts")
     third, sixth = (runs.hashes("whole", i) for i in (2, 6))
     assert all(third[f"{n}_00000002.pt"] != sixth[f"{n}_00000006.pt"] for n in ("gen", "id", "dis", "state"))
 
@@ -169,7 +190,7 @@ def test_a_stopped_dgnet_in_bf16_with_a_cosine(runs: Runs) -> None:
     clean(runs.train("whole", **settings))
     assert runs.train("parts", at=(0, send(signal.SIGINT)), **settings).code == 128 + signal.SIGINT
     clean(runs.train("parts", "--resume", "auto", **settings))
-    runs.assert_same("whole", "parts", 4)
+    runs.assert_same("whole", "parts")
 
 
 def test_a_stopped_teacher(runs: Runs) -> None:
@@ -195,37 +216,37 @@ def test_a_signal_in_the_last_step_changes_nothing(runs: Runs) -> None:
 
 
 # ------------------------------------------------------------------------------------------ --resume auto
-def test_auto_starts_continues_and_is_done(undisturbed: Runs) -> None:
-    runs = undisturbed
-    codes = [runs.train("parts", "--resume", "auto", at=(t, send(signal.SIGTERM))).code for t in (0, 1, 3)]
+def test_auto_starts_continues_and_is_done(light: Runs) -> None:
+    runs = light
+    codes = [runs.train("parts", "--resume", "auto", at=(t, send(signal.SIGTERM))).code for t in (0, 2)]
     codes += [clean(runs.train("parts", "--resume", "auto")).code for _ in range(2)]
-    assert codes == [143, 143, 143, 0, 0]
-    runs.assert_same("whole", "parts", 6)
+    assert codes == [143, 143, 0, 0]
+    runs.assert_same("whole", "parts")
 
 
-def test_auto_needs_the_name_only(undisturbed: Runs) -> None:
-    outcome = undisturbed.script("train", "--resume", "auto", "--name", "whole", "--output_path", undisturbed.folder)
-    assert "resumed whole after 6 of 6 steps" in clean(outcome).out
+def test_auto_needs_the_name_only(light: Runs) -> None:
+    outcome = light.script("train", "--resume", "auto", "--name", "whole", "--output_path", light.folder)
+    assert "resumed whole after 4 of 4 steps" in clean(outcome).out
 
 
-def test_auto_passes_over_a_damaged_snapshot(undisturbed: Runs) -> None:
-    runs = undisturbed
+def test_auto_passes_over_a_damaged_snapshot(light: Runs) -> None:
+    runs = light
     checkpoints = runs.run("whole") / "checkpoints"
-    hashes, last = runs.hashes("whole", 6), checkpoints / "dis_00000006.pt"
+    hashes, last = runs.hashes("whole", 4), checkpoints / "dis_00000004.pt"
     last.write_bytes(last.read_bytes()[:-1])
-    assert "--resume 4" in runs.train("whole", "--resume").error
+    assert "--resume 2" in runs.train("whole", "--resume").error
     outcome = clean(runs.train("whole", "--resume", "auto"))
     (warning,) = lines(outcome, "warning")
-    assert last.name in warning and "resumed whole after 4 of 6 steps" in outcome.out
-    assert runs.hashes("whole", 6) == hashes
+    assert last.name in warning and "resumed whole after 2 of 4 steps" in outcome.out
+    assert runs.hashes("whole", 4) == hashes
     for path in checkpoints.glob("*.json"):
         path.write_text("{}")
-    assert runs.train("whole", "--resume", "auto").error.count("damaged") == 3
+    assert runs.train("whole", "--resume", "auto").error.count("damaged") == 2
 
 
 @pytest.mark.parametrize("killed", ["before the config", "in the first snapshot"])
-def test_auto_begins_anew_where_nothing_was_saved(undisturbed: Runs, killed: str) -> None:
-    runs = undisturbed
+def test_auto_begins_anew_where_nothing_was_saved(light: Runs, killed: str) -> None:
+    runs = light
     folder = runs.run("parts")
     if killed == "before the config":
         folder.mkdir()
@@ -236,7 +257,7 @@ def test_auto_begins_anew_where_nothing_was_saved(undisturbed: Runs, killed: str
         manifest.rename(manifest.with_name(f".{manifest.name}.part"))
         (folder / "checkpoints" / "id_00000001.pt").unlink()
     assert "starting from the beginning" in clean(runs.train("parts", "--resume", "auto")).out
-    runs.assert_same("whole", "parts", 6)
+    runs.assert_same("whole", "parts")
     assert {p.name for p in folder.rglob("*")} == {p.name for p in runs.run("whole").rglob("*")}
 
 
@@ -252,16 +273,16 @@ def test_auto_does_not_touch_what_is_not_a_run(runs: Runs) -> None:
 
 
 # ------------------------------------------------------------------------------------- changed settings
-def test_a_change_that_matters_is_named(undisturbed: Runs) -> None:
-    harmless = dict(log_iter=2, snapshot_save_iter=5, image_save_iter=5, display_size=1, num_workers=1, max_iter=7)
-    assert not lines(clean(undisturbed.train("whole", "--resume", keep_last=3, **harmless)), "note")
+def test_a_change_that_matters_is_named(light: Runs) -> None:
+    harmless = dict(log_iter=2, snapshot_save_iter=5, image_save_iter=5, display_size=1, num_workers=1, max_iter=5)
+    assert not lines(clean(light.train("whole", "--resume", keep_last=3, **harmless)), "note")
     outcome = clean(
-        undisturbed.train(
+        light.train(
             "whole",
             "--resume",
             batch_size=3,
             seed=4,
-            max_iter=8,
+            max_iter=6,
             dis="{dim: 4, n_layer: 1, n_res: 1, num_scales: 2, LAMBDA: 0.5}",
         )
     )
@@ -284,6 +305,8 @@ def test_what_matters_besides_the_config() -> None:
 
 
 def test_keep_last_and_keep_every(runs: Runs) -> None:
+    runs.config = LIGHT
+
     def kept(name: str) -> list[int]:
         return sorted(int(p.stem[9:]) for p in (runs.run(name) / "checkpoints").glob("snapshot_*.json"))
 
@@ -438,21 +461,21 @@ def test_skipped_steps_end_the_run_with_a_reason(runs: Runs) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- faults
-def test_a_full_disk_loses_nothing(undisturbed: Runs) -> None:
+def test_a_full_disk_loses_nothing(light: Runs) -> None:
     """A limit on file sizes stands in for a full disk; only the snapshots are larger."""
-    runs = undisturbed
+    runs = light
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        full = (4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard)))
+        full = (2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard)))
         error = runs.train("parts", at=full).error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "_00000006.pt: cannot be written" in error and "free space" in error
-    assert not list((runs.run("parts") / "checkpoints").glob("*_00000006*"))
-    assert "resumed parts after 4 of 6 steps" in clean(runs.train("parts", "--resume")).out
-    runs.assert_same("whole", "parts", 6)
+    assert "_00000004.pt: cannot be written" in error and "free space" in error
+    assert not list((runs.run("parts") / "checkpoints").glob("*_00000004*"))
+    assert "resumed parts after 2 of 4 steps" in clean(runs.train("parts", "--resume")).out
+    runs.assert_same("whole", "parts")
 
 
 def test_a_read_only_output_folder(runs: Runs) -> None:
@@ -468,12 +491,12 @@ def config_of(runs: Runs) -> Path:
     return file
 
 
-def test_an_output_folder_that_is_removed_is_made_again(undisturbed: Runs) -> None:
-    runs = undisturbed
-    outcome = clean(runs.train("parts", at=(4, lambda: shutil.rmtree(runs.run("parts")))))
+def test_an_output_folder_that_is_removed_is_made_again(light: Runs) -> None:
+    runs = light
+    outcome = clean(runs.train("parts", at=(2, lambda: shutil.rmtree(runs.run("parts")))))
     (warning,) = lines(outcome, "warning")
     assert "was removed while the run was going on; made again" in warning
-    assert runs.hashes("parts", 6) == runs.hashes("whole", 6)
+    assert runs.hashes("parts", 4) == runs.hashes("whole", 4)
     assert (runs.run("parts") / "config.yaml").read_text() == (runs.run("whole") / "config.yaml").read_text()
 
 
@@ -482,11 +505,11 @@ def test_an_output_folder_that_cannot_be_made_again(runs: Runs) -> None:
         shutil.rmtree(runs.folder / "outputs")
         (runs.folder / "outputs").write_text("")
 
-    assert "cannot be written" in runs.train("parts", at=(4, remove)).error
+    assert "cannot be written" in runs.train("parts", at=(2, remove)).error
 
 
-def test_tensorboard_may_fail(undisturbed: Runs) -> None:
-    runs = undisturbed
+def test_tensorboard_may_fail(light: Runs) -> None:
+    runs = light
 
     def spoil() -> None:
         shutil.rmtree(runs.folder / "logs")
@@ -495,27 +518,28 @@ def test_tensorboard_may_fail(undisturbed: Runs) -> None:
     outcome = clean(runs.train("parts", at=(1, spoil)))
     (warning,) = lines(outcome, "warning")
     assert f"{runs.folder / 'logs' / 'parts'}: cannot be written" in warning
-    runs.assert_same("whole", "parts", 6)
+    runs.assert_same("whole", "parts")
     assert f"{runs.folder / 'logs' / 'other'}: cannot be written" in runs.train("other").error
 
 
-def test_a_figure_that_cannot_be_written_is_a_warning(undisturbed: Runs) -> None:
-    runs = undisturbed
+def test_a_figure_that_cannot_be_written_is_a_warning(light: Runs) -> None:
+    runs = light
 
     def spoil() -> None:
         shutil.rmtree(runs.run("parts") / "images")
         (runs.run("parts") / "images").write_text("")
 
-    outcome = clean(runs.train("parts", at=(4, spoil)))
-    (warning,) = lines(outcome, "warning")
-    assert "test_00000006.png: cannot be written" in warning
-    assert runs.hashes("parts", 6) == runs.hashes("whole", 6)
+    outcome = clean(runs.train("parts", at=(2, spoil)))
+    warnings = lines(outcome, "warning")
+    assert len(warnings) == 2
+    assert all(f"test_0000000{i}.png: cannot be written" in line for i, line in zip((3, 4), warnings, strict=True))
+    assert runs.hashes("parts", 4) == runs.hashes("whole", 4)
 
 
 @pytest.mark.parametrize("settings", [dict(num_workers=0), dict(num_workers=1)], ids=str)
-def test_a_data_file_that_goes_bad(undisturbed: Runs, settings: dict[str, int]) -> None:
+def test_a_data_file_that_goes_bad(light: Runs, settings: dict[str, int]) -> None:
     """The steps so far are saved, and with the file back again the run ends as ever."""
-    runs = undisturbed
+    runs = light
     data = runs.folder / "data"
     shutil.copytree(runs.data, data)
     runs.data, images = data, sorted((data / "bounding_box_train").iterdir())
@@ -531,7 +555,7 @@ def test_a_data_file_that_goes_bad(undisturbed: Runs, settings: dict[str, int]) 
     for path in images:
         path.with_suffix(".kept").rename(path)
     clean(runs.train("parts", "--resume"))
-    runs.assert_same("whole", "parts", 6)
+    runs.assert_same("whole", "parts")
 
 
 def kill_workers() -> None:
@@ -540,12 +564,12 @@ def kill_workers() -> None:
         process.join()
 
 
-def test_a_killed_worker_is_replaced(undisturbed: Runs) -> None:
-    outcome = clean(undisturbed.train("parts", at=(0, kill_workers), num_workers=1))
+def test_a_killed_worker_is_replaced(light: Runs) -> None:
+    outcome = clean(light.train("parts", at=(0, kill_workers), num_workers=1))
     warnings = lines(outcome, "warning")
     assert 1 <= len(warnings) <= 2, "one for each stream at most"
     assert all("a process that reads images died" in line and "by signal 9" in line for line in warnings)
-    undisturbed.assert_same("whole", "parts", 6)
+    light.assert_same("whole", "parts")
 
 
 def test_workers_that_keep_dying_end_the_run(runs: Runs) -> None:
