@@ -146,11 +146,11 @@ def with_whole(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
     steps = runs.config["max_iter"]
     if steps not in finished:
         clean(runs.train("whole"))
-        finished[steps] = runs.folder.parent / f"{runs.folder.name}-whole", runs.traces["whole"]
+        finished[steps] = runs.folder.parent / f"{runs.folder.name}-whole", dict(runs.traces["whole"])
         shutil.copytree(runs.folder, finished[steps][0])
     else:
         shutil.copytree(finished[steps][0], runs.folder, dirs_exist_ok=True)
-        runs.traces["whole"] = finished[steps][1]
+        runs.traces["whole"] = dict(finished[steps][1])
     assert sorted(runs.traces["whole"]) == list(range(steps)) and len(runs.images("whole")) == 2
     return runs
 
