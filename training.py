@@ -164,10 +164,11 @@ def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
 
 def circumstances(s: Session) -> dict[str, Any]:
     """What besides the config decides the numbers of a run; its snapshots remember it."""
-    names = "\n".join(f"{label} {path.name}" for label, path in zip(s.images.labels(), s.images.paths, strict=True))
+    images = s.loaders[0].images
+    names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
     cpu = s.device.type == "cpu"
     return {
-        "training images": f"{len(s.images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
+        "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
         "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(s.device),
         "PyTorch": str(torch.__version__),
     }
@@ -253,7 +254,8 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board, stop: StopSig
         terms = trainer.step(*batches, t)
         finite.note(t, terms)
         skipped.note()
-        done, last = t + 1, t + 1 == s.max_iter
+        # Asked once: a signal that comes later in this round is for the next step.
+        done, last, stopping = t + 1, t + 1 == s.max_iter, stop.received is not None
         if done % cfg.log_iter == 0 or last:
             require_finite(s, finite)
             values = {name: float(value) for name, value in terms.items()}
@@ -268,10 +270,10 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board, stop: StopSig
                 board.image("test pairs", figure, done)
             if done % cfg.image_save_iter == 0 or last:
                 save_figure(s, figure, done)
-        if done % s.snapshot_iter == 0 or last or stop.received:
+        if done % s.snapshot_iter == 0 or last or stopping:
             save(s, finite, done)
             saved = done
-        if stop.received:
+        if stopping:
             bar.close()
             return done
     return s.max_iter
