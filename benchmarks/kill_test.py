@@ -124,7 +124,8 @@ def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) ->
     finally:
         process.kill()
         process.wait()
-    return trial.writing() or ("step" if trial.manifests() - before else "start-up")
+    # Before the first new snapshot, what looks half written may be the killed process's before.
+    return trial.writing() or "step" if trial.manifests() - before else "start-up"
 
 
 def parse_args() -> argparse.Namespace:
