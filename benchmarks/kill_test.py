@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
 import random
 import re
 import subprocess
@@ -23,7 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from utils import ROOT, UserError, run_cli, write_json
+from benchmarks.machine import RESULTS, describe_machine, write_result
+from utils import ROOT, UserError, run_cli
 
 STEPS_PER_KILL = 6  # about as many as a killed process gets on by
 SETTINGS = dict(
@@ -133,9 +133,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30, help="how often the run is killed (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--data", help="data set (default: the embedded one in its smallest size, drawn for this)")
-    parser.add_argument(
-        "--out", default=str(ROOT / "benchmarks" / "results" / "kill_test.json"), help="file of the result (JSON)"
-    )
+    parser.add_argument("--out", default=str(RESULTS), help=f"folder of kill_test.json (default: {RESULTS.name}/)")
     return parser.parse_args()
 
 
@@ -147,16 +145,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
     result["seconds"] = round(time.monotonic() - began)
-    write_json(Path(args.out), result)
-    print(f"written to {args.out}")
+    print(f"written to {write_result(args.out, 'kill_test', result)}")
     return 0 if result["same_as_undisturbed"] and result["kills"] == args.kills else 1
 
 
 def run(scratch: Path, args: argparse.Namespace) -> dict:
-    import torch
-
     from data.mannequins import make_dataset
 
+    machine = describe_machine()
     data = Path(args.data) if args.data else scratch / "data"
     if not args.data:
         make_dataset(data, preset="tiny")
@@ -201,8 +197,7 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         "same_as_undisturbed": all(same.values()),
         "same": same,
         "files_compared": {what: len(contents(getattr(whole, what))) for what in same},
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()}
-        | {"torch": torch.__version__},
+        "machine": machine,
     }
 
 

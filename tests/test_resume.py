@@ -590,10 +590,9 @@ def test_workers_that_keep_dying_end_the_run(runs: Runs) -> None:
 def test_three_kills(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    out = tmp_path / "result.json"
-    monkeypatch.setattr(sys, "argv", ["kill_test", "--kills", "3", "--data", str(tiny_data), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["kill_test", "--kills", "3", "--data", str(tiny_data), "--out", str(tmp_path)])
     assert kill_test.main() == 0, capsys.readouterr().out
-    result = json.loads(out.read_text())
+    result = json.loads((tmp_path / "kill_test.json").read_text())
     assert result["kills"] == 3 and result["same_as_undisturbed"] is True
     assert result["files_compared"]["checkpoints"] == 12 and result["files_compared"]["images"] > 10
 
