@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30, help="how often the run is killed (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--data", help="data set (default: the embedded one in its smallest size, drawn for this)")
-    parser.add_argument("--out", default=str(RESULTS), help=f"folder of kill_test.json (default: {RESULTS.name}/)")
+    parser.add_argument("--results", default=str(RESULTS), help="folder of kill_test.json (default: the project's)")
     return parser.parse_args()
 
 
@@ -145,7 +145,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
     result["seconds"] = round(time.monotonic() - began)
-    print(f"written to {write_result(args.out, 'kill_test', result)}")
+    print(f"written to {write_result(args.results, 'kill_test', result)}")
     return 0 if result["same_as_undisturbed"] and result["kills"] == args.kills else 1
 
 
