@@ -26,6 +26,13 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 # Keys that the release's files carry and nothing reads, there or here.
 DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
+# Keys that say what is shown and kept, how fast images come, or what a run starts from: none of them changes the steps
+# of a run that goes on. `data_root` counts by the images found there, `apex` by `precision`.
+HARMLESS_KEYS = frozenset(
+    "apex backbone_weights cache_images check_ranks_iter data_root display_size ID_class id_init image_display_iter image_save_iter "
+    "input_dim_a keep_every keep_last log_iter new_size num_workers pretrained skip_bad_images snapshot_epochs "
+    "snapshot_save_iter".split()
+)
 # What the release assumes where a run folder's config.yaml does not name a key; other defaults are the schema's.
 RELEASE_FALLBACKS = {"ID_stride": 2, "apex": False, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}
 
@@ -92,6 +99,10 @@ class CommonConfig(Section):
     cache_images: bool = False  # keep all training images decoded and resized in memory
     check_ranks_iter: Count = 500  # several processes: compare their weights every so many steps
     crop_padding: Annotated[int, Field(ge=0)] = 10  # pixels added on every side before the random crop
+    keep_every: Annotated[int, Field(ge=0)] = (
+        0  # with keep_last: keep those of every so many steps too (teacher: epochs)
+    )
+    keep_last: Annotated[int, Field(ge=0)] = 0  # snapshots to keep; 0: all
     skip_bad_images: bool = False  # leave unreadable images out instead of stopping
     train_split: Literal["train_all", "train"] = "train_all"  # train leaves out each identity's validation image
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and augmentation
@@ -376,6 +387,16 @@ def _drop_unknown(values: dict[str, Any], model: type[BaseModel], source: str) -
 def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = True) -> Config:
     """The configuration in a YAML file with `--set` overrides applied."""
     return parse_config(set_values(read_yaml(Path(path)), list(settings)), str(path), strict=strict)
+
+
+def exact_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings among a config's values (`model_dump()`) that decide a run's numbers; sections as `gen.dim`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    # Only the cosine asks how long the run is.
+    unread = HARMLESS_KEYS | (set() if flat.get("lr_policy") == "cosine" else {"max_iter"})
+    return {key: value for key, value in flat.items() if key not in unread}
 
 
 def dump_config(cfg: Config) -> str:

@@ -41,9 +41,14 @@ def parse_args() -> argparse.Namespace:
 def call(title: str, *command: str) -> None:
     """Run one of the project's scripts; its failure ends the demo with its exit status."""
     print(f"\n== {title}\n   python {' '.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-    if status:
-        sys.exit(status)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT) as process:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                pass  # the script has got it too; a training saves its steps first
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def train(
@@ -53,8 +58,7 @@ def train(
     if finished:
         print(f"\n== {title}: done already, in {run}", flush=True)
         return
-    resume = ["--resume"] if run.is_dir() else []
-    call(title, "train.py", "--config", config, "--name", name, *resume, *common, "--set", *settings)
+    call(title, "train.py", "--config", config, "--name", name, "--resume", "auto", *common, "--set", *settings)
 
 
 def results_table(teacher: dict, run: dict) -> str:
@@ -92,7 +96,7 @@ def main() -> None:
         common,
         settings,
     )
-    trained = (run / "checkpoints" / f"state_{max_iter:08d}.pt").is_file()
+    trained = (run / "checkpoints" / f"snapshot_{max_iter:08d}.json").is_file()
     settings.append(f"teacher={args.teacher}")
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)

@@ -15,13 +15,13 @@ import torch
 import torch.nn as nn
 import yaml
 
-from checkpoint import load_network, read_tensors, snapshots, unwrap, write_atomically
+from checkpoint import Damaged, load_network, read_network, read_tensors, snapshots, write_atomically
 from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config, read_yaml
 from data.folders import ImageList, check_images, read_split, require_identities
 from networks import Generator
 from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError
+from utils import ROOT, UserError, part_of, write_text
 
 NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
 TEACHER_FILES = ("net_last.pth", "opts.yaml")
@@ -76,14 +76,20 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
     if resume:
         if not run.path.is_dir():
             raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
-    elif present or (run.path.is_dir() and any(run.path.iterdir())):
+    elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
         holder = present[0].parent if present else run.path
         raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
+    make_run_folder(run, cfg)
+
+
+def make_run_folder(run: RunFolder, cfg: Config) -> None:
+    """Make what is not there of a run's folder. The config comes first: a folder without one is no run."""
     try:
-        for folder in (run.path, run.checkpoints, run.images):
-            folder.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
         if not run.config_file.exists():
-            run.config_file.write_text(dump_config(cfg))
+            write_text(run.config_file, dump_config(cfg))
+        for folder in (run.checkpoints, run.images):
+            folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{run.path}: cannot be written ({error.strerror}); choose another --output_path") from None
 
@@ -185,10 +191,10 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
 
 def save_teacher(run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: int) -> None:
     """Put a trained teacher where DG-Net looks for it."""
-    run.model.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.model / "net_last.pth", net.state_dict())
     opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
-    (run.model / "opts.yaml").write_text(yaml.safe_dump(opts, sort_keys=False))
+    # The weights come last: they are what says that there is a teacher, and without the options they are misread.
+    write_text(run.model / "opts.yaml", yaml.safe_dump(opts, sort_keys=False))
+    write_atomically(run.model / "net_last.pth", net.state_dict())
 
 
 # ------------------------------------------------------------------------------------------- building
@@ -265,13 +271,13 @@ def pick_epoch(run: RunFolder, task: str, which: str | None) -> int:
 
 
 def _load_part(run: RunFolder, name: str, iteration: int) -> tuple[dict[str, Any], Path]:
-    path = run.checkpoints / f"{name}_{iteration:08d}.pt"
     try:
-        return unwrap(read_tensors(path), path), path
-    except UserError as error:
+        return read_network(run.checkpoints, name, iteration)
+    except Damaged as error:
         older = [i for i in snapshots(run.checkpoints, NETWORKS["dgnet"]) if i < iteration]
-        offer = f"; the snapshot before it: --which_epoch {older[-1]}" if older and "damaged" in str(error) else ""
-        raise UserError(f"{error}{offer}") from None
+        raise UserError(
+            f"{error}" + (f"; the snapshot before it: --which_epoch {older[-1]}" if older else "")
+        ) from None
 
 
 def load_id_net(run: RunFolder, cfg: DGNetConfig, iteration: int, device: torch.device) -> IdNet:

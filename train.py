@@ -23,7 +23,8 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="last",
         metavar="ITERATION",
-        help="continue from the newest complete snapshot, or from that of ITERATION",
+        help="continue from the newest complete snapshot, or from that of ITERATION; `--resume auto` starts or "
+        "continues, whichever applies, and passes over damaged snapshots",
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument("--gpu_ids", metavar="N,...", help="GPUs to use, a process for each: 0 is --device cuda:0")
@@ -40,10 +41,11 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     from runs import open_run
     from utils import ROOT
 
+    file = Path(args.config or ROOT / "configs" / "latest.yaml")
     if args.config is None and args.resume and args.name:
-        file = open_run(args.output_path, args.name).config_file
-    else:
-        file = Path(args.config or ROOT / "configs" / "latest.yaml")
+        own = open_run(args.output_path, args.name).config_file
+        if args.resume != "auto" or own.is_file():
+            file = own
     name = args.name or file.stem
     # A folder that the release wrote carries keys of other versions.
     own_folder = args.resume and file == open_run(args.output_path, name).config_file
@@ -54,7 +56,7 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     return cfg, name
 
 
-def main() -> int | None:
+def main() -> int:
     args = parse_args()
 
     import launch
@@ -68,7 +70,7 @@ def main() -> int | None:
         return run_training(args, device)
 
 
-def run_training(args: argparse.Namespace, device: torch.device) -> None:
+def run_training(args: argparse.Namespace, device: torch.device) -> int:
     cfg, name = read_config(args)
 
     import training
@@ -80,8 +82,8 @@ def run_training(args: argparse.Namespace, device: torch.device) -> None:
     session = training.prepare(cfg, run, device, resume=args.resume is not None)
     if args.dry_run:
         print(training.describe(session))
-        return
-    training.train(session, resume=args.resume)
+        return 0
+    return training.train(session, resume=args.resume)
 
 
 if __name__ == "__main__":

@@ -121,17 +121,6 @@ def check_precision(device: torch.device, precision: str) -> None:
         raise UserError("precision fp16 (apex: true) needs a CUDA GPU; on a CPU use precision: bf16 or fp32")
 
 
-def require_finite(losses: dict[str, Tensor], t: int) -> dict[str, float]:
-    """The losses as numbers. Raises UserError that names every term when one is not finite."""
-    values = {name: float(value) for name, value in losses.items()}
-    if not all(map(math.isfinite, values.values())):
-        listing = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise UserError(
-            f"iteration {t}: a loss is not finite, training stopped; lower the learning rates. Terms: {listing}"
-        )
-    return values
-
-
 # ----------------------------------------------------------------------------------------------- DG-Net
 class DGNetTrainer:
     """Encoder, decoder, discriminator, id net and teachers with their optimisers.

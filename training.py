@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import distributed
-from checkpoint import load_snapshot, save_snapshot, snapshots
+from board import Board
+from checkpoint import (
+    changed_settings,
+    load_snapshot,
+    nothing_saved,
+    prune_snapshots,
+    read_manifest,
+    remove_parts,
+    save_snapshot,
+    snapshots,
+)
 from config import Config, DGNetConfig, TeacherConfig
 from data.folders import ImageList, read_split
 from data.generated import add_generated
 from data.pairs import Batch, PairLoader, iter_images
+from guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from losses import loss_weights
-from runs import NETWORKS, RunFolder, build_trainer, num_classes, resolve_data_root, save_teacher, start_folder
+from runs import (
+    NETWORKS,
+    TEACHER_FILES,
+    RunFolder,
+    build_trainer,
+    make_run_folder,
+    num_classes,
+    resolve_data_root,
+    save_teacher,
+    start_folder,
+)
 from runs import training_images as read_training_images
-from trainer import DGNetTrainer, TeacherTrainer, lr_factor, require_finite
-from utils import UserError
+from trainer import DGNetTrainer, TeacherTrainer, lr_factor
+from utils import ROOT, UserError, write_whole
 from visual_tools.grid import paint_pairs
 
+EXCHANGE_SIGNALS = 10  # steps after which several processes tell each other of signals to stop
 # The losses that the progress bar shows, by task.
 SHOWN = {"dgnet": ("gen_total", "dis_total", "recon_x_a", "id", "teacher"), "teacher": ("id", "accuracy")}
 
@@ -145,83 +169,215 @@ def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
     return x_a, x_b
 
 
-def train(s: Session, *, resume: str | None) -> None:
-    """Run the loop from the start, or from a snapshot, to the last iteration."""
+def circumstances(s: Session) -> dict[str, Any]:
+    """What besides the config decides the numbers of a run; its snapshots remember it."""
+    images = s.loaders[0].images
+    names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
+    cpu = s.device.type == "cpu"
+    return {
+        "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
+        "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(s.device),
+        "processes": distributed.world_size(),
+        "PyTorch": str(torch.__version__),
+    }
+
+
+def resume_command(run: RunFolder) -> str:
+    """The command that continues a run."""
+    where = "" if run.output_path == ROOT else f" --output_path {run.output_path}"
+    return f"python train.py --resume --name {run.name}{where}"
+
+
+def train(s: Session, *, resume: str | None) -> int:
+    """Run the loop from the start, or from a snapshot, to the last iteration or to a signal.
+
+    resume  None: a new run. "last", or an iteration's number: from that snapshot. "auto": what applies, passing over
+            damaged snapshots
+    Returns the exit status: 0, or 128 and the number of the signal.
+    """
     cfg, run = s.cfg, s.run
-    if resume not in (None, "last") and not resume.isdigit():
+    if resume not in (None, "last", "auto") and not resume.isdigit():
         raise UserError(
             f"--resume {resume}: not an iteration; there are {snapshots(run.checkpoints, NETWORKS[cfg.task])}"
         )
     if distributed.is_main():
-        start_folder(run, cfg, resume=resume is not None)
+        start_folder(run, cfg, resume=run.config_file.is_file() if resume == "auto" else resume is not None)
+        if resume is not None:
+            remove_parts(run.checkpoints, NETWORKS[cfg.task])
     distributed.wait_for_all()
-    start = 0
-    if resume == "last" and run.config_file.is_file() and not any(run.checkpoints.glob("*.pt")):
-        print(f"{run.name} has no snapshot yet: starting from the beginning")
-    elif resume is not None:
-        start = load_snapshot(run.checkpoints, s.trainer, None if resume == "last" else int(resume))
-        print(f"resumed {run.name} after {start} of {s.max_iter} steps")
+    start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
-    with ExitStack() as stack:
-        writer = None
-        if distributed.is_main():
-            writer = stack.enter_context(SummaryWriter(str(run.logs), purge_step=start))
-        streams: list[Iterator[Batch]] = [loader.batches(start) for loader in s.loaders]
-        for stream in streams:
-            stack.callback(stream.close)
-        loop(s, streams, writer, start)
-    if isinstance(cfg, TeacherConfig) and distributed.is_main():
+    if start < s.max_iter:
+        with ExitStack() as stack:
+            board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None
+            streams: list[Iterator[Batch]] = [loader.batches(start) for loader in s.loaders]
+            for stream in streams:
+                stack.callback(stream.close)
+            stop = stack.enter_context(StopSignals())
+            done = loop(s, streams, board, stop, start)
+        if done < s.max_iter:
+            print(
+                f"stopped by {stop.received.name} after {done} of {s.max_iter} steps, which are saved; "
+                f"continue with: {resume_command(run)}",
+                file=sys.stderr,
+            )
+            return 128 + stop.received
+    written = start >= s.max_iter and all((run.model / f).exists() for f in TEACHER_FILES)
+    if isinstance(cfg, TeacherConfig) and distributed.is_main() and not written:
         save_teacher(run, cfg, s.trainer.net, s.classes)
         print(f"teacher written to {run.model}")
+    return 0
 
 
-def loop(s: Session, streams: list[Iterator[Batch]], writer: SummaryWriter | None, start: int) -> None:
-    """The steps. Of several processes each makes all of them; the one with a `writer` writes."""
-    cfg, trainer, main = s.cfg, s.trainer, writer is not None
+def restore(s: Session, resume: str) -> int:
+    """Continue from a snapshot, or begin where there is none yet; returns the number of finished steps."""
+    cfg, run, networks = s.cfg, s.run, NETWORKS[s.cfg.task]
+    if not resume.isdigit() and nothing_saved(run.checkpoints, networks):
+        print(f"{run.name} has no snapshot yet: starting from the beginning")
+        return 0
+    iteration = int(resume) if resume.isdigit() else None
+    start = load_snapshot(run.checkpoints, s.trainer, iteration, fall_back=resume == "auto")
+    print(f"resumed {run.name} after {start} of {s.max_iter} steps")
+    manifest = read_manifest(run.checkpoints, start)
+    changed = changed_settings(manifest, cfg, circumstances(s)) if manifest else {}
+    if changed and start < s.max_iter:
+        listing = ", ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
+        print(f"note: this will not be the run that was never stopped: {listing}", file=sys.stderr)
+    return start
+
+
+def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: StopSignals, start: int) -> int:
+    """Steps from `start` to the last one or to a signal; returns the number of finished ones, which are saved.
+
+    Of several processes each makes all steps; the one with a `board` writes.
+    """
+    cfg, trainer, main, saved = s.cfg, s.trainer, board is not None, start
     paints = main and isinstance(trainer, DGNetTrainer)
     pairs = display_pairs(s) if paints else None
+    finite, skipped = FiniteWatch(s.device), SkippedSteps(trainer.scalers(), s.device)
     seen, since = start, time.perf_counter()
     bar = tqdm(range(start, s.max_iter), initial=start, total=s.max_iter, desc=s.run.name, unit="step", mininterval=0.5)
     for t in bar:
-        batches = [to_device(next(stream), s.device, cfg) for stream in streams]
-        terms = trainer.step(*batches, t)
-        done, last = t + 1, t + 1 == s.max_iter
+        try:
+            batches = [to_device(next(stream), s.device, cfg) for stream in streams]
+        except UserError as error:
+            # A file or a worker is gone, but the steps so far are whole; other processes cannot come to save them.
+            if t > saved and distributed.world_size() == 1:
+                save(s, finite, t)
+                saved = t
+            raise UserError(f"{error}; {saved} steps are saved, continue with: {resume_command(s.run)}") from None
+        terms = distributed.average_terms(trainer.step(*batches, t))
+        finite.note(t, terms)
+        skipped.note()
+        done, last, stopping = t + 1, t + 1 == s.max_iter, should_stop(stop, t + 1)
         if done % cfg.log_iter == 0 or last:
-            values = require_finite(distributed.average_terms(terms), t)
+            require_finite(s, finite)
+            values = {name: float(value) for name, value in terms.items()}
             rate = (done - seen) * cfg.batch_size * len(batches) / (time.perf_counter() - since)
             seen, since = done, time.perf_counter()
             if main:
-                log(writer, s, values, rate, t)
+                log(board, s, values, rate, t, skipped)
             bar.set_postfix({k: f"{values[k]:.3f}" for k in SHOWN[cfg.task] if k in values}, refresh=False)
         if paints and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
+            require_finite(s, finite)
             figure = paint_pairs(trainer.sample(*pairs))
             if done % cfg.image_display_iter == 0 or last:
-                writer.add_image("test pairs", figure, done, dataformats="HWC")
+                board.image("test pairs", figure, done)
             if done % cfg.image_save_iter == 0 or last:
                 save_figure(s, figure, done)
         if done % cfg.check_ranks_iter == 0 or last:
             distributed.check_ranks(trainer, done)
-        if done % s.snapshot_iter == 0 or last:
-            require_finite(distributed.average_terms(terms), t)
-            distributed.share_buffers(trainer)
-            if main:
-                save_snapshot(s.run.checkpoints, trainer, done)
+        if done % s.snapshot_iter == 0 or last or stopping:
+            save(s, finite, done)
+            saved = done
+        if stopping:
+            bar.close()
+            return done
+    return s.max_iter
 
 
-def log(writer: SummaryWriter, s: Session, values: dict[str, float], rate: float, t: int) -> None:
-    """Losses by term, weights and learning rates, images/s."""
-    for name, value in values.items():
-        writer.add_scalar(f"loss/{name}", value, t + 1)
-    for name, value in schedule(s, t).items():
-        writer.add_scalar(f"schedule/{name}", value, t + 1)
-    writer.add_scalar("images_per_second", rate, t + 1)
+def should_stop(stop: StopSignals, done: int) -> bool:
+    """Whether to stop after this step. Asked once a step: a signal that comes later in it is for the next one.
+
+    Several processes have to agree, or one waits for another that has left; they exchange signals now and then.
+    """
+    if distributed.world_size() == 1:
+        return stop.received is not None
+    if done % EXCHANGE_SIGNALS:
+        return False
+    received = [signal for signal in distributed.gather(stop.received) if signal is not None]
+    stop.received = received[0] if received else None
+    return bool(received)
 
 
-def save_figure(s: Session, figure: object, done: int) -> None:
+def log(board: Board, s: Session, values: dict[str, float], rate: float, t: int, skipped: SkippedSteps) -> None:
+    """Losses by term, weights and learning rates, images/s, skipped steps. Raises UserError when most are skipped."""
+    scalars = {f"loss/{name}": value for name, value in values.items()}
+    scalars |= {f"schedule/{name}": value for name, value in schedule(s, t).items()}
+    scalars |= {f"skipped_steps/{name}": count for name, count in skipped.counts().items()}
+    board.scalars(scalars | {"images_per_second": rate}, t + 1)
+    if most := skipped.most():
+        raise UserError(
+            f"precision fp16: the gradients overflow, {most} were skipped; use precision: bf16 or fp32, or lower the "
+            f"learning rates; {last_good(s)}"
+        )
+
+
+def last_good(s: Session) -> str:
+    """The newest snapshot, in words: what is written has been found finite."""
+    found = snapshots(s.run.checkpoints, NETWORKS[s.cfg.task])
+    return f"the last good snapshot: --resume {found[-1]}" if found else "there is no snapshot yet"
+
+
+def batch_names(s: Session, t: int) -> str:
+    """The files of the batches of iteration `t`, one list per stream."""
+    return "; ".join(", ".join(path.name for path in loader.files(t)) for loader in s.loaders)
+
+
+def require_finite(s: Session, finite: FiniteWatch) -> None:
+    """Raise UserError that names every term, the batch and the last good snapshot, if a loss was not finite."""
+    if bad := finite.first():
+        t, terms = bad
+        raise UserError(
+            f"iteration {t}: a loss is not finite, training stopped; lower the learning rates. Terms: {terms}. "
+            f"Images: {batch_names(s, t)}. {last_good(s)}"
+        )
+
+
+def save(s: Session, finite: FiniteWatch, done: int) -> None:
+    """Write the snapshot of `done` steps, if everything in it is finite, and remove those that need not be kept."""
+    require_finite(s, finite)
+    distributed.share_buffers(s.trainer)
+    if bad := not_finite(s.trainer):
+        # A bad gradient shows in the weights before it shows in a loss.
+        raise UserError(
+            f"iteration {done - 1}: the losses are finite, but after its step {len(bad)} tensors are not "
+            f"({bad[0]}, ...), training stopped; lower the learning rates. "
+            f"Images: {batch_names(s, done - 1)}. {last_good(s)}"
+        )
+    if not distributed.is_main():
+        return
+    keep_folder(s)
+    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s))
+    every = s.cfg.keep_every * (s.loaders[0].batches_per_epoch if isinstance(s.cfg, TeacherConfig) else 1)
+    networks = NETWORKS[s.cfg.task]
+    prune_snapshots(s.run.checkpoints, networks, done, keep_last=s.cfg.keep_last, keep_every=every)
+
+
+def keep_folder(s: Session) -> None:
+    """Make a run's folder again that somebody has removed."""
+    if not s.run.config_file.is_file():
+        make_run_folder(s.run, s.cfg)
+        print(f"\nwarning: {s.run.path} was removed while the run was going on; made again", file=sys.stderr)
+
+
+def save_figure(s: Session, figure: Any, done: int) -> None:
+    """Write the grid of test pairs; a figure is not worth a run, so an error is a warning."""
     from PIL import Image
 
     path = s.run.images / f"test_{done:08d}.png"
     try:
-        Image.fromarray(figure).save(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
+        keep_folder(s)
+        write_whole(path, lambda file: Image.fromarray(figure).save(file, format="PNG"))
+    except UserError as error:
+        print(f"\nwarning: {error}; training goes on", file=sys.stderr)

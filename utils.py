@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -100,21 +101,26 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def part_of(path: Path) -> Path:
+    """The temporary name under which a file is written before it takes its own."""
+    return path.with_name(f".{path.name}.part")
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a temporary file, then rename it to `path`: there is the whole file or none.
+    """Let `write` fill a temporary file, sync it, then rename it to `path`: there is the whole file or none.
 
     Raises UserError where it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        try:
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        except OSError:
-            pass
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
 
@@ -128,7 +134,12 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON by way of a temporary file. Raises UserError where it cannot be written."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and its folder, whole or not at all. Raises UserError where it cannot be written."""
     make_folder(path.parent)
-    write_whole(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all. Raises UserError where it cannot be written."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

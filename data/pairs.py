@@ -6,7 +6,12 @@ iteration t is the one that was interrupted, and the number of workers does not 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +30,8 @@ from data.folders import DECODE_ERRORS, IMAGE_FORMATS, ImageList
 from data.generated import SoftLabels
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
+# Workers that die close together are no accident: so many within so many batches end the run.
+_DEATHS, _CLOSE = 3, 1000
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
 _PERMUTATION, _DRAW = 0, 1
 
@@ -220,19 +227,17 @@ class PairLoader:
             kept = self._epoch = (epoch, rng.permutation(len(self.images)))
         return kept[1]
 
+    def files(self, iteration: int) -> list[Path]:
+        """The files of the batch of one iteration, of all processes: those of x, then those of xp."""
+        index, positives, _ = self._choose(iteration)
+        return [self.images.paths[i] for i in np.concatenate([index, *positives])]
+
     def _raw(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Augmented uint8 pixels, x then xp, (N or 2N, 3, H, W); and the (N,) index of x.
 
         Bytes, because this is what worker processes hand over: a quarter of the shared memory of floats.
         """
-        epoch, step = divmod(iteration, self.batches_per_epoch)
-        index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-        rng = np.random.default_rng((self.seed, _DRAW, iteration))
-        draws = [self._draw_augmentation(rng)]
-        positives = []
-        if self.with_positive:
-            positives = [self._draw_positives(rng, index)]
-            draws.append(self._draw_augmentation(rng))
+        index, positives, draws = self._choose(iteration)
         own = self._own
         index = index[own]
         chosen = np.concatenate([index, *(other[own] for other in positives)])
@@ -245,6 +250,17 @@ class PairLoader:
         else:
             pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
         return augment(pixels, flip, top, left, self.pad), torch.from_numpy(index.copy())
+
+    def _choose(self, iteration: int) -> tuple[np.ndarray, list[np.ndarray], list[tuple[np.ndarray, ...]]]:
+        """Of the whole batch: the index of x; that of xp, if there is one; the draws of their augmentations."""
+        epoch, step = divmod(iteration, self.batches_per_epoch)
+        index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        rng = np.random.default_rng((self.seed, _DRAW, iteration))
+        draws, positives = [self._draw_augmentation(rng)], []
+        if self.with_positive:
+            positives = [self._draw_positives(rng, index)]
+            draws.append(self._draw_augmentation(rng))
+        return index, positives, draws
 
     def _draw_augmentation(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(N,) mirror or not, (N,) top and (N,) left of the crop."""
@@ -279,20 +295,82 @@ class PairLoader:
             pool.shutdown(cancel_futures=True)
 
     def _batches_from_workers(self, start: int) -> Iterator[Batch]:
+        iteration, deaths = start, deque(maxlen=_DEATHS)
+        workers = _Workers(self, start)
+        try:
+            while True:
+                try:
+                    raw = next(workers.batches)
+                except (RuntimeError, OSError, EOFError):
+                    dead = workers.dead()
+                    if not dead:
+                        raise
+                    workers.close()
+                    deaths.append(iteration)
+                    if len(deaths) == _DEATHS and iteration - deaths[0] < _CLOSE:
+                        raise UserError(
+                            f"processes that read images keep dying ({dead}), as when memory or /dev/shm is full; "
+                            "lower num_workers, or set cache_images: true"
+                        ) from None
+                    # Batches are functions of the iteration, so nothing is lost with a worker.
+                    print(f"\nwarning: a process that reads images died ({dead}); started anew", file=sys.stderr)
+                    workers = _Workers(self, iteration)
+                    continue
+                if isinstance(raw, UserError):
+                    raise raw
+                iteration += 1
+                yield self._finish(raw)
+        finally:
+            workers.close()
+
+
+class _Workers:
+    """Processes that make the raw batches of iterations start, start + 1, ...; `batches` hands them out in order."""
+
+    def __init__(self, loader: PairLoader, start: int) -> None:
         # A worker makes whole batches, handed out and returned in the order of the iterations.
-        loader = DataLoader(
-            _Iterations(self),
+        data = DataLoader(
+            _Iterations(loader),
             batch_size=None,
             sampler=count(start),
-            num_workers=self.num_workers,
+            num_workers=loader.num_workers,
             collate_fn=_unchanged,
+            worker_init_fn=_ignore_signals,
             # Its own, so that starting workers does not advance the global generator.
             generator=torch.Generator(),
         )
-        for raw in loader:
-            if isinstance(raw, UserError):
-                raise raw
-            yield self._finish(raw)
+        others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        self.batches = iter(data)
+        self._processes = set(multiprocessing.active_children()) - others
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise in the middle of a step; a dead worker is noticed between steps as well.
+            signal.signal(signal.SIGCHLD, handler)
+        atexit.register(self._kill)
+
+    def dead(self) -> str:
+        """What has become of those that are no more, in words."""
+        return ", ".join(
+            f"process {p.pid} " + (f"by signal {-p.exitcode}" if p.exitcode < 0 else f"with status {p.exitcode}")
+            for p in self._processes
+            if not p.is_alive() and p.exitcode is not None
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        self.batches = None  # ends them in good order, where they can
+        self._kill()
+        atexit.unregister(self._kill)
+
+    def _kill(self) -> None:
+        # They do not listen to SIGTERM, by which Python's own exit would end them and then wait for ever.
+        for process in self._processes:
+            process.kill()
+
+
+def _ignore_signals(_: int) -> None:
+    # A signal to the whole group is for the main process, which still needs the batches of its step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Iterations(Dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -32,7 +33,9 @@ from checkpoint import (
     export_release,
     load_network,
     load_snapshot,
+    prune_snapshots,
     read_tensors,
+    remove_parts,
     save_snapshot,
     snapshots,
     write_atomically,
@@ -412,6 +415,110 @@ def two_snapshots(tmp_path: Path) -> tuple[Path, DGNetTrainer]:
     return tmp_path, trainer
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["gen_00000002.pt", "state_00000002.pt", "snapshot_00000002.json"])
+def test_one_wrong_bit_is_noticed(
+    two_snapshots: tuple[Path, DGNetTrainer], name: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder, trainer = two_snapshots
+    flip_a_bit(folder / name)
+    before = copy_of(trainer.gen)
+    with pytest.raises(UserError, match=rf"{name}: damaged .*the snapshot before it: --resume 1$"):
+        load_snapshot(folder, trainer)
+    assert_same_tensors(trainer.gen.state_dict(), before)
+    assert load_snapshot(folder, trainer, fall_back=True) == 1
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and name in warning and warning.endswith("from the snapshot before, 1")
+    flip_a_bit(folder / name.replace("2", "1"))
+    with pytest.raises(UserError, match="00000002.*00000001") as error:
+        load_snapshot(folder, trainer, fall_back=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_may_hold_anything(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    """Whatever stands in it, no other file is touched and no other error raised."""
+    folder, trainer = two_snapshots
+    manifest = folder / "snapshot_00000002.json"
+    whole = json.loads(manifest.read_text())
+    for content in (
+        [],
+        {},
+        {"files": 3},
+        whole | dict(files={"../x": 1}),
+        whole | dict(iteration=1),
+        whole | dict(config=[]),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="snapshot_00000002.json: damaged"):
+            load_snapshot(folder, trainer)
+    for content in (b"", b"\xff\xfe", b"[" * 100_000):
+        manifest.write_bytes(content)
+        with pytest.raises(UserError, match="snapshot_00000002.json: damaged"):
+            load_snapshot(folder, trainer)
+    manifest.write_text(json.dumps(whole | dict(files={})))
+    with pytest.raises(UserError, match="damaged .its manifest does not know it."):
+        load_snapshot(folder, trainer)
+
+
+def test_old_snapshots_make_room(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    for i in range(3, 9):
+        save_snapshot(folder, trainer, i)
+    (folder / "gen_00000000.pt").write_text("not ours")
+    (folder / "notes.txt").write_text("nor this")
+    manifest = folder / "snapshot_00000001.json"
+    manifest.write_text("{}")  # what cannot be told to be ours stays
+    prune_snapshots(folder, NETWORKS, 7, keep_last=0, keep_every=0)
+    assert len(list(folder.iterdir())) == 8 * 5 + 2
+    prune_snapshots(folder, NETWORKS, 7, keep_last=2, keep_every=4)
+    # 8 is newer than the newest: of a run that went back to an earlier snapshot.
+    assert snapshots(folder, NETWORKS) == [1, 4, 6, 7, 8]
+    assert len(list(folder.iterdir())) == 5 * 5 + 2
+    prune_snapshots(folder, NETWORKS, 7, keep_last=9, keep_every=0)
+    assert snapshots(folder, NETWORKS) == [1, 4, 6, 7, 8]
+
+
+def test_the_rest_of_an_interrupted_writing_is_removed(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    before = {path.name for path in folder.iterdir()}
+    save_snapshot(folder, trainer, 3)
+    # As a killed process leaves it: the mark, two whole files, one part.
+    (folder / "snapshot_00000003.json").rename(folder / ".snapshot_00000003.json.part")
+    (folder / "dis_00000003.pt").unlink()
+    (folder / "id_00000003.pt").rename(folder / ".id_00000003.pt.part")
+    (folder / "gen_00000009.pt").write_text("not ours")
+    assert snapshots(folder, NETWORKS) == [1, 2]
+    remove_parts(folder, NETWORKS)
+    assert {path.name for path in folder.iterdir()} == before | {"gen_00000009.pt"}
+
+
+@pytest.mark.parametrize("file", [1, 3, 5])
+def test_a_snapshot_that_cannot_be_written_leaves_nothing(
+    two_snapshots: tuple[Path, DGNetTrainer], file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full from the file-th writing on; the fifth is the manifest."""
+    folder, trainer = two_snapshots
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    left = iter(range(1, 9))
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        if next(left) >= file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr("checkpoint.sync_folder", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        save_snapshot(folder, trainer, 3)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["gen", "id", "dis", "state"])
 def test_a_checkpoint_cut_in_half_offers_the_one_before(two_snapshots: tuple[Path, DGNetTrainer], name: str) -> None:
     folder, trainer = two_snapshots
@@ -436,6 +543,10 @@ def test_evaluation_offers_the_snapshot_before_a_damaged_one(tmp_path: Path) -> 
     with pytest.raises(UserError, match="id_00000002.pt: damaged .*the snapshot before it: --which_epoch 1$"):
         load_run_for_test(run, None, CPU)
     assert load_run_for_test(run, "1", CPU).iteration == 1
+    # The release's files have no manifest to compare them with.
+    for path in run.checkpoints.glob("s*_00000001.*"):
+        path.unlink()
+    (run.checkpoints / "optimizer.pt").touch()
     torch.save({"a": torch.ones(3)}, run.checkpoints / "id_00000001.pt")
     with pytest.raises(UserError, match="id_00000001.pt: not a checkpoint of this format"):
         load_run_for_test(run, "1", CPU)
@@ -511,6 +622,7 @@ def test_export_and_back(two_snapshots: tuple[Path, DGNetTrainer], tmp_path_fact
 def test_writing_leaves_no_part(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
     folder, _ = two_snapshots
     names = {f"{name}_0000000{i}.pt" for name in (*NETWORKS, "state") for i in (1, 2)}
+    names |= {f"snapshot_0000000{i}.json" for i in (1, 2)}
     assert {path.name for path in folder.iterdir()} == names
 
 

@@ -139,7 +139,15 @@ def test_a_run_leaves_its_files(trained: Runs) -> None:
     assert "6/6" in trained.dgnet.err and "gen_total=" in trained.dgnet.err and "step/s" in trained.dgnet.err
     files = sorted(contents(trained.run))
     snapshots = [f"checkpoints/{name}_0000000{i}.pt" for name in ("dis", "gen", "id", "state") for i in (3, 6)]
-    assert files == [*snapshots, "config.yaml", "images/test_00000004.png", "images/test_00000006.png"]
+    manifests = [f"checkpoints/snapshot_0000000{i}.json" for i in (3, 6)]
+    assert files == [
+        *snapshots[:6],
+        *manifests,
+        *snapshots[6:],
+        "config.yaml",
+        "images/test_00000004.png",
+        "images/test_00000006.png",
+    ]
     resolved = load_config(trained.run / "config.yaml")
     assert resolved == load_config(trained.config())
     assert (resolved.teacher_w, resolved.gen.dim, resolved.erasing_p) == (0.5, 4, 0.5)

@@ -425,6 +425,8 @@ def mixed(place: Place, other: RunFolder, part: str, folder: Path) -> Place:
     run = RunFolder(folder / "mixed", "one")
     shutil.copytree(place.run.path, run.path)
     shutil.copy(other.checkpoints / f"{part}_00000001.pt", run.checkpoints)
+    # As in a folder of the release: the checksums of a manifest would tell at once.
+    (run.checkpoints / "snapshot_00000001.json").unlink()
     return Place(run, place.people)
 
 
