@@ -29,9 +29,9 @@ DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
 # Keys that say what is shown and kept, how fast images come, or what a run starts from: none of them changes the steps
 # of a run that goes on. `data_root` counts by the images found there, `apex` by `precision`.
 HARMLESS_KEYS = frozenset(
-    "apex backbone_weights cache_images check_ranks_iter data_root display_size ID_class id_init image_display_iter image_save_iter "
-    "input_dim_a keep_every keep_last log_iter new_size num_workers pretrained skip_bad_images snapshot_epochs "
-    "snapshot_save_iter".split()
+    "apex backbone_weights cache_images check_ranks_iter data_root display_size ID_class id_init image_display_iter "
+    "image_save_iter input_dim_a keep_every keep_last log_iter new_size num_workers pretrained skip_bad_images "
+    "snapshot_epochs snapshot_save_iter".split()
 )
 # What the release assumes where a run folder's config.yaml does not name a key; other defaults are the schema's.
 RELEASE_FALLBACKS = {"ID_stride": 2, "apex": False, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}

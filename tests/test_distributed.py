@@ -401,7 +401,9 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks up processes in /proc")
-def test_a_killed_process_ends_all_and_one_continues(script: Any, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(
+    script: Any, tiny_data: Path, tmp_path: Path
+) -> None:
     schedule = dict(max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, teacher_style=3)
     changes = schedule | dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, batch_size=4, data_root=str(tiny_data))
     config = merged(TINY_DGNET, ALL_LOSSES | changes)
@@ -424,7 +426,19 @@ def test_a_killed_process_ends_all_and_one_continues(script: Any, tiny_data: Pat
     assert "Traceback" not in err and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert len(list((tmp_path / "logs" / "pair").iterdir())) == 1, "only process 0 writes logs"
 
-    last = max(int(path.stem[4:]) for path in checkpoints.glob("dis_*.pt"))
+    found = set(checkpoints.glob("snapshot_*.json"))
+    run = shell(ROOT / "train.py", *common, "--processes", 2, "--resume", "auto")
+    end = time.monotonic() + 120
+    while not set(checkpoints.glob("snapshot_*.json")) - found and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, err
+    stopped = [line for line in err.splitlines() if line.startswith("stopped by SIGTERM")]
+    assert len(stopped) == 1 and "Traceback" not in err, err
+    last = int(stopped[0].split(" after ")[1].split()[0])
+    assert (checkpoints / f"snapshot_{last:08d}.json").is_file()
+
     outcome = script("train", *common, "--resume", "--set", f"max_iter={last + 3}")
     assert outcome.code == 0, outcome.err
     assert f"of {last + 3} steps" in outcome.out
