@@ -105,6 +105,16 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
 
 
 # --------------------------------------------------------------------------------------------- networks
+def digest_weights(*nets: nn.Module) -> str:
+    """SHA-256 of every tensor of the nets with its name: equal digests, equal outputs."""
+    digest = hashlib.sha256()
+    for net in nets:
+        for name, tensor in sorted(net.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Load a published or own state_dict strictly: nothing missing, nothing of another shape.
 

@@ -57,19 +57,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--quality {args.quality}: must be at most 100")
     if args.teacher and args.no_soft_labels:
         raise UserError("--teacher and --no-soft-labels: give one of the two")
-    if args.gpu_ids and args.device:
-        raise UserError("--gpu_ids and --device: give one of the two")
 
 
 def choose_devices(args: argparse.Namespace) -> list[torch.device]:
     """The device of each process."""
-    if args.gpu_ids:
-        ids = [part.strip() for part in args.gpu_ids.split(",")]
-        if not all(part.isdigit() for part in ids):
-            raise UserError(f"--gpu_ids {args.gpu_ids}: give numbers separated by commas, for example 0,1")
-        devices = [pick_device(f"cuda:{int(part)}") for part in dict.fromkeys(ids)]
-    else:
-        devices = [pick_device(args.device)]
+    from launch import own_device, parse_gpu_ids
+
+    gpu_ids = parse_gpu_ids(args.gpu_ids, args.device)
+    devices = [own_device(args.device, gpu_ids, local) for local in range(len(gpu_ids or [0]))]
     return [devices[i % len(devices)] for i in range(args.processes or len(devices))]
 
 
@@ -110,9 +105,8 @@ def main() -> None:
 
     import torch
 
-    from config import DGNetConfig
     from generation import Job, NetNames, Nets, generate, pass_size, plan
-    from runs import open_run, pick_epoch, run_config
+    from runs import generator_config, open_run, pick_epoch
     from trainer import check_precision
 
     devices = choose_devices(args)
@@ -121,9 +115,7 @@ def main() -> None:
         args.threads = max(1, (os.cpu_count() or 1) // len(devices))
     set_threads(args.threads)
     run = open_run(args.output_path, args.name)
-    cfg = run_config(run)
-    if not isinstance(cfg, DGNetConfig):
-        raise UserError(f"{run.name} is a teacher's run and generates nothing; give the --name of a DG-Net run")
+    cfg = generator_config(run)
     iteration = pick_epoch(run, cfg.task, args.which_epoch)
     root, images = read_input(args, cfg)
     labelled = args.labels == "appearance"

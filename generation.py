@@ -7,7 +7,6 @@ manifest agrees with the files whatever happens.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -26,10 +25,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import losses as L
+from checkpoint import digest_weights
 from data.folders import UNFINISHED_MARK, ImageList
 from data.generated import (
     SETTINGS,
@@ -38,7 +38,6 @@ from data.generated import (
     count_pairs,
     draw_pairs,
     format_soft_label,
-    part_of,
     plan_rows,
     read_manifest,
     recover_rows,
@@ -48,7 +47,7 @@ from data.pairs import denormalise, iter_images, normalise
 from reIDmodel import enlarge
 from runs import RunFolder, load_teacher
 from trainer import autocast
-from utils import UserError, make_folder, set_threads, write_json
+from utils import UserError, make_folder, part_of, set_threads, write_json
 from visual_tools.swapper import Swapper, load_swapper
 
 # Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
@@ -115,11 +114,7 @@ class Nets:
 
     def digest(self) -> str:
         """A name for the weights: the same name, the same images."""
-        total = hashlib.sha256()
-        for net in (self.model.id_net, self.model.gen, *self.teachers):
-            for name, value in net.state_dict().items():
-                total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return total.hexdigest()[:16]
+        return digest_weights(self.model.id_net, self.model.gen, *self.teachers)[:16]
 
     @torch.no_grad()
     def __call__(self, x_app: Tensor, x_str: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
@@ -127,18 +122,11 @@ class Nets:
         try:
             with autocast(self.device, self.precision):
                 pixels = denormalise(self.model.swap(x_app, x_str))
-                label = predict(self.teachers, normalise(pixels)) if self.teachers else None
+                label = L.mean_prediction(self.teachers, enlarge(normalise(pixels))) if self.teachers else None
         except torch.OutOfMemoryError:
             raise UserError(f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one") from None
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images, None if label is None else label.cpu().numpy()
-
-
-def predict(teachers: list[nn.Module], x: Tensor) -> Tensor:
-    """The teachers' mean distribution (N, K) of images and their mirrors, running statistics throughout."""
-    x = enlarge(x)
-    views = [torch.softmax(L.full(teacher(v)[1][0]), dim=1) for teacher in teachers for v in (x, x.flip(3))]
-    return torch.stack(views).mean(dim=0)
 
 
 def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterator[Made]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,6 +127,12 @@ def adversarial_loss(scores: Sequence[Tensor], gan_type: str) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------- teacher
+def mean_prediction(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The teachers' mean distribution (N, K) of images (N, 3, H, W) and their mirrors, in the mode they are in."""
+    views = [torch.softmax(full(teacher(v)[1][0]), dim=1) for teacher in teachers for v in (x, x.flip(3))]
+    return torch.stack(views).mean(dim=0)
+
+
 def soft_labels(
     prediction: Tensor | None, y_app: Tensor, y_str: Tensor, *, style: int, num_classes: int, dtype: torch.dtype
 ) -> Tensor:
@@ -160,6 +167,6 @@ def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float) -> Tens
     return loss + fine_w * cross_entropy(fine, y) if fine else loss
 
 
-def perceptual_loss(vgg: torch.nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def perceptual_loss(vgg: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """Mean square difference of instance-normalised VGG-16 relu5_3 features."""
     return (F.instance_norm(full(vgg(x))) - F.instance_norm(full(vgg(target)))).square().mean()

@@ -10,6 +10,7 @@ Attribute names are those of the published checkpoints.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,7 @@ def build_pool(pool: str, size: tuple[int, int]) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------- id nets
-class IdNet(nn.Module):
+class IdNet(nn.Module, ABC):
     """What the three styles share. `forward` returns `(f, logits)`, `embed` the test-time bottlenecks per head."""
 
     def __init__(self, backbone: str, last_stride: int) -> None:
@@ -164,9 +165,9 @@ class IdNet(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.embed_map(feature_map(self.model, x))
 
+    @abstractmethod
     def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
         """Feature map (N, 2048, h, w) to what `embed` returns."""
-        raise NotImplementedError
 
 
 class IdNetAB(IdNet):

@@ -7,6 +7,7 @@ OUTPUT/logs/NAME/      TensorBoard
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from data.folders import ImageList, check_images, read_split, require_identities
 from networks import Generator
 from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError, part_of, write_text
+from utils import ROOT, UserError, part_of, set_threads, write_text
 
 NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
 TEACHER_FILES = ("net_last.pth", "opts.yaml")
@@ -99,6 +100,14 @@ def run_config(run: RunFolder) -> Config:
     if not run.config_file.is_file():
         raise UserError(f"{run.config_file}: no such run; give --name, and --output_path if it is elsewhere")
     return load_config(run.config_file, strict=False)
+
+
+def generator_config(run: RunFolder) -> DGNetConfig:
+    """The config of a run that has a generator. Raises UserError for a teacher's."""
+    cfg = run_config(run)
+    if not isinstance(cfg, DGNetConfig):
+        raise UserError(f"{run.name} is a teacher's run and generates nothing; give the --name of a DG-Net run")
+    return cfg
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -309,12 +318,25 @@ def load_generator(run: RunFolder, cfg: DGNetConfig, iteration: int, code_dim: i
 
 @dataclass(frozen=True)
 class TestNet:
-    """A net to evaluate: what it is, the size of its images, the data it was trained on, the file it came from."""
+    """A net to evaluate, with the size (height, width) of its images and the data it was trained on.
+
+    folder  where its results are kept
+    title   what to call it
+    """
 
     net: nn.Module
     size: tuple[int, int]
     data_root: str
     iteration: int | None
+    folder: Path
+    title: str
+
+
+def open_net(args: argparse.Namespace, device: torch.device) -> TestNet:
+    """The net that the options of `utils.add_net_arguments` name."""
+    set_threads(args.threads)
+    run = open_run(args.output_path, args.teacher or args.name or "latest")
+    return load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
 
 
 def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -> TestNet:
@@ -324,11 +346,12 @@ def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -
         raise UserError(f"{run.name} is a teacher's run; evaluate it with: python test.py --teacher {run.name}")
     iteration = pick_epoch(run, cfg.task, which)
     net = load_id_net(run, cfg, iteration, device)
-    return TestNet(net, (cfg.crop_image_height, cfg.crop_image_width), cfg.data_root, iteration)
+    size, title = (cfg.crop_image_height, cfg.crop_image_width), f"{run.name} after {iteration} steps"
+    return TestNet(net, size, cfg.data_root, iteration, run.path, title)
 
 
 def load_teacher_for_test(run: RunFolder, device: torch.device) -> TestNet:
     """A teacher under models/."""
     files = find_teacher(run.name, run.output_path)
     net = load_teacher(run.name, run.output_path).to(device)
-    return TestNet(net, (files.height, files.width), files.data_root, None)
+    return TestNet(net, (files.height, files.width), files.data_root, None, run.model, f"teacher {run.name}")

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads
+from utils import UserError, add_net_arguments, check_net_arguments, pick_device, run_cli
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Find the people of query images in any folder of images: no labels, no cameras."
     )
-    parser.add_argument("--name", help="run under outputs/ (default: latest)")
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
-    parser.add_argument("--which_epoch", default="last", help="iteration of the snapshot (default: the newest)")
+    add_net_arguments(parser)
     parser.add_argument("--gallery", required=True, metavar="DIR", help="folder to search, with its sub-folders")
     parser.add_argument("--query", required=True, nargs="+", metavar="IMG", help="images, or folders of images")
     parser.add_argument("--top", type=int, default=10, help="images to show per query (default: 10)")
@@ -41,10 +39,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="overwrite an existing --page")
     parser.add_argument("--batchsize", type=int, default=64, help="images per pass (default: 64)")
-    add_machine_arguments(parser)
     args = parser.parse_args()
-    if args.name and args.teacher:
-        raise UserError("--name and --teacher: give one of the two")
+    check_net_arguments(args)
     for option in ("top", "approximate_from", "batchsize"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
@@ -64,7 +60,7 @@ def main() -> None:
     from reid_eval.features import extract_features
     from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
     from reid_eval.top import main_setting
-    from runs import load_run_for_test, load_teacher_for_test, open_run
+    from runs import open_net
     from visual_tools.page import Hit, Result, write_page
 
     # Names of files are bytes: print them as they are, whatever they hold.
@@ -72,12 +68,9 @@ def main() -> None:
     queries = [path for query in args.query for path in find_images(query, "--query")]
     check_images(queries, skip_bad=False, remedy="leave them out")
     device = pick_device(args.device)
-    set_threads(args.threads)
+    tested = open_net(args, device)
     if args.threads:
         faiss.omp_set_num_threads(args.threads)
-    run = open_run(args.output_path, args.teacher or args.name or "latest")
-    tested = load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
-    what = f"teacher {run.name}" if args.teacher else f"{run.name} after {tested.iteration} steps"
     height, width = tested.size
     embed = partial(
         extract_features,
@@ -90,12 +83,12 @@ def main() -> None:
     )
 
     gallery = Path(args.gallery)
-    folder = Path(args.index) if args.index else default_folder(run.model if args.teacher else run.path, gallery)
-    index = open_index(folder, gallery, fingerprint(tested.net, tested.size), what, rebuild=args.rebuild)
+    folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
+    index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
     changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
     kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
     counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
-    print(f"{what}: {len(index)} images ({counts}), {kind}; index in {folder}")
+    print(f"{tested.title}: {len(index)} images ({counts}), {kind}; index in {folder}")
 
     features = embed(queries)
     setting, _ = main_setting(features.shape[1])
@@ -115,7 +108,7 @@ def main() -> None:
             )
         )
     page = Path(args.page) if args.page else folder / "results.html"
-    notes = [f"{what}; {len(index)} gallery images, {kind}; score: {setting}"]
+    notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
 
 

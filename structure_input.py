@@ -35,3 +35,11 @@ def to_edge(x: Tensor, rng: np.random.Generator, images: int | None = None) -> T
         noise = own_rows(rng.standard_normal((n * world_size(), 1, *size)), images)
     edges = edges[:, None] / 255 - 0.5 + EDGE_NOISE * noise
     return torch.from_numpy(edges).to(x)
+
+
+def structure_input(x: Tensor, single: str, rng: np.random.Generator | None, images: int | None = None) -> Tensor:
+    """What the structure encoder sees of normalised images: (N, 1, H, W). `single` is gray or edge (config).
+
+    rng, images  as in `to_edge`; gray needs neither
+    """
+    return to_gray(x) if single == "gray" else to_edge(x, rng, images)

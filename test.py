@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from utils import UserError, add_machine_arguments, run_cli, set_threads, write_json
+from utils import UserError, add_net_arguments, check_net_arguments, run_cli, write_json
 
 if TYPE_CHECKING:
     import torch
 
+    from runs import TestNet
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", help="run under outputs/ (default: latest)")
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
-    parser.add_argument("--which_epoch", default="last", help="iteration of the snapshot (default: the newest)")
+    add_net_arguments(parser)
     parser.add_argument(
         "--test_dir", nargs="+", metavar="DIR", help="data sets to evaluate on (default: the config's data_root)"
     )
@@ -28,14 +29,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rank-figure", type=int, metavar="N", help="picture of the N worst, N best and N other queries; page of all"
     )
-    add_machine_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> int | None:
     args = parse_args()
-    if args.name and args.teacher:
-        raise UserError("--name and --teacher: give one of the two")
+    check_net_arguments(args)
     if args.batchsize < 1:
         raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
 
@@ -49,20 +48,15 @@ def main() -> int | None:
 
 
 def run_test(args: argparse.Namespace, device: torch.device) -> None:
-    from data.folders import check_test_set, data_set_name, data_set_root
+    from data.folders import check_test_set, data_set_name
     from distributed import is_main
-    from reid_eval.evaluate import format_comparison, format_table, report
-    from reid_eval.features import extract_data_set, save_features
-    from runs import load_run_for_test, load_teacher_for_test, open_run, resolve_data_root
-    from visual_tools.rank_figure import check_count, write_rank_figure
+    from reid_eval.evaluate import format_comparison
+    from runs import open_net, resolve_data_root
+    from visual_tools.rank_figure import check_count
 
     if args.rank_figure is not None:
         check_count(args.rank_figure)
-    set_threads(args.threads)
-    run = open_run(args.output_path, args.teacher or args.name or "latest")
-    tested = load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
-    what = f"teacher {run.name}" if args.teacher else f"{run.name} after {tested.iteration} steps"
-    own = resolve_data_root(tested.data_root)
+    tested = open_net(args, device)
     roots = {data_set_name(root): root for root in map(resolve_data_root, args.test_dir or [tested.data_root])}
     if args.test_dir and len(roots) < len(args.test_dir):
         raise UserError(f"--test_dir {' '.join(args.test_dir)}: two of one name; give every data set once")
@@ -71,52 +65,54 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     # All of them first, so that a missing folder does not show after the features of another data set.
     for data_root in roots.values():
         check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
+    results = {name: test_on(data_root, tested, args, device) for name, data_root in roots.items()}
+    if len(results) > 1 and is_main():
+        trained_on = data_set_name(resolve_data_root(tested.data_root))
+        print(f"{tested.title}, trained on {trained_on}\n{format_comparison(results)}")
 
-    results = {}
-    for data_set, data_root in roots.items():
-        sets = extract_data_set(
-            tested.net, data_root, size=tested.size, batch_size=args.batchsize, device=device, multi=args.multi
-        )
-        if args.save_features and is_main():
-            for path in save_features(args.save_features, sets.query, sets.gallery, sets.multi):
-                print(f"features written to {path}")
-        result = report(
-            sets.query, sets.gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=not args.no_cameras
-        )
-        results[data_set] = result
-        if not is_main():
-            continue  # one writes
-        # reid.json is always about the data set that the config names.
-        transferred = data_set_root(data_root) != data_set_root(own)
-        suffix = f"-{data_set}" if transferred else ""
-        file = (run.model if args.teacher else run.path) / f"reid{suffix}.json"
-        trained = f", trained on {data_set_name(own)}" if transferred else ""
-        if len(results) > 1:
-            print()
-        title = f"{what}{trained}, tested on {data_set} ({data_root})"
-        print(f"{title}\n{format_table(result)}")
-        header = {
-            "name": run.name,
-            "iteration": tested.iteration,
-            "trained_on": data_set_name(own),
-            "tested_on": data_set,
-            "test_dir": str(data_root),
-        }
-        write_json(file, header | result)
-        print(f"written to {file}")
-        if args.rank_figure is not None:
-            for path in write_rank_figure(
-                file.parent,
-                suffix,
-                sets.query,
-                sets.gallery,
-                count=args.rank_figure,
-                title=title,
-                remove_same_camera=not args.no_cameras,
-            ):
-                print(f"written to {path}")
-    if len(results) > 1:
-        print(f"\n{what}, trained on {data_set_name(own)}\n{format_comparison(results)}")
+
+def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Evaluate on one data set, print and write what is asked for; returns the report."""
+    from data.folders import data_set_name, data_set_root
+    from distributed import is_main
+    from reid_eval.evaluate import format_table, rankings, summary
+    from reid_eval.features import extract_data_set, save_features
+    from reid_eval.top import main_setting
+    from runs import resolve_data_root
+    from visual_tools.rank_figure import write_rank_figure
+
+    size, cameras = tested.size, not args.no_cameras
+    sets = extract_data_set(
+        tested.net, data_root, size=size, batch_size=args.batchsize, device=device, multi=args.multi
+    )
+    query, gallery = sets.query, sets.gallery
+    if args.save_features and is_main():
+        for path in save_features(args.save_features, query, gallery, sets.multi):
+            print(f"features written to {path}")
+    ranked = rankings(query, gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=cameras)
+    result = summary(ranked, query, gallery, remove_same_camera=cameras)
+    if not is_main():
+        return result  # one writes
+    own, name = resolve_data_root(tested.data_root), data_set_name(data_root)
+    # reid.json is always about the data set that the config names.
+    transferred = data_set_root(data_root) != data_set_root(own)
+    suffix = f"-{name}" if transferred else ""
+    trained = f", trained on {data_set_name(own)}" if transferred else ""
+    title = f"{tested.title}{trained}, tested on {name} ({data_root})"
+    print(f"{title}\n{format_table(result)}")
+    header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration}
+    header |= {"trained_on": data_set_name(own), "tested_on": name, "test_dir": str(data_root)}
+    file = tested.folder / f"reid{suffix}.json"
+    write_json(file, header | result)
+    print(f"written to {file}")
+    if args.rank_figure is not None:
+        main = ranked["single query"][main_setting(query.features.shape[1])[0]]
+        asked = dict(count=args.rank_figure, title=title, remove_same_camera=cameras)
+        for path in write_rank_figure(tested.folder, suffix, query, gallery, main, **asked):
+            print(f"written to {path}")
+    if args.test_dir and len(args.test_dir) > 1:
+        print()
+    return result
 
 
 if __name__ == "__main__":

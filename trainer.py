@@ -7,7 +7,7 @@ of b, appearance of a). All images are (N, 3, H, W), normalised.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from data.pairs import Batch
 from distributed import average_gradients, own_rows, world_size
 from networks import Discriminator, Generator, weights_frozen
 from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen
-from structure_input import to_edge, to_gray
+from structure_input import structure_input
 from utils import UserError
 
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -184,7 +184,7 @@ class DGNetTrainer:
 
     def structure_input(self, x: Tensor, rng: np.random.Generator | None = None, images: int | None = None) -> Tensor:
         """What the structure encoder sees of an image: (N, 1, H, W). `rng` and `images` are for edges."""
-        return to_gray(x) if self.cfg.single == "gray" else to_edge(x, rng, images)
+        return structure_input(x, self.cfg.single, rng, images)
 
     # ------------------------------------------------------------------------------------ one step
     def step(self, a: Batch, b: Batch, t: int) -> dict[str, Tensor]:
@@ -358,12 +358,10 @@ class DGNetTrainer:
         """The teachers' label (N, K) of a fake (section 7); style 0 averages the image and its mirror."""
         cfg, prediction = self.cfg, None
         if cfg.teacher_style not in (2, 3):
-            x = enlarge(fake.detach())
-            views = []
-            for teacher in self.teachers:
-                with frozen(teacher, batch_statistics=cfg.train_bn):
-                    views += [torch.softmax(L.full(teacher(v)[1][0]), dim=1) for v in (x, x.flip(3))]
-            prediction = torch.stack(views).mean(dim=0)
+            with ExitStack() as stack:
+                for teacher in self.teachers:
+                    stack.enter_context(frozen(teacher, batch_statistics=cfg.train_bn))
+                prediction = L.mean_prediction(self.teachers, enlarge(fake.detach()))
         return L.soft_labels(
             prediction, y_app, y_str, style=cfg.teacher_style, num_classes=self.num_classes, dtype=L.full(fake).dtype
         )

@@ -49,6 +49,20 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
+def add_net_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that use an id net, a run's or a teacher's; `runs.open_net` loads it."""
+    parser.add_argument("--name", help="run under outputs/ (default: latest)")
+    parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
+    parser.add_argument("--which_epoch", default="last", help="iteration of the snapshot (default: the newest)")
+    add_machine_arguments(parser)
+
+
+def check_net_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for both a run and a teacher."""
+    if args.name and args.teacher:
+        raise UserError("--name and --teacher: give one of the two")
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device that `--device` names, or the first CUDA device, or the CPU."""
     import torch

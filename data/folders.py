@@ -73,31 +73,32 @@ class ImageList:
     camids: np.ndarray
     tokens: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", [str(pid) for pid in self.pids])
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def labels(self) -> np.ndarray:
         """(n,) int64 class numbers 0..num_classes-1: the rank of the identity's token, sorted as a string."""
         rank = {token: label for label, token in enumerate(self.classes)}
-        return np.array([rank[token] for token in self._tokens()], dtype=np.int64)
+        return np.array([rank[token] for token in self.tokens], dtype=np.int64)
 
     @property
     def classes(self) -> list[str]:
         """The distinct identity tokens; `classes[label]` is the token of a class."""
-        return sorted(set(self._tokens()))
+        return sorted(set(self.tokens))
 
     @property
     def num_classes(self) -> int:
-        return len(set(self._tokens()))
+        return len(set(self.tokens))
 
     def select(self, mask: Sequence[bool] | np.ndarray) -> ImageList:
         """The images where `mask` (n booleans) is true, e.g. the mask of `check_images`."""
         keep = np.flatnonzero(np.asarray(mask, dtype=bool))
-        tokens = self._tokens()
-        return ImageList([self.paths[i] for i in keep], self.pids[keep], self.camids[keep], [tokens[i] for i in keep])
-
-    def _tokens(self) -> list[str]:
-        return self.tokens if self.tokens is not None else [str(pid) for pid in self.pids]
+        paths, tokens = [self.paths[i] for i in keep], [self.tokens[i] for i in keep]
+        return ImageList(paths, self.pids[keep], self.camids[keep], tokens)
 
 
 def parse_name(name: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from data.folders import UNFINISHED_MARK, ImageList, check_images
-from utils import UserError, write_whole
+from utils import UserError, part_of, write_whole
 
 MANIFEST = "manifest.csv"
 SETTINGS = "generate.json"
@@ -69,11 +69,6 @@ def draw_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.stack(np.divmod(codes, len(labels)), axis=1)
 
 
-def _tokens(images: ImageList) -> list[str]:
-    classes = images.classes
-    return [classes[label] for label in images.labels().tolist()]
-
-
 def plan_rows(images: ImageList, root: Path, pairs: np.ndarray, *, labelled: bool, suffix: str) -> list[Row]:
     """The manifest's rows for `pairs` (n, 2) of `images`, which lie under `root`; the soft labels are still empty.
 
@@ -81,7 +76,7 @@ def plan_rows(images: ImageList, root: Path, pairs: np.ndarray, *, labelled: boo
     not `labelled`; the camera is the structure's, whose background it shows.
     """
     sources = [path.relative_to(root).as_posix() for path in images.paths]
-    tokens, cameras = _tokens(images), images.camids.tolist()
+    tokens, cameras = images.tokens, images.camids.tolist()
     # Names need a number; folders may be called anything.
     numbers = [t if re.fullmatch("[0-9]{1,18}", t) else f"{p:04d}" for t, p in zip(tokens, images.pids, strict=True)]
     rows = []
@@ -119,11 +114,6 @@ def parse_soft_label(text: str) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ the manifest
-def part_of(path: Path) -> Path:
-    """Where an image is written before it gets its name; hidden, so that no reader takes it for one."""
-    return path.with_name(f".{path.name}.part")
-
-
 def _encode(rows: Sequence[Sequence[object]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -284,9 +274,9 @@ def add_generated(
         raise UserError(f"extra_data {folder}: its generation was interrupted; run the same generate.py command again")
     if not rows:
         raise UserError(f"extra_data {folder}: no images in it; generate some")
-    classes, real_tokens, manifest = images.classes, _tokens(images), folder / MANIFEST
+    classes, manifest = images.classes, folder / MANIFEST
     label_of = {token: label for label, token in enumerate(classes)}
-    pid_of = dict(zip(real_tokens, images.pids.tolist(), strict=True))
+    pid_of = dict(zip(images.tokens, images.pids.tolist(), strict=True))
     for row in rows:
         require_known([row.appearance_id], label_of, manifest)
     keep = check_images([folder / row.file for row in rows], skip_bad=skip_bad)
@@ -296,7 +286,7 @@ def add_generated(
         images.paths + [folder / row.file for row in rows],
         np.concatenate([images.pids, np.array([pid_of[token] for token in tokens], dtype=np.int64)]),
         np.concatenate([images.camids, np.array([row.structure_camera for row in rows], dtype=np.int64)]),
-        real_tokens + tokens,
+        images.tokens + tokens,
     )
     if policy == "one_hot":
         return both, None

@@ -187,12 +187,12 @@ def score(
     scores: dict[str, dict[str, float]] = {name: {"images": len(images)} for name, images in sets.items()}
     missing = []
 
-    if real_vs_real or fake is not None:
-        try:
-            network = network or load_inception(weights, device)
-        except UserError as error:
-            missing.append(f"FID, KID: {error}")
-    if network is not None and (real_vs_real or fake is not None):
+    compares = real_vs_real or fake is not None
+    try:
+        network = network or (load_inception(weights, device) if compares else None)
+    except UserError as error:
+        missing.append(f"FID, KID: {error}")
+    if compares and network is not None:
         features = {name: image_features(images, network, protocol, device) for name, images in sets.items()}
         compared = {name: (features["real"], side) for name, side in features.items() if name != "real"}
         if real_vs_real:

@@ -28,24 +28,22 @@ def report(
     rerank: bool = False,
     remove_same_camera: bool = True,
 ) -> dict[str, Any]:
-    """Everything the table shows, ready for JSON; values are fractions in 0..1.
+    """Rank and summarise: `summary` of `rankings`, which have the same arguments."""
+    results = rankings(query, gallery, multi=multi, rerank=rerank, remove_same_camera=remove_same_camera)
+    return summary(results, query, gallery, remove_same_camera=remove_same_camera)
+
+
+def summary(
+    results: dict[str, dict[str, dict[str, Ranking]]], query: Features, gallery: Features, *, remove_same_camera: bool
+) -> dict[str, Any]:
+    """Everything the table shows, ready for JSON; values are fractions in 0..1. `results` are those of `rankings`.
 
     `{"queries", "without_match", "gallery", "remove_same_camera", "query_known_by_name", "conventions":
     {name: explanation}, "tables": {title: {setting: {convention: {"rank1", "rank5", "rank10", "mAP", "mINP"}}}}}`,
     where the titles are "single query" and, as asked for, "multi-query" and either with ", re-ranked" after it.
-
-    Args:
-        query, gallery: features and labels of both sides.
-        multi: multi-query images; adds the tables with their means in the queries' place.
-        rerank: adds the k-reciprocal re-ranked tables (k1 20, k2 6, lambda 0.3).
-        remove_same_camera: False is for data without cameras (see `ranking.rank`).
-
-    Raises:
-        UserError: as `ranking.rank`, `reranking.multi_query` and `reranking.rerank`.
     """
     from reid_eval.ranking import CONVENTIONS
 
-    results = rankings(query, gallery, multi=multi, rerank=rerank, remove_same_camera=remove_same_camera)
     some = next(iter(next(iter(results["single query"].values())).values()))
     return {
         "queries": some.queries,
@@ -75,6 +73,15 @@ def rankings(
     """The full results behind `report`, per-query values included, as `[title][setting][convention]`.
 
     Several processes share the rankings, each of which takes a process by itself, and all return all.
+
+    Args:
+        query, gallery: features and labels of both sides.
+        multi: multi-query images; adds the tables with their means in the queries' place.
+        rerank: adds the k-reciprocal re-ranked tables (k1 20, k2 6, lambda 0.3).
+        remove_same_camera: False is for data without cameras (see `ranking.rank`).
+
+    Raises:
+        UserError: as `ranking.rank`, `reranking.multi_query` and `reranking.rerank`.
     """
     import distributed
     from reid_eval import ranking, reranking

@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from checkpoint import digest_weights
 from data.folders import check_images, find_images
 from reid_eval.top import main_setting
 from utils import UserError, make_folder, write_whole
@@ -38,11 +39,7 @@ Embed = Callable[[Sequence[Path]], np.ndarray]
 
 def fingerprint(net: nn.Module, size: tuple[int, int]) -> str:
     """A hash of all that the features depend on: every tensor of the net and the (height, width) of its images."""
-    digest = hashlib.sha256(repr(size).encode())
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{size} {digest_weights(net)}".encode()).hexdigest()
 
 
 def to_vectors(features: np.ndarray) -> np.ndarray:

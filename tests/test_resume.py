@@ -212,7 +212,9 @@ def test_a_stopped_teacher(runs: Runs) -> None:
 
 
 def test_a_signal_in_the_last_step_changes_nothing(runs: Runs) -> None:
-    clean(runs.train("parts", at=(1, send(signal.SIGTERM)), max_iter=2))
+    outcome = clean(runs.train("parts", at=(1, send(signal.SIGTERM)), max_iter=2))
+    assert outcome.code == 0 and "stopped by" not in outcome.err
+    assert (runs.run("parts") / "checkpoints" / "snapshot_00000002.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------ --resume auto

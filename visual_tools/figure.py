@@ -117,6 +117,12 @@ def new_file(path: Path, *, suffix: str, force: bool) -> Path:
     return path
 
 
+def figure_file(args: argparse.Namespace, model: Swapper, figure: str) -> Path:
+    """The PNG that `--out` names, or `figure` among the run's images. Raises as `new_file`."""
+    path = Path(args.out or model.run.images / f"{figure}_{model.iteration:08d}.png")
+    return new_file(path, suffix=".png", force=args.force)
+
+
 def new_folder(path: Path, *, force: bool) -> Path:
     """`path`, a folder to be filled, made if missing. Raises UserError where it holds anything without `force`."""
     if path.exists() and not path.is_dir():

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.pairs import load_image
 from reid_eval.features import Features
-from reid_eval.ranking import Ranking, rank
+from reid_eval.ranking import Ranking
 from reid_eval.top import Entry, first_entries, main_setting
 from utils import UserError, make_folder, write_whole
 from visual_tools.grid import INK, WHITE, paint_grid
@@ -38,6 +38,7 @@ def write_rank_figure(
     suffix: str,
     query: Features,
     gallery: Features,
+    rankings: dict[str, Ranking],
     *,
     count: int,
     title: str,
@@ -46,24 +47,13 @@ def write_rank_figure(
     """Write `rank_figure{suffix}.png` and `rank_page{suffix}.html` into `folder` and return both paths.
 
     The picture shows `count` queries each of the worst, the best and random others by `standard` AP; the page all
-    queries. Both sides need their `paths`; scores are those of `top.main_setting`. Files of these names are
-    replaced.
+    queries. Both sides need their `paths`. Files of these names are replaced.
+
+    rankings  of these queries by convention, with the scores of `top.main_setting`
 
     Raises UserError for a query without any match, images that are gone, a folder that cannot be written.
     """
-    setting, weights = main_setting(query.features.shape[1])
-    rankings = rank(
-        query.features,
-        gallery.features,
-        query.pids,
-        gallery.pids,
-        query.camids,
-        gallery.camids,
-        settings={setting: weights},
-        remove_same_camera=remove_same_camera,
-        q_keys=query.keys,
-        g_keys=gallery.keys,
-    )[setting]
+    setting, _ = main_setting(query.features.shape[1])
     lists = first_entries(query, gallery, remove_same_camera=remove_same_camera)
     make_folder(folder)
     chosen = choose_queries(rankings["standard"], count)

@@ -35,13 +35,12 @@ def main() -> None:
     args = parse_args()
     check_arguments(args, count=(2, AT_MOST))
 
-    from visual_tools.figure import choose_images, labels, new_file, read_input, write_image
+    from visual_tools.figure import choose_images, figure_file, labels, read_input, write_image
     from visual_tools.grid import paint_grid
     from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
-    out = Path(args.out or model.run.images / f"rainbow_{model.iteration:08d}.png")
-    new_file(out, suffix=".png", force=args.force)
+    out = figure_file(args, model, "rainbow")
     images = choose_images(read_input(args, model), args.count or COUNT, args.seed, asked=args.count is not None)
     border, s, f = model.read(images.paths, args.batchsize)
     n = len(border)

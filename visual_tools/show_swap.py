@@ -32,13 +32,12 @@ def main() -> None:
     args = parse_args()
     check_arguments(args, count=(1, AT_MOST))
 
-    from visual_tools.figure import choose_images, new_file, read_input, write_image
+    from visual_tools.figure import choose_images, figure_file, read_input, write_image
     from visual_tools.grid import PAIR_ROWS, paint_grid
     from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
-    out = Path(args.out or model.run.images / f"swap_{model.iteration:08d}.png")
-    new_file(out, suffix=".png", force=args.force)
+    out = figure_file(args, model, "swap")
     found = read_input(args, model)
     pairs = args.count or min(COUNT, len(found) // 2)
     images = choose_images(found, 2 * pairs, args.seed, asked=True)

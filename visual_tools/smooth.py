@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils import UserError
@@ -82,12 +81,11 @@ def paint(model: Swapper, args: argparse.Namespace, *, code: str) -> tuple[np.nd
 
 def draw(args: argparse.Namespace, *, code: str, file: str) -> None:
     """What the scripts do once they have their options: PNG and GIF, neither over an existing file unasked."""
-    from visual_tools.figure import new_file, write_gif, write_image
+    from visual_tools.figure import figure_file, new_file, write_gif, write_image
     from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
-    out = Path(args.out or model.run.images / f"{file}_{model.iteration:08d}.png")
-    new_file(out, suffix=".png", force=args.force)
+    out = figure_file(args, model, file)
     film = new_file(out.with_suffix(".gif"), suffix=".gif", force=args.force)
     figure, frames = paint(model, args, code=code)
     write_image(out, figure)

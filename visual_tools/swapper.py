@@ -16,8 +16,8 @@ from config import DGNetConfig
 from data.pairs import iter_images
 from networks import Generator
 from reIDmodel import IdNet, enlarge
-from runs import RunFolder, load_generator, load_id_net, open_run, pick_epoch, run_config
-from structure_input import to_edge, to_gray
+from runs import RunFolder, generator_config, load_generator, load_id_net, open_run, pick_epoch
+from structure_input import structure_input
 from utils import UserError, pick_device, set_threads
 from visual_tools.grid import to_uint8
 
@@ -40,8 +40,7 @@ class Swapper:
     @torch.no_grad()
     def structure(self, x: Tensor) -> Tensor:
         """Structure codes of images."""
-        x = x.to(self.device)
-        return self.gen.encode(to_gray(x) if self.cfg.single == "gray" else to_edge(x, np.random.default_rng(0)))
+        return self.gen.encode(structure_input(x.to(self.device), self.cfg.single, np.random.default_rng(0)))
 
     @torch.no_grad()
     def appearance(self, x: Tensor) -> Tensor:
@@ -87,9 +86,7 @@ def load_swapper(run: RunFolder, device: torch.device, which: str | None = None)
 
     Raises UserError also when one of the two came from another run, as far as shapes tell, and says which.
     """
-    cfg = run_config(run)
-    if not isinstance(cfg, DGNetConfig):
-        raise UserError(f"{run.name} is a teacher's run and generates nothing; give the --name of a DG-Net run")
+    cfg = generator_config(run)
     iteration = pick_epoch(run, cfg.task, which)
     id_net = gen = None
     wrong = []
