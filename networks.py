@@ -194,16 +194,46 @@ class AdaINResBlocks(nn.Module):
         return x
 
 
-class Upsample(nn.Module):
-    """Nearest, twice as large."""
+class UpConvBlock(ConvBlock):
+    """A ConvBlock (5x5) on the nearest-neighbour enlargement, twice as large, without making the enlargement.
+
+    Each output pixel sees 5 x 5 pixels of the enlargement but only 3 x 3 of the input, so four 3x3 convolutions, one
+    per place in a 2x2 square, give the same numbers with 9 products in place of 25 (and none of the memory).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and x.is_contiguous()):
-            return F.interpolate(x, scale_factor=2)
-        # Copies of rows and columns: on a CPU five times faster than interpolate in this memory format.
-        n, c, h, w = x.shape
-        columns = torch.stack((x, x), dim=-1).view(n, c, h, 1, 2 * w)
-        return columns.expand(n, c, h, 2, 2 * w).reshape(n, c, 2 * h, 2 * w)
+        return self.activation(self.norm(self.enlarge_and_convolve(x)))
+
+    def enlarge_and_convolve(self, x: Tensor) -> Tensor:
+        """(N, c_in, h, w) to (N, c_out, 2h, 2w)."""
+        mode, bias = self.conv.padding_mode, self.conv.bias
+        weight = places(places(self.conv.weight, 2), 4)  # (c_out, c_in, 2, 3, 2, 3)
+        weight = weight.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], 3, 3)  # (c_out * 4, c_in, 3, 3)
+        padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else F.pad(x, (1, 1, 1, 1), "replicate")
+        y = F.pixel_shuffle(F.conv2d(padded, weight, bias.repeat_interleave(4)), 2)
+        if mode != "reflect":
+            return y
+        # Reflection at the enlargement's edge is no padding of x: the outermost pixels are convolved as they stand.
+        first, last, every = slice(5), slice(-5, None), slice(None)
+        left, right = self.edge(x[..., :2], every, first), self.edge(x[..., -2:], every, last)
+        top, bottom = self.edge(x[:, :, :2], first, every), self.edge(x[:, :, -2:], last, every)
+        y = torch.cat([left, y[..., 1:-1], right], dim=3)
+        return torch.cat([top, y[:, :, 1:-1], bottom], dim=2)
+
+    def edge(self, x: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The convolution of these rows and columns of the enlargement with its padding."""
+        padded = F.pad(F.interpolate(x, scale_factor=2), (2, 2, 2, 2), "reflect")
+        return F.conv2d(padded[:, :, rows, columns], self.conv.weight, self.conv.bias)
+
+
+def places(weight: Tensor, dim: int) -> Tensor:
+    """Five taps on an enlargement as three taps on what was enlarged, for an even and for an odd place.
+
+    weight (..., 5, ...) to (..., 2, 3, ...) at `dim`
+    """
+    a, b, c, d, e = weight.unbind(dim)
+    even, odd = torch.stack([a + b, c + d, e], dim), torch.stack([a, b + c, d + e], dim)
+    return torch.stack([even, odd], dim)
 
 
 class SelfAttention(nn.Module):
@@ -301,7 +331,8 @@ class Decoder(nn.Module):
         block = dict(activ=activ, pad_type=pad_type)
         c = dim
         for _ in range(n_upsample):
-            layers += [Upsample(), ConvBlock(c, c // 2, 5, norm="ln", **block)]
+            # The published numbering counts the enlargement as a layer of its own.
+            layers += [nn.Identity(), UpConvBlock(c, c // 2, 5, norm="ln", **block)]
             c //= 2
         layers += [ConvBlock(c, c, 3, **block), ConvBlock(c, c, 3, **block)]  # (N, 32, 256, 128)
         layers += [ConvBlock(c, 3, 1, activ="none", pad_type=pad_type)]  # (N, 3, 256, 128)

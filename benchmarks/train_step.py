@@ -1,0 +1,289 @@
+"""The training step against a plain one: `python -m benchmarks.train_step [--batch-size 8] [--device cuda]`.
+
+Whole steps of configs/latest.yaml with every loss active (ramps at their end, erasing, a teacher), in turn:
+
+plain       section 6 of the specification line by line (benchmarks/plain.py), in fp32 without TF32
+plain tf32  the same with TF32, on CUDA alone
+fp32        the real step as configured by default
+bf16        precision: bf16, channels_last: true
+fp16        precision: fp16, channels_last: true, on CUDA alone
+Variants with `compile` are measured with --compile.
+
+Of each: seconds (median of the rounds), the ratio to the plain step (median of the rounds' ratios), real images/s,
+greatest memory above what lay there before the step, and for the real ones seconds by phase, operations or kernels
+launched, and the share of the machine's measured rate of matrix products that the step's convolutions and products
+reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from benchmarks.plain import PlainTrainer
+from config import DGNetConfig, load_config
+from data.pairs import Batch
+from reIDmodel import build_teacher
+from trainer import DGNetTrainer
+from training import to_device
+from utils import ROOT, UserError, run_cli
+
+CLASSES = 751
+AFTER_ALL_RAMPS = 40_000
+PHASES = ("encode", "compose", "classify_erased", "update_discriminator", "generator_and_id_loss")
+FAST = dict(channels_last=True)
+
+
+def variants(device: torch.device, *, compiled: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
+    """Name to trainer and changes of the config; the first is the plain one."""
+    found = {"plain": (PlainTrainer, {})}
+    if device.type == "cuda":
+        found["plain tf32"] = (PlainTrainer, {})
+    found |= {"fp32": (DGNetTrainer, {}), "bf16": (DGNetTrainer, FAST | {"precision": "bf16"})}
+    if device.type == "cuda":
+        found["fp16"] = (DGNetTrainer, FAST | {"precision": "fp16"})
+    if compiled:
+        found["bf16 compile"] = (DGNetTrainer, FAST | {"precision": "bf16", "compile": True})
+    return found
+
+
+def random_batch(cfg: DGNetConfig, seed: int) -> Batch:
+    """Noise in the shape of a training batch; the arithmetic takes the same time for any image."""
+    n, generator = cfg.batch_size, torch.Generator().manual_seed(seed)
+    x, xp = torch.randn(2, n, 3, cfg.crop_image_height, cfg.crop_image_width, generator=generator)
+    return Batch(x, xp, torch.randint(0, CLASSES, (n,), generator=generator), torch.arange(n))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --------------------------------------------------------------------------------------------- measuring
+class Steps:
+    """One variant's trainer with its batches; calling it makes one step and waits for its end."""
+
+    def __init__(self, name: str, kind: type[DGNetTrainer], cfg: DGNetConfig, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.name, self.device, self.t = name, device, AFTER_ALL_RAMPS
+        teacher = build_teacher(CLASSES, backbone=cfg.backbone)
+        self.trainer = kind(cfg, CLASSES, device, teachers=[teacher])
+        self.batches = [to_device(random_batch(cfg, seed), device, cfg) for seed in (1, 2)]
+
+    def __call__(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.name != "plain"
+        # Both kinds of step (live and frozen encoder) would make the rounds unequal: always that of one iteration.
+        self.trainer.step(*self.batches, self.t)
+        synchronise(self.device)
+
+
+@contextmanager
+def timed_phases(steps: Steps) -> Iterator[dict[str, float]]:
+    """Seconds inside the trainer's methods while the context lasts, the device waited for at each one's end."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(name: str) -> Callable[..., Any]:
+        method = getattr(steps.trainer, name)
+
+        def run(*args: Any) -> Any:
+            synchronise(steps.device)
+            start = time.perf_counter()
+            result = method(*args)
+            synchronise(steps.device)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    for name in PHASES:
+        setattr(steps.trainer, name, timed(name))
+    try:
+        yield seconds
+    finally:
+        for name in PHASES:
+            delattr(steps.trainer, name)
+
+
+def phases(steps: Steps) -> dict[str, float]:
+    """Seconds of one step by phase; the backward and the optimisers of G and id net are what the others leave."""
+    with timed_phases(steps) as seconds:
+        start = time.perf_counter()
+        steps()
+        whole = time.perf_counter() - start
+    return dict(seconds) | {"backward and optimisers": whole - sum(seconds.values())}
+
+
+def peak_memory(steps: Steps) -> int:
+    """Bytes at the greatest during a step, above those before it. On a CPU sampled from the process's resident size."""
+    if steps.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(steps.device)
+        before = torch.cuda.memory_allocated(steps.device)
+        steps()
+        return torch.cuda.max_memory_allocated(steps.device) - before
+    stop, seen = threading.Event(), [resident_bytes()]
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            seen.append(resident_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        steps()
+    finally:
+        stop.set()
+        watcher.join()
+    return max(seen) - seen[0]
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def launches(steps: Steps) -> int:
+    """Kernels launched in one step on CUDA; operations that did the work on a CPU."""
+    cuda = steps.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        steps()
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    return sum(event.device_type == wanted and not event.cpu_children for event in profile.events())
+
+
+class CountFlops(TorchDispatchMode):
+    """Adds up the operations of convolutions and products. FlopCounterMode's hooks refuse the gradient penalty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def flops(steps: Steps) -> int:
+    """Floating point operations of the step's convolutions and products, forward and backward."""
+    with CountFlops() as counter:
+        steps()
+    return counter.total
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square product: what the machine gives at best."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, compiled: bool, short: bool) -> dict[str, Any]:
+    """Everything that the module's text promises, ready for JSON. `short` leaves out phases, launches and rates."""
+    made = {
+        name: Steps(name, kind, cfg.model_copy(update=changes), device)
+        for name, (kind, changes) in variants(device, compiled=compiled).items()
+    }
+    # The first step allocates and, on CUDA, chooses algorithms; it serves as the measurement of memory.
+    result: dict[str, Any] = {name: {"peak_memory": peak_memory(steps)} for name, steps in made.items()}
+    seconds = alternate(made, rounds)
+    for name, steps in made.items():
+        found = result[name]
+        found["seconds"] = seconds[name]
+        found["median"] = statistics.median(seconds[name])
+        found["images_per_second"] = 2 * cfg.batch_size / found["median"]
+        found["plain / this"] = median_ratio(seconds["plain"], seconds[name])
+        found["memory / plain"] = found["peak_memory"] / max(1, result["plain"]["peak_memory"])
+        if short:
+            continue
+        if not isinstance(steps.trainer, PlainTrainer):
+            found["phases"] = phases(steps)
+        found["launches"] = launches(steps)
+        if "compile" not in name:
+            found["flops"] = flops(steps)
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[steps.trainer.cfg.precision]
+            rate = matrix_rate(device, dtype)
+            found["share_of_matrix_rate"] = found["flops"] / found["median"] / rate
+    return result
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [f"  {'':14}{'s/step':>9}{'plain/this':>12}{'images/s':>10}{'memory GB':>11}{'launches':>10}{'of rate':>9}"]
+    for name, found in result.items():
+        launched = f"{found['launches']:10,}" if "launches" in found else ""
+        share = f"{found['share_of_matrix_rate']:9.0%}" if "share_of_matrix_rate" in found else ""
+        lines.append(
+            f"  {name:14}{found['median']:9.3f}{found['plain / this']:12.2f}{found['images_per_second']:10.2f}"
+            f"{found['peak_memory'] / 1e9:11.2f}{launched}{share}"
+        )
+    for name, found in result.items():
+        if "phases" in found:
+            split = ", ".join(f"{phase.replace('_', ' ')} {seconds:.3f}" for phase, seconds in found["phases"].items())
+            lines.append(f"  {name}: {split} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=str(ROOT / "configs/latest.yaml"), help="(default: configs/latest.yaml)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--batch-size", type=int, help="pairs per step (default: the config's on CUDA, 2 on a CPU)")
+    parser.add_argument("--rounds", type=int, help="alternating rounds (default: 20 on CUDA, 3 on a CPU)")
+    parser.add_argument("--threads", type=int, help="of a CPU (default: all)")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
+    parser.add_argument("--short", action="store_true", help="leave out phases, launches and the share of the rate")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default: ours)")
+    args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA GPU; use --device cpu")
+    for name in ("batch_size", "rounds", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < (2 if name == "batch_size" else 1):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: too small")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = ["ID_class=auto", "pretrained=false"]
+    batch_size = args.batch_size or (None if device.type == "cuda" else 2)
+    cfg = load_config(args.config, settings + ([f"batch_size={batch_size}"] if batch_size else []))
+    rounds = args.rounds or (20 if device.type == "cuda" else 3)
+
+    result: dict[str, Any] = {
+        "machine": describe_machine() | {"threads": torch.get_num_threads()},
+        "device": device.type,
+        "batch_size": cfg.batch_size,
+        "size": [cfg.crop_image_height, cfg.crop_image_width],
+        "backbone": cfg.backbone,
+    }
+    print(f"train_step: {Path(args.config).name}, batch {cfg.batch_size}, on {result['machine']}", flush=True)
+    found = measure(cfg, device, rounds=rounds, compiled=args.compile, short=args.short)
+    print(show(found))
+    print(f"  written to {write_result(args.results, f'train_step-{device.type}', result | {'variants': found})}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
