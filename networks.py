@@ -91,6 +91,20 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------- blocks
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, except that autocast on a CPU leaves the padding in the input's precision.
+
+    It would go to float32 there and back again for the product: copies of values that do not change.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cpu and self.padding_mode != "zeros" and torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
+
+
 class ConvBlock(nn.Module):
     """Pad, convolve with bias, normalise, activate. The padding keeps the size at stride 1."""
 
@@ -112,7 +126,7 @@ class ConvBlock(nn.Module):
         self.norm = make_norm(norm, c_out)
         self.activation = ACTIVATIONS[activ]()
         pad = dilation * (kernel // 2) if pad is None else pad
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=PADDING_MODES[pad_type])
+        self.conv = Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=PADDING_MODES[pad_type])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.norm(self.conv(x)))
@@ -126,7 +140,7 @@ class AdaINBlock(nn.Module):
         self.kind = kind
         self.norm = AdaIN(channels)
         self.activation = ACTIVATIONS[activ]()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, padding_mode=PADDING_MODES[pad_type])
+        self.conv = Conv2d(channels, channels, 3, padding=1, padding_mode=PADDING_MODES[pad_type])
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y = self.conv(x)
