@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -26,7 +27,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from config import exact_settings
-from utils import UserError, part_of, write_json
+from utils import UserError, check_zip, part_of, write_json
 
 
 class Damaged(UserError):
@@ -96,12 +97,33 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
         with warnings.catch_warnings():
             # For a foreign pickle torch warns at length before it refuses it; our one line says enough.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if zipfile.is_zipfile(path):
+                # PyTorch neither compresses its files nor looks at their checksums.
+                check_zip(path, growth=1, checksums=not mmap)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        require_plain(content)
+        return content
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise Damaged(f"{path}: damaged or not a checkpoint ({reason})") from None
+        raise Damaged(f"{path}: damaged or not a checkpoint ({reason}); replace the file") from None
+
+
+def require_plain(content: Any) -> None:
+    """Raise ValueError for a tensor, however deep in dicts and lists, that is not simply numbers in memory.
+
+    A view may repeat one number a billion times, and a file of some bytes then asks for gigabytes.
+    """
+    if isinstance(content, Mapping):
+        content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        for value in content:
+            require_plain(value)
+    elif isinstance(content, Tensor):
+        plain = content.layout == torch.strided and not (content.is_meta or content.is_quantized or content.is_nested)
+        if not plain or content.is_complex() or content.nbytes > content.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(content.shape)} is not backed by as many numbers")
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -121,8 +143,8 @@ def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     Let through, with one note: the trunk's unused `fc` (absent, present or of another size), and unused attention
     blocks inside residual blocks (`nonloc` in the name). Raises WrongNetwork, a UserError, in words otherwise.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source}: not a state_dict of tensors")
+    if not isinstance(state, Mapping) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
+        raise UserError(f"{source}: not a state_dict of tensors; replace the file")
     own = net.state_dict()
     extra = [name for name in state if name not in own]
     tolerated = [name for name in extra if name.startswith("model.fc.") or "nonloc" in name]
@@ -157,7 +179,7 @@ def short(names: list[str]) -> str:
 def unwrap(content: Any, source: Path) -> Mapping[str, Tensor]:
     """The state_dict in `{'a': state_dict}`."""
     if not isinstance(content, Mapping) or not isinstance(content.get("a"), Mapping):
-        raise UserError(f"{source}: not a checkpoint of this format (no state_dict as entry 'a')")
+        raise UserError(f"{source}: not a checkpoint of this format (no state_dict as entry 'a'); replace the file")
     return content["a"]
 
 
@@ -394,22 +416,41 @@ def load_state(state: Any, trainer: Trainer, source: Path) -> None:
     """Restore optimisers, and what the release does not keep where it is there: scalers and random state."""
     for name, optimizer in trainer.optimizers().items():
         if not isinstance(state, Mapping) or name not in state:
-            raise UserError(f"{source}: no optimiser state '{name}' in it")
+            raise UserError(f"{source}: no optimiser state '{name}' in it; replace the file")
         # The file's rates are those of its last step; the schedule starts from the config's.
         rates = [group["initial_lr"] for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(state[name])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{source}: optimiser '{name}' does not fit the network ({error})") from None
+            require_shapes(optimizer)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{source}: optimiser '{name}' does not fit the network ({reason}); replace the file"
+            ) from None
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["initial_lr"] = rate
-    for name, scaler in trainer.scalers().items():
-        if state.get("scalers", {}).get(name):
-            scaler.load_state_dict(state["scalers"][name])
-    if "rng" in state:
-        torch.set_rng_state(state["rng"])
-    if state.get("cuda_rng") and len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    try:
+        for name, scaler in trainer.scalers().items():
+            if state.get("scalers", {}).get(name):
+                scaler.load_state_dict(state["scalers"][name])
+        if "rng" in state:
+            torch.set_rng_state(state["rng"])
+        if state.get("cuda_rng") and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{source}: not the scalers and random state of a run ({reason}); replace the file") from None
+
+
+def require_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the loaded state of a parameter is not of its shape, or a rate is no number."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], (int, float)):
+            raise ValueError(f"its rate is {group['lr']!r}"[:80])
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
 
 
 def export_release(folder: Path, out: Path, trainer: Trainer, iteration: int | None = None) -> int:

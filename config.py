@@ -260,7 +260,19 @@ Config = DGNetConfig | TeacherConfig
 
 # ---------------------------------------------------------------------------------------------- loading
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML silently keeps the last of two equal keys; a config must not say two things."""
+    """PyYAML silently keeps the last of two equal keys; a config must not say two things.
+
+    Nor may a few lines stand for gigabytes: aliases of lists and sections can be nested (`b: [*a, *a]`, `c: [*b, *b]`).
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if mark is not None and not isinstance(node, yaml.ScalarNode):
+            raise UserError(
+                f"{mark.name}: line {mark.line + 1}: an alias of a list or a section is refused; write its values out"
+            )
+        return node
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -289,8 +301,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct the file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: empty, or not a list of `key: value` lines")
     return values
@@ -311,8 +323,8 @@ def set_values(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
                 raise UserError(f"--set {setting}: {section} has no keys below it")
         try:
             target[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: the value is not valid YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"--set {setting[:200]}: the value is not valid YAML; write key=value") from None
     return values
 
 

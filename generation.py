@@ -317,7 +317,7 @@ def compare_settings(path: Path, settings: dict[str, object]) -> None:
         before = json.loads(path.read_text())
         if not isinstance(before, dict) or not isinstance(before["count"], int):
             raise ValueError
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, RecursionError):
         raise UserError(f"{path}: damaged; choose another --out") from None
     for key, value in settings.items():
         if key not in ("count", "input", "name") and before.get(key) != value:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from checkpoint import read_tensors
 from networks import weights_frozen
 from utils import UserError
 
@@ -52,7 +53,7 @@ def build_trunk(name: str, *, last_stride: int) -> ResNet:
 
     `last_stride` becomes the stride of layer4's first block. Raises UserError for an unknown name.
     """
-    if match := re.fullmatch(r"resnet10(?:w(\d+))?", name):
+    if match := re.fullmatch(r"resnet10(?:w([1-9]\d{0,3}))?", name, re.ASCII):
         trunk: nn.Module = NarrowResNet(int(match[1] or 64))
     elif name in list_models(torchvision.models) and isinstance(trunk := get_model(name, weights=None), ResNet):
         pass
@@ -93,15 +94,18 @@ def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
         if not path.is_file():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), progress=False)
+                # The end of the name is the beginning of the file's SHA-256.
+                prefix = path.stem.rpartition("-")[2]
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
             except (OSError, RuntimeError):
                 raise UserError(
                     f"ImageNet weights of {name} cannot be downloaded here; put {path.name} into {path.parent}, "
                     "or give --backbone-weights FILE, or set pretrained: false"
                 ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        trunk.load_state_dict(state)
+        trunk.load_state_dict(read_tensors(path))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
 

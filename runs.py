@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import yaml
+from torch import Tensor
 
 from checkpoint import Damaged, load_network, read_network, read_tensors, snapshots, write_atomically
 from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config, read_yaml
@@ -186,8 +187,8 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
     files = find_teacher(name, output_path)
     state = read_tensors(files.weights)
     last = state.get("classifier.classifier.0.weight") if isinstance(state, dict) else None
-    if last is None:
-        raise UserError(f"{files.weights}: not a teacher's weights (no classifier in it)")
+    if not isinstance(last, Tensor) or last.dim() != 2:
+        raise UserError(f"{files.weights}: not a teacher's weights (no classifier in it); replace the file")
     if classes is not None and len(last) != classes:
         raise UserError(
             f"{files.weights}: the teacher knows {len(last)} identities, the data {classes}; "
@@ -292,9 +293,9 @@ def _load_part(run: RunFolder, name: str, iteration: int) -> tuple[dict[str, Any
 def load_id_net(run: RunFolder, cfg: DGNetConfig, iteration: int, device: torch.device) -> IdNet:
     """The id net of a run, eval mode, on `device`; the number of identities comes from the file."""
     state, path = _load_part(run, "id", iteration)
-    classifiers = [v for name, v in state.items() if name.endswith("classifier.0.weight")]
-    if not classifiers:
-        raise UserError(f"{path}: not an id net (no classifier in it)")
+    classifiers = [v for name, v in state.items() if str(name).endswith("classifier.0.weight")]
+    if not classifiers or not isinstance(classifiers[0], Tensor) or classifiers[0].dim() != 2:
+        raise UserError(f"{path}: not an id net (no classifier in it); replace the file")
     net = build_id_net(
         cfg.ID_style,
         len(classifiers[0]),

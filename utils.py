@@ -115,6 +115,21 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def check_zip(path: Path, *, growth: int, checksums: bool = False) -> None:
+    """Raise ValueError for a zip file whose parts unpack to more than `growth` times its size; nothing is unpacked.
+
+    checksums  also read everything and compare it with the checksums in the file
+    """
+    import zipfile
+
+    with zipfile.ZipFile(path) as file:
+        size, unpacked = path.stat().st_size, sum(part.file_size for part in file.infolist())
+        if unpacked > growth * size:
+            raise ValueError(f"{size} bytes that claim to hold {unpacked}")
+        if checksums and (bad := file.testzip()):
+            raise ValueError(f"the checksum of {bad} is wrong")
+
+
 def part_of(path: Path) -> Path:
     """The temporary name under which a file is written before it takes its own."""
     return path.with_name(f".{path.name}.part")

@@ -22,6 +22,7 @@ from data.folders import (
     PREPARED_FOLDER,
     SPLITS,
     TRAINING_SPLITS,
+    list_folders,
     list_images,
     read_archive,
 )
@@ -112,6 +113,7 @@ def msmt17(root: Path) -> Splits:
                     f"{root / name}: line {number}: {line.strip()[:80]!r} is not a path and an identity as in "
                     "'0000/0000_000_01_0303morning_0008_0.jpg 0'; unpack the archive again"
                 )
+            _require_inside(folder, path, f"{root / name}: line {number}")
             images.append(_renamed(folder / path, int(identity) + 1, int(camera), file))
         if not images:
             raise UserError(f"{root / name}: names no image; unpack the archive again")
@@ -146,9 +148,7 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> OwnDa
     loose = list_images(root)
     if loose:
         raise UserError(f"{loose[0]}: lies in no identity's folder; move it into one")
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    by_name = {name: list_images(root / name) for name in names if name != PREPARED_FOLDER}
+    by_name = {name: list_images(root / name) for name in list_folders(root) if name != PREPARED_FOLDER}
     by_name = {name: paths for name, paths in by_name.items() if paths}
     if not by_name:
         raise UserError(f"--data_root {root}: no images in its sub-folders; expected one sub-folder per identity")
@@ -184,7 +184,7 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> OwnDa
 def table(root: Path, file: Path) -> OwnData:
     """Images that a CSV lists in the columns path, identity, camera and split; other columns are not read.
 
-    path      image file, absolute or relative to `root`
+    path      image file in `root`, relative to it
     identity  any text; -1 is junk, for the gallery alone
     camera    whole number; the column may be absent, or empty in every row: data without cameras
     split     train, val, query, gallery or multi-query. Without val rows the first image of each identity is `val`
@@ -299,6 +299,12 @@ def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
+def _require_inside(folder: Path, path: str, where: str) -> None:
+    """Raise UserError for a listed path that leads out of its folder: lists may come with data of unknown origin."""
+    if os.path.isabs(path) or Path(os.path.normpath(path)).parts[:1] == ("..",):
+        raise UserError(f"{where}: {path!r} leads out of {folder}; give paths of files in it, relative to it")
+
+
 def _check_row(root: Path, row: dict[str, str], where: str) -> None:
     """Raise UserError for a value that cannot be used; the path is normalised, so that equal ones are equal."""
     for column in ("path", "identity", "split"):
@@ -312,6 +318,7 @@ def _check_row(root: Path, row: dict[str, str], where: str) -> None:
         raise UserError(f"{where}: camera {row['camera']!r} is not a whole number of 0 or more; number the cameras")
     if Path(row["path"]).suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"{where}: {row['path']} is no image by its name; use {' '.join(sorted(IMAGE_SUFFIXES))}")
+    _require_inside(root, row["path"], where)
     if not (root / row["path"]).is_file():
         raise UserError(f"{where}: {root / row['path']}: no such file; paths are relative to --data_root")
     row["path"] = os.path.normpath(row["path"])

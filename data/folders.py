@@ -117,15 +117,29 @@ def parse_name(name: str) -> tuple[int, int]:
 
 def list_images(folder: Path) -> list[Path]:
     """The image files directly in `folder`, sorted by name; hidden files are left out."""
-    with os.scandir(folder) as entries:
-        names = [
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-            and entry.is_file()
-        ]
-    return [folder / name for name in sorted(names)]
+    names = [name for name in _visible(folder, "is_file") if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    return [folder / name for name in names]
+
+
+def list_folders(folder: Path) -> list[str]:
+    """The names of the folders directly in `folder`, sorted; hidden ones are left out."""
+    return _visible(folder, "is_dir")
+
+
+def _visible(folder: Path, kind: str) -> list[str]:
+    """The names of a folder's files or sub-folders that do not begin with a dot, sorted."""
+
+    def fits(entry: os.DirEntry) -> bool:
+        try:
+            return getattr(entry, kind)()
+        except OSError:
+            return False  # a link that leads round in a circle is no more than one that leads nowhere
+
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and fits(entry))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); set its permissions, or move it away") from None
 
 
 def find_images(source: str | Path, option: str) -> list[Path]:
@@ -262,8 +276,7 @@ def _parse_path(path: Path) -> tuple[int, int]:
 
 def _read_prepared(folder: Path, split: str, need_names: bool) -> ImageList:
     loose = list_images(folder)
-    with os.scandir(folder) as entries:
-        tokens = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    tokens = list_folders(folder)
     if loose and not tokens:
         # The archive's `query` bears the same name as the prepared one; its images lie directly in it.
         return _read_flat(folder, loose, training=split in TRAINING_SPLITS)

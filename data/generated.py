@@ -158,10 +158,10 @@ def _parse_row(line: list[str], where: str) -> Row:
     inner = PurePosixPath(file)
     if not inner.parts or "\0" in file or inner.is_absolute() or ".." in inner.parts:
         raise UserError(f"{where}: {file!r} leads out of the manifest's folder; generate the data set again")
-    try:
+    if all(re.fullmatch("[0-9]{1,18}", camera) for camera in cameras):
         cameras = [int(camera) for camera in cameras]
-    except ValueError:
-        raise UserError(f"{where}: cameras {cameras} are not whole numbers; generate the data set again") from None
+    else:
+        raise UserError(f"{where}: cameras {cameras} are not whole numbers; generate the data set again")
     return Row(file, appearance, structure, appearance_id, structure_id, *cameras, soft_label)
 
 

@@ -378,8 +378,8 @@ def load_factors(path: Path | str) -> Factors:
         return Factors(Settings(**table["settings"]), people, images)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it with data/mannequins.py") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not the factors of a mannequin data set") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
 
 
 # ---------------------------------------------------------------- writing

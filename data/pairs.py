@@ -7,6 +7,7 @@ iteration t is the one that was interrupted, and the number of workers does not 
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -58,6 +59,8 @@ def load_image(path: str | Path) -> Image.Image:
     """Decode a file to an upright RGB image. Raises UserError naming a file that cannot be decoded."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):
                 # Pillow would clip 16-bit gray at 255, not scale it.

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import faiss
@@ -24,10 +24,11 @@ from tqdm import tqdm
 from checkpoint import digest_weights
 from data.folders import check_images, find_images
 from reid_eval.top import main_setting
-from utils import UserError, make_folder, write_whole
+from utils import UserError, check_zip, make_folder, write_whole
 
 INDEX_FILE = "index.npz"
 FORMAT = 1
+KINDS = (b"IxFI", b"IHNf")  # how faiss marks exact indices and graphs
 # Of the graph: links per image, candidates while it is built, candidates of a search.
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 100, 128
 RECALL_SAMPLE, RECALL_AT = 200, 10
@@ -256,13 +257,23 @@ def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebu
 
 def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
     try:
+        check_zip(path, growth=1)
         with np.load(path, allow_pickle=False) as file:
             about, blob = json.loads(file["about"].tobytes()), file["faiss"]
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, not {FORMAT}")
+        if blob[:4].tobytes() not in KINDS:
+            # Others read files that they name themselves.
+            raise ValueError("its vectors are of no kind that is written here")
         vectors = faiss.deserialize_index(blob)
         if vectors.ntotal != len(about["files"]):
             raise ValueError("vectors and files differ in number")
+        for name, size, mtime in about["files"]:
+            inner = PurePath(name)
+            if inner.is_absolute() or ".." in inner.parts or not (isinstance(size, int) and isinstance(mtime, int)):
+                raise ValueError(f"{name!r} leads out of the gallery")
+        if len({name for name, *_ in about["files"]}) < vectors.ntotal:
+            raise ValueError("a file is listed twice")
         return about, vectors
     except Exception as error:  # of zipfile, zlib, json, faiss, ...: each kind of damage has its own
         reason = " ".join(str(error).split())[:120] or type(error).__name__

@@ -562,7 +562,7 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
 
     (tmp_path / "bad.pth").write_bytes(b"hello")
     outcome = script(*start, *settings, "--name", "other", "--backbone-weights", tmp_path / "bad.pth")
-    assert "bad.pth: not ImageNet weights of resnet10w4" in outcome.error
+    assert "bad.pth: damaged or not a checkpoint" in outcome.error
 
 
 @pytest.mark.parametrize(
