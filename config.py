@@ -45,6 +45,8 @@ class Section(BaseModel):
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("must not be true or false")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("must be a smaller number")
         return value
 
 
@@ -350,7 +352,15 @@ def _describe(error: dict, model: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {error['input']!r})" if key else message
+    return f"{key}: {message} (got {_shown(error['input'])})" if key else message
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) -> Config:

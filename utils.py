@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +30,8 @@ class UserError(Exception):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2."""
+    # Such images are refused, in words of our own.
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
         sys.exit(main())
     except UserError as error:

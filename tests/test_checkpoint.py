@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import resource
 import shutil
 from collections.abc import Callable
@@ -366,29 +365,6 @@ def test_another_number_of_classes_is_said_in_words() -> None:
     with pytest.raises(UserError, match="ID_class is 751, but x has 702 identities"):
         num_classes(cfg, images)
     assert num_classes(tiny_config(ID_class="auto"), images) == 702
-
-
-class Malicious:
-    """Unpickled, it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    trap, file = tmp_path / "trap", tmp_path / "gen_00000001.pt"
-    torch.save({"a": {"weight": torch.ones(1), "evil": Malicious(trap)}}, file)
-    with pytest.raises(UserError, match="gen_00000001.pt: damaged or not a checkpoint"):
-        read_tensors(file)
-    file.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
-    with pytest.raises(UserError, match="gen_00000001.pt: damaged or not a checkpoint"):
-        read_tensors(file)
-    assert not trap.exists()
-    pickle.loads(file.read_bytes())
-    assert trap.exists(), "the trap itself works"
 
 
 def test_other_files_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:

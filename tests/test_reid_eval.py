@@ -203,12 +203,6 @@ def test_files_that_are_something_else(tmp_path, name):
             load_features(path)
 
 
-def test_an_npz_is_never_unpickled(tmp_path, sides):
-    path = save_raw(tmp_path / "f.npz", sides, query_label=np.array([{"a": 1}] * 30, dtype=object))
-    with pytest.raises(UserError, match="not a readable .npz"):
-        load_features(path)
-
-
 def test_multi_query_of_a_mat_needs_its_second_file(tmp_path, sides):
     save_features(tmp_path / "pytorch_result.mat", sides["query"], sides["gallery"])
     with pytest.raises(UserError, match="multi_query.mat: no such file"):
