@@ -201,6 +201,8 @@ class DGNetConfig(CommonConfig):
                 f"crop_image_height {h} x crop_image_width {w}: the structure code of {h // factor} x {w // factor} "
                 "is too small to be padded by 9; use larger images, fewer gen.n_downsample, or gen.pad_type: zero"
             )
+        if self.gen.mlp_norm == "ln" and self.gen.mlp_dim < 2:
+            raise ValueError("gen.mlp_norm ln needs gen.mlp_dim of 2 or more: a single number has no deviation")
         # Self-attention compares codes of an eighth of the channels.
         if self.gen.non_local and self.gen.dim * 2 * factor < 8:
             raise ValueError(f"gen.non_local needs more channels than gen.dim {self.gen.dim} gives; use 2 or more")

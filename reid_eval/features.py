@@ -205,37 +205,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 return dict(file)
         except Exception as error:  # zipfile, zlib, struct, ... : each kind of damage has its own
             raise UserError(f"{path}: not a readable .npz feature file ({_line(error)}); {remedy}") from None
-    from scipy.io import loadmat
+    from reid_eval.matfile import read_mat
 
     try:
-        _check_mat(path)
-        return loadmat(path)
+        return read_mat(path, growth=GROWTH)
     except NotImplementedError:
         raise UserError(f"{path}: a MATLAB 7.3 file (HDF5), which is not read; save it as version 7") from None
     except Exception as error:
         raise UserError(f"{path}: not a readable .mat file ({_line(error)}); {remedy}") from None
-
-
-def _check_mat(path: Path) -> None:
-    """Raise ValueError for a .mat whose compressed variables unpack to more than a feature file's do.
-
-    A variable follows the other, behind a header of 128 bytes: type and length, and in compressed ones (type 15) a zlib
-    stream that begins with type and length of what it holds.
-    """
-    import zlib
-
-    size, unpacked = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        order = {b"IM": "<", b"MI": ">"}.get(file.read(128)[126:128])
-        while order and len(tag := file.read(8)) == 8:
-            kind, length = np.frombuffer(tag, f"{order}u4").tolist()
-            start = file.tell()
-            if kind == 15:
-                inner = zlib.decompressobj().decompress(file.read(min(length, 1024)), 8)
-                unpacked += np.frombuffer(inner[4:], f"{order}u4").sum(dtype=np.int64)
-            file.seek(start + length)
-    if unpacked > GROWTH * size:
-        raise ValueError(f"{size} bytes that claim to hold {unpacked}")
 
 
 def _line(error: Exception) -> str:

@@ -310,6 +310,11 @@ def test_size_rules() -> None:
     assert parse(dis=dict(gan_type="wgan")).crop_image_height == 256
 
 
+def test_a_normalisation_needs_two_numbers() -> None:
+    with pytest.raises(UserError, match="gen.mlp_norm ln needs gen.mlp_dim of 2 or more"):
+        parse_config({"data_root": "x", "gen": {"mlp_norm": "ln", "mlp_dim": 1}}, "c")
+
+
 def test_attention_needs_channels() -> None:
     assert "gen.non_local needs more channels" in refusal(gen=dict(dim=1, n_downsample=1, non_local=1))
     assert "dis.non_local needs more channels" in refusal(dis=dict(dim=4, n_layer=1, non_local=1))
