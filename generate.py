@@ -43,7 +43,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
     parser.add_argument("--gpu_ids", help="GPUs, separated by commas: a process for each")
-    parser.add_argument("--processes", type=int, help="processes, dealt out to the devices (default: one for each)")
+    parser.add_argument(
+        "--processes", type=int, help="processes, dealt out to the devices (default: one for each, or torchrun's)"
+    )
     add_machine_arguments(parser)
     return parser.parse_args()
 
@@ -59,10 +61,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--teacher and --no-soft-labels: give one of the two")
 
 
-def choose_devices(args: argparse.Namespace) -> list[torch.device]:
-    """The device of each process."""
+def choose_devices(args: argparse.Namespace, own: torch.device) -> list[torch.device]:
+    """The device of each process; `own` is that of this one, which torchrun may have started with others."""
+    from distributed import world_size
     from launch import own_device, parse_gpu_ids
 
+    if world_size() > 1:
+        return [own] * world_size()
     gpu_ids = parse_gpu_ids(args.gpu_ids, args.device)
     devices = [own_device(args.device, gpu_ids, local) for local in range(len(gpu_ids or [0]))]
     return [devices[i % len(devices)] for i in range(args.processes or len(devices))]
@@ -103,15 +108,26 @@ def main() -> None:
     args = parse_args()
     check_args(args)
 
+    import launch
+
+    gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
+    if launch.started():
+        launch.count_processes(args.processes, gpu_ids)
+    with launch.process_group(args.device, gpu_ids) as device:
+        make_data_set(args, device, started)
+
+
+def make_data_set(args: argparse.Namespace, device: torch.device, started: float) -> None:
     import torch
 
+    from distributed import world_size
     from generation import Job, NetNames, Nets, generate, pass_size, plan
     from runs import generator_config, open_run, pick_epoch
     from trainer import check_precision
 
-    devices = choose_devices(args)
+    devices = choose_devices(args, device)
     check_precision(devices[0], args.precision)
-    if args.threads is None and len(devices) > 1:
+    if args.threads is None and len(devices) > 1 and world_size() == 1:
         args.threads = max(1, (os.cpu_count() or 1) // len(devices))
     set_threads(args.threads)
     run = open_run(args.output_path, args.name)
@@ -123,7 +139,7 @@ def main() -> None:
     teachers, classes = choose_teachers(args, cfg)
     names = NetNames(run, iteration, teachers, classes, args.precision)
     # Several processes load their own; these then only tell which weights they are.
-    nets = Nets(names, devices[0] if len(devices) == 1 else pick_device("cpu"))
+    nets = Nets(names, device if len(devices) == 1 or world_size() > 1 else pick_device("cpu"))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}

@@ -44,6 +44,7 @@ from data.generated import (
     write_manifest,
 )
 from data.pairs import denormalise, iter_images, normalise
+from distributed import gather, is_main, rank, world_size
 from reIDmodel import enlarge
 from runs import RunFolder, load_teacher
 from trainer import autocast
@@ -196,7 +197,15 @@ def finished(worker: int, rows: list[Row], seconds: float, files: list[Future[No
 
 # ----------------------------------------------------------------------------------------- several workers
 def run_workers(job: Job, nets: Nets, devices: list[torch.device], batches: list[list[int]]) -> Iterator[Made]:
-    """The batches, dealt out to a process per entry of `devices`; a single entry is served here, with `nets`."""
+    """The batches, dealt out to a process per entry of `devices`; a single entry is served here, with `nets`.
+
+    Under torchrun they are dealt out to its processes, each with its own `nets`, and all get what any has made.
+    """
+    if world_size() > 1:
+        own = work(job, nets, rank(), batches[rank() :: world_size()])
+        for _ in range(0, len(batches), world_size()):
+            yield from (made for made in gather(next(own, None)) if made is not None)
+        return
     if len(devices) == 1:
         yield from work(job, nets, 0, batches)
         return
@@ -266,6 +275,11 @@ def generate(job: Job, nets: Nets, devices: list[torch.device], settings: dict[s
     """
     out = job.out
     try:
+        if not is_main():
+            # Process 0 alone names and lists images; this one makes its share.
+            for _ in run_workers(job, nets, devices, gather([])[0]):
+                pass
+            return Speed(0, 0.0, 0.0)
         with opened(out, settings):
             rows = recover_rows(out, job.rows)
             present = {row.file for row in rows}
@@ -274,7 +288,9 @@ def generate(job: Job, nets: Nets, devices: list[torch.device], settings: dict[s
                 (out / UNFINISHED_MARK).touch()
                 for folder in {(out / row.file).parent for row in job.rows}:
                     folder.mkdir(parents=True, exist_ok=True)
-            speed = fill(job, nets, devices[: len(batches)] or devices[:1], batches, present, started)
+            gather(batches)
+            devices = devices if world_size() > 1 else devices[: len(batches)] or devices[:1]
+            speed = fill(job, nets, devices, batches, present, started)
             order = {row.file: i for i, row in enumerate(job.rows)}
             rows = read_manifest(out)
             ordered = sorted(rows, key=lambda row: order[row.file])

@@ -152,20 +152,16 @@ def parsed(values: dict[str, Any], least: int = 1) -> Any:
     return cfg
 
 
-@fuzz(20)
+@fuzz(10)
 @given(changes=DGNET, t=st.sampled_from([0, 1, 5, 99]))
 def test_any_config_of_dgnet_takes_a_step_and_is_saved(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], t: int
 ) -> None:
-    changes.setdefault("gen", {}).setdefault("id_dim", 32)
-    # A code has one chunk per residual block, of which styles but AB have as many as the trunk's channels give.
+    gen = changes.setdefault("gen", {})
+    gen["id_dim"] = 128 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
     cfg = parsed(merged(TINY_DGNET, changes), least=2)
     teachers = [build_teacher(4, backbone="resnet10w4") for _ in cfg.teachers]
-    try:
-        trainer = tiny_trainer(cfg, teachers=teachers)
-    except UserError as error:
-        assert "\n" not in str(error)
-        assume(False)
+    trainer = tiny_trainer(cfg, teachers=teachers)
     values = trainer.step(*random_batches(cfg), t)
     assert all(np.isfinite(float(value)) for value in values.values()), values
     assert not_finite(trainer) == []
@@ -263,7 +259,7 @@ def test_any_image_is_read_upright_in_colour(tmp_path_factory: pytest.TempPathFa
     for x in (batch.x, batch.xp):
         assert x.shape == (3, 3, 8, 4) and x.isfinite().all() and -2.2 < x.min() and x.max() < 2.7
     features = extract_features(Pixels(), paths, height=8, width=4, batch_size=2, device="cpu", progress=False)
-    assert features.shape == (3, 1, 8) and np.abs(np.linalg.norm(features, axis=-1) - 1).max() < 1e-5
+    assert features.shape == (3, 1, 24) and np.abs(np.linalg.norm(features, axis=-1) - 1).max() < 1e-5
     shutil.rmtree(folder)
 
 

@@ -265,6 +265,19 @@ def test_batch_size_and_processes_do_not_show(
     assert contents(tmp_path / "out") == contents(reference)
 
 
+def test_torchrun_makes_the_same_files(runs: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    for row in read_manifest(reference)[20:]:
+        (out / row.file).unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = start(runs, "--out", out, "--count", 50, "--batch_size", 8)
+    done = subprocess.run(torchrun + command[1:], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("50 images in") == 1 and "30 of them made now" in done.stdout
+    assert contents(out) == contents(reference)
+
+
 def test_killed_it_continues_to_the_same_result(
     runs: Path, generate: Generate, reference: Path, tmp_path: Path
 ) -> None:
