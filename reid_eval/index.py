@@ -142,6 +142,7 @@ class SearchIndex:
                     raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
                 if self.vectors is None:
                     self._replace(vectors[:0])
+                self._require_width(vectors)
                 self.vectors.add(vectors)
                 self.files |= {name: found[name] for name in block}
                 self.recall = None
@@ -199,7 +200,15 @@ class SearchIndex:
             results.append([(names[row[j]], float(score[j])) for j in order])
         return results
 
+    def _require_width(self, vectors: np.ndarray) -> None:
+        if vectors.shape[1] != self.vectors.d:
+            raise UserError(
+                f"{self.folder / INDEX_FILE}: damaged, it holds {self.vectors.d} numbers per image and the model gives "
+                f"{vectors.shape[1]}; delete its folder or give another --index"
+            )
+
     def _nearest(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        self._require_width(vectors)
         if self.approximate:
             wide = faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * count))
             return self.vectors.search(vectors, count, params=wide)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -28,10 +29,12 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from checkpoint import save_snapshot
-from data.folders import read_split
+from data.folders import list_images, read_split
 from data.generated import SETTINGS, Row, write_manifest
-from reIDmodel import build_teacher
+from data.mannequins import load_factors
+from reIDmodel import build_teacher, build_trunk, load_imagenet
 from runs import RunFolder, save_teacher, start_folder
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -466,3 +469,69 @@ def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
     error = place.script("reid_eval/evaluate", file).error
     assert f"{file}: not a readable {file.suffix}" in error
     assert "claim to hold" in error or kind == "declared.npz"
+
+
+# ------------------------------------------------------------------------------------- other bad files
+def test_an_index_of_other_vectors(place: Place, gallery: Path) -> None:
+    assert place.run(*search(place, gallery)).code == 0
+    file = place.folder / "index" / "index.npz"
+    with np.load(file) as index:
+        about, vectors = index["about"], faiss.deserialize_index(index["faiss"])
+    other = faiss.IndexFlatIP(vectors.d + 1)
+    other.add(np.ones((vectors.ntotal, vectors.d + 1), np.float32))
+    np.savez(file, about=about, faiss=faiss.serialize_index(other))
+    place.refuses(f"{file}: damaged, it holds {vectors.d + 1} numbers", *search(place, gallery))
+
+
+def test_json_nested_too_deep(place: Place) -> None:
+    out = place.folder / "out"
+    out.mkdir()
+    (out / SETTINGS).write_text("[" * 100_000)
+    options = ("--name", "tiny", "--count", 1, "--out", out, "--no-soft-labels")
+    place.refuses(f"{out / SETTINGS}: damaged", "generate", *options)
+    factors = place.folder / "factors.json"
+    factors.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="factors.json: not the factors"):
+        load_factors(factors)
+
+
+@pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1", "1.0"], ids=len)
+def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
+    write_manifest(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
+    config = place.folder / "teacher.yaml"
+    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(place.folder))))
+    outcome = place.run("train", "--config", config)
+    assert "are not whole numbers; generate the data set again" in outcome.error
+
+
+def test_a_backbone_of_any_width(place: Place) -> None:
+    opts = place.tutor / "opts.yaml"
+    opts.write_text(yaml.safe_dump(yaml.safe_load(opts.read_text()) | {"backbone": "resnet10w999999999"}))
+    place.refuses("backbone resnet10w999999999: not a ResNet", "test", "--teacher", "tutor")
+
+
+def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name ends in the beginning of the checksum; what differs is not kept."""
+    trunk = build_trunk("resnet10w4", last_stride=1)
+    torch.save(trunk.state_dict(), tmp_path / "weights")
+    monkeypatch.setattr("reIDmodel.list_models", lambda _: ["resnet10w4"])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
+    for prefix in ("00000000", right):
+        source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
+        url = type("Weights", (), {"url": source.as_uri()})
+        monkeypatch.setattr("reIDmodel.get_model_weights", lambda _, url=url: [url])
+        if prefix == right:
+            load_imagenet(trunk, "resnet10w4", None)
+        else:
+            with pytest.raises(UserError, match="cannot be downloaded here"):
+                load_imagenet(trunk, "resnet10w4", None)
+        kept = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()]
+        assert kept == ([source.name] if prefix == right else [])
+        source.rename(tmp_path / "weights")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: cannot be read .*; set its permissions"):
+        list_images(tmp_path / "a.png")
