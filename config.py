@@ -175,6 +175,9 @@ class DGNetConfig(CommonConfig):
     # ---- added to the release's keys
     apex: bool = False  # the release's name for precision: fp16
     detach_f: bool = True  # false: reconstruction trains the id net through the appearance code (style AB)
+    accumulate: Count = 1  # parts of a batch whose gradients are added up, one in memory at a time
+    joint_bn: bool = False  # id net passes of a step as one, with common BatchNorm statistics; changes the numbers
+    recompute: bool = False  # make activations again in the backward instead of keeping them: less memory, slower
     id_init: Literal["backbone", "teacher"] = "backbone"  # teacher: start the id net from the teacher
     id_freeze_iter: Annotated[int, Field(ge=0)] = 0  # steps at the start in which the id net is not updated
     vgg_weights: str | None = None  # file of torchvision's VGG-16 weights
@@ -220,6 +223,14 @@ class DGNetConfig(CommonConfig):
                 f"crop_image_height {h} x crop_image_width {w} is too small for dis.num_scales {self.dis.num_scales} "
                 f"and dis.n_layer {self.dis.n_layer}; use fewer of either"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch(self) -> DGNetConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate}: batch_size {self.batch_size} is not a multiple of it")
+        if self.accumulate > 1 and self.dis.gan_type == "wgan":
+            raise ValueError("accumulate needs dis.gan_type lsgan or nsgan: a loss of wgan is a sum over the batch")
         return self
 
     @property

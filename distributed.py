@@ -170,6 +170,8 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         whole = x.new_ones(len(x) * world_size(), *x.shape[1:])
+        if x.dim() == 4 and not x.is_contiguous():
+            whole = whole.to(memory_format=torch.channels_last)  # masks are drawn in the order of memory
         return x * own_rows(F.dropout(whole, self.p), self.images)
 
 

@@ -307,3 +307,18 @@ def frozen(net: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
                 if not batch_statistics:
                     # The graph keeps the buffers that it has read; later training passes update others.
                     m.running_mean, m.running_var = m.running_mean.clone(), m.running_var.clone()
+
+
+@contextmanager
+def same_statistics(net: nn.Module) -> Iterator[None]:
+    """Training passes inside leave the running statistics of BatchNorm as they were."""
+    modules = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in modules]
+    for m in modules:
+        m.running_mean, m.running_var = m.running_mean.clone(), m.running_var.clone()
+        m.num_batches_tracked = m.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for m, (mean, var, batches) in zip(modules, before, strict=True):
+            m.running_mean, m.running_var, m.num_batches_tracked = mean, var, batches

@@ -7,23 +7,28 @@ of b, appearance of a). All images are (N, 3, H, W), normalised.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import losses as L
 from config import DGNetConfig, TeacherConfig
 from data.pairs import Batch
 from distributed import average_gradients, own_rows, world_size
 from networks import Discriminator, Generator, weights_frozen
-from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen
+from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen, same_statistics
 from structure_input import structure_input
 from utils import UserError
 
+Rng = np.random.Generator
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Streams of random draws; each is a pure function of (seed, stream, iteration), so resuming needs no state.
 ERASING, ENCODER = 3, 4
@@ -57,7 +62,30 @@ class Generated:
     x_b_recon_p: Tensor
 
 
+Drawn = tuple[Batch, Batch, Encoded, Generated]  # a pair of batches and what points 2 to 4 make of it
+
+
 # ---------------------------------------------------------------------------------------- shared pieces
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch as equal parts in its order."""
+    n = len(batch.y) // parts
+    return [Batch(*(None if v is None else v[i * n : (i + 1) * n] for v in batch)) for i in range(parts)]
+
+
+def means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The terms of a step from those of its parts."""
+    return {name: torch.stack([terms[name].detach() for terms in found]).mean(dim=0) for name in found[0]}
+
+
+def passes(net: Callable[[Tensor], Any], images: tuple[Tensor, ...], *, joint: bool) -> list[tuple[Tensor, L.Logits]]:
+    """Code and logits of each batch of images, separately or in one pass."""
+    if not joint:
+        return [net(x) for x in images]
+    f, p = net(torch.cat(images))
+    logits = zip(*(head.chunk(len(images)) for head in p), strict=True)
+    return list(zip(f.chunk(len(images)), logits, strict=True))
+
+
 def lr_factor(policy: str, t: int, *, step_size: int, gamma: float, max_iter: int) -> float:
     """What the learning rate is multiplied by at iteration `t` (0-based), a pure function of it (section 8)."""
     if policy == "multistep":
@@ -160,12 +188,12 @@ class DGNetTrainer:
             for net in [self.id_net, *self.teachers]:
                 net.to(memory_format=torch.channels_last)
 
-        adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+        adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
         self.opt_gen = torch.optim.Adam(self.gen.parameters(), lr=cfg.lr_g, **adam)
         self.opt_dis = torch.optim.Adam(self.dis.parameters(), lr=cfg.lr_d, **adam)
         groups = [{"params": list(self.id_net.model.parameters()), "lr": cfg.lr2}]
         groups += [{"params": list(head.parameters()), "lr": 10 * cfg.lr2} for head in self.id_net.heads()]
-        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
         for optimizer in self.optimizers().values():
             remember_initial_rates(optimizer)
         fp16 = cfg.precision == "fp16"
@@ -199,14 +227,33 @@ class DGNetTrainer:
         live_encoder = rng.random() <= cfg.use_encoder_again
 
         self.set_learning_rates(t)
-        with autocast(self.device, cfg.precision):
+        pairs = list(zip(split(a, cfg.accumulate), split(b, cfg.accumulate), strict=True))
+        draw = partial(self.draw, rng=rng, erasing=np.random.default_rng((cfg.seed, ERASING, t)), update_id=update_id)
+        if len(pairs) == 1:
+            drawn = [draw(a, b)]
+            fakes = [(a, b, generated) for a, b, _, generated in drawn]
+        else:
+            # One part's graph at a time: D sees the fakes of a first pass, which leaves nothing behind, G a second's.
+            fakes = (self.rehearse(a, b, rng) for a, b in pairs)
+            drawn = (draw(a, b) for a, b in pairs)
+        dis_terms = self.update_discriminator(fakes)
+        gen_terms = self.update_generator_and_id(drawn, weights, live_encoder, update_id, rng)
+        return dis_terms | gen_terms
+
+    def draw(self, a: Batch, b: Batch, *, rng: Rng, erasing: Rng, update_id: bool) -> Drawn:
+        """Points 2 to 4 for a pair of batches."""
+        with autocast(self.device, self.cfg.precision):
             encoded = self.encode(a, b, rng, update_id)
             generated = self.compose(encoded)
-            if cfg.erasing_p > 0 and update_id:
-                self.classify_erased(a, b, encoded, t)
-        dis_terms = self.update_discriminator(a, b, generated)
-        gen_terms = self.update_generator_and_id(a, b, encoded, generated, weights, live_encoder, update_id, rng)
-        return dis_terms | gen_terms
+            if self.cfg.erasing_p > 0 and update_id:
+                self.classify_erased(a, b, encoded, erasing)
+        return a, b, encoded, generated
+
+    @torch.no_grad()
+    def rehearse(self, a: Batch, b: Batch, rng: Rng) -> tuple[Batch, Batch, Generated]:
+        """Points 2 and 3 without a graph and without a trace in the running statistics."""
+        with autocast(self.device, self.cfg.precision), same_statistics(self.id_net):
+            return a, b, self.compose(self.encode(a, b, rng))
 
     def set_learning_rates(self, t: int) -> None:
         cfg = self.cfg
@@ -215,66 +262,67 @@ class DGNetTrainer:
             set_learning_rate(optimizer, lr_factor(cfg.lr_policy, t, gamma=gamma, **schedule))
 
     def encode(self, a: Batch, b: Batch, rng: np.random.Generator, update_id: bool = True) -> Encoded:
-        """Point 2. The id net's passes are separate because each has its own BatchNorm statistics."""
-        s_a, s_b = self.gen.encode(self.structure_input(torch.cat([a.x, b.x]), rng, len(a.x))).chunk(2)
+        """Point 2."""
+        s_a, s_b = self.encode_structure(self.structure_input(torch.cat([a.x, b.x]), rng, len(a.x))).chunk(2)
         # Where erasing replaces the logits, of these passes only the code is used; a detached one needs no graph.
         code_alone = self.cfg.erasing_p > 0 and self.cfg.ID_style == "AB" and self.cfg.detach_f
         with nullcontext() if update_id and not code_alone else torch.no_grad():
-            f_a, p_a = self.id_net(enlarge(a.x))
-            f_b, p_b = self.id_net(enlarge(b.x))
-            fp_a, pp_a = self.id_net(enlarge(a.xp))
-            fp_b, pp_b = self.id_net(enlarge(b.xp))
+            seen = self.classify(*map(enlarge, (a.x, b.x, a.xp, b.xp)))
+        (f_a, p_a), (f_b, p_b), (fp_a, pp_a), (fp_b, pp_b) = seen
         return Encoded(s_a, s_b, f_a, f_b, fp_a, fp_b, p_a, p_b, pp_a, pp_b)
 
     def compose(self, e: Encoded) -> Generated:
         """Point 3. The decoder has no batch statistics, so its six passes are one."""
         s = torch.cat([e.s_b, e.s_a, e.s_a, e.s_b, e.s_a, e.s_b])
         f = torch.cat([e.f_a, e.f_b, e.f_a, e.f_b, e.fp_a, e.fp_b])
-        return Generated(*self.gen.decode(s, f).chunk(6))
+        return Generated(*self.decode(s, f).chunk(6))
 
-    def classify_erased(self, a: Batch, b: Batch, e: Encoded, t: int) -> None:
+    def classify_erased(self, a: Batch, b: Batch, e: Encoded, rng: Rng) -> None:
         """Point 4. Logits of the erased images replace those of the whole ones; erasing touches nothing else."""
-        rng = np.random.default_rng((self.cfg.seed, ERASING, t))
         erased = [random_erase(enlarge(x), self.cfg.erasing_p, rng) for x in (a.x, b.x, a.xp, b.xp)]
-        e.p_a, e.p_b, e.pp_a, e.pp_b = (self.id_net(x)[1] for x in erased)
+        e.p_a, e.p_b, e.pp_a, e.pp_b = (logits for _, logits in self.classify(*erased))
 
-    def update_discriminator(self, a: Batch, b: Batch, g: Generated) -> dict[str, Tensor]:
+    def update_discriminator(self, fakes: Iterable[tuple[Batch, Batch, Generated]]) -> dict[str, Tensor]:
         """Point 5, and Adam's step."""
-        cfg = self.cfg
-        with autocast(self.device, cfg.precision):
-            real, fake = torch.cat([a.x, b.x]), torch.cat([g.x_ba, g.x_ab])
-            loss, terms = L.discriminator_loss(self.dis, real, fake, gan_type=cfg.dis.gan_type, penalty=cfg.dis.LAMBDA)
-        total = cfg.gan_w * loss
+        cfg, found = self.cfg, []
         self.opt_dis.zero_grad()
-        self.scaler_dis.scale(total).backward()
+        for a, b, g in fakes:
+            with autocast(self.device, cfg.precision):
+                real, fake, dis = torch.cat([a.x, b.x]), torch.cat([g.x_ba, g.x_ab]), cfg.dis
+                loss, terms = L.discriminator_loss(self.dis, real, fake, gan_type=dis.gan_type, penalty=dis.LAMBDA)
+            total = cfg.gan_w * loss
+            self.scaler_dis.scale(total / cfg.accumulate).backward()
+            found.append({"dis_total": total} | terms)
         average_gradients(self.opt_dis)
         self.scaler_dis.step(self.opt_dis)
         self.scaler_dis.update()
-        return {"dis_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
+        return means(found)
 
     def update_generator_and_id(
         self,
-        a: Batch,
-        b: Batch,
-        encoded: Encoded,
-        generated: Generated,
+        drawn: Iterable[Drawn],
         weights: L.LossWeights,
         live_encoder: bool,
         update_id: bool,
-        rng: np.random.Generator,
+        rng: Rng,
     ) -> dict[str, Tensor]:
         """Point 6, with the updated D: one backward of section 7's total, Adam's step, SGD's step."""
-        with autocast(self.device, self.cfg.precision):
-            total, terms = self.generator_and_id_loss(a, b, encoded, generated, weights, live_encoder, update_id, rng)
+        found = []
         self.opt_gen.zero_grad()
         self.opt_id.zero_grad()
-        self.scaler_gen.scale(total).backward()
+        for a, b, encoded, generated in drawn:
+            with autocast(self.device, self.cfg.precision):
+                total, terms = self.generator_and_id_loss(
+                    a, b, encoded, generated, weights, live_encoder, update_id, rng
+                )
+            self.scaler_gen.scale(total / self.cfg.accumulate).backward()
+            found.append({"gen_total": total} | terms)
         updated = [self.opt_gen, self.opt_id] if update_id else [self.opt_gen]
         average_gradients(*updated)
         for optimizer in updated:
             self.scaler_gen.step(optimizer)
         self.scaler_gen.update()
-        return {"gen_total": total.detach()} | {name: term.detach() for name, term in terms.items()}
+        return means(found)
 
     def generator_and_id_loss(
         self,
@@ -314,16 +362,14 @@ class DGNetTrainer:
             fakes = torch.cat([g.x_ab, g.x_ba])
             with nullcontext() if live_encoder else weights_frozen(self.gen):
                 fakes = self.structure_input(fakes.detach() if live_encoder else fakes, rng, len(a.x))
-                s_a, s_b = self.gen.encode(fakes).chunk(2)
+                s_a, s_b = self.encode_structure(fakes, live=live_encoder).chunk(2)
             if w.recon_s_w > 0:
                 add("recon_s_a", w.recon_s_w, L.l1(s_a, e.s_a))
                 add("recon_s_b", w.recon_s_w, L.l1(s_b, e.s_b))
 
         # Appearance of the fakes: a frozen id net, live fakes.
         if cfg.recon_id_w > 0 or w.recon_f_w > 0 or w.recon_x_cyc_w > 0:
-            with frozen(self.id_net, batch_statistics=cfg.train_bn):
-                f_a, p_a = self.id_net(enlarge(g.x_ba))
-                f_b, p_b = self.id_net(enlarge(g.x_ab))
+            (f_a, p_a), (f_b, p_b) = self.classify_frozen(enlarge(g.x_ba), enlarge(g.x_ab))
             if w.recon_f_w > 0:
                 add("recon_f_a", w.recon_f_w, L.l1(f_a, e.f_a))
                 add("recon_f_b", w.recon_f_w, L.l1(f_b, e.f_b))
@@ -331,7 +377,7 @@ class DGNetTrainer:
                 prim_a, prim_b = (L.split_heads(p, cfg.ID_style)[0] for p in (p_a, p_b))
                 add("recon_id", cfg.recon_id_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
             if w.recon_x_cyc_w > 0:
-                x_aba, x_bab = self.gen.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
+                x_aba, x_bab = self.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
                 add("cyc_a", w.recon_x_cyc_w, L.l1(x_aba, a.x))
                 add("cyc_b", w.recon_x_cyc_w, L.l1(x_bab, b.x))
 
@@ -350,13 +396,47 @@ class DGNetTrainer:
             add("pid", cfg.pid_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
             if w.teacher_w > 0:
                 q_a, q_b = self.soft_labels(g.x_ba, a.y, b.y), self.soft_labels(g.x_ab, b.y, a.y)
-                _, p_ba = self.id_net(enlarge(g.x_ba.detach()))
-                _, p_ab = self.id_net(enlarge(g.x_ab.detach()))
+                (_, p_ba), (_, p_ab) = self.classify(enlarge(g.x_ba.detach()), enlarge(g.x_ab.detach()))
                 how = dict(id_style=style, t_w=cfg.T_w, b_w=cfg.B_w)
                 loss_a, loss_b = L.teacher_loss(p_ba, q_a, b.y, **how), L.teacher_loss(p_ab, q_b, a.y, **how)
                 add("teacher", w.teacher_w, loss_a + loss_b)
 
         return torch.stack(weighted).sum(), terms
+
+    # ---------------------------------------------------------------------------------- passes
+    def classify(self, *images: Tensor) -> list[tuple[Tensor, L.Logits]]:
+        """Code and logits of each batch of images: a pass with BatchNorm statistics of its own for each (section 6).
+
+        With `joint_bn` they are one pass with common statistics.
+        """
+        return passes(partial(self.recomputed, self.id_net, same_statistics), images, joint=self.cfg.joint_bn)
+
+    def classify_frozen(self, *images: Tensor) -> list[tuple[Tensor, L.Logits]]:
+        """As `classify`, by the id net as it stands: the gradient reaches the images only."""
+        how = partial(frozen, batch_statistics=self.cfg.train_bn)
+        with how(self.id_net):
+            if not self.cfg.train_bn:
+                # By running statistics the images do not see each other: one pass. Its statistics are those of now,
+                # which the backward could not make again.
+                return passes(self.id_net, images, joint=True)
+            return passes(partial(self.recomputed, self.id_net, how), images, joint=self.cfg.joint_bn)
+
+    def encode_structure(self, g: Tensor, *, live: bool = True) -> Tensor:
+        return self.recomputed(self.gen.enc_content, nullcontext if live else weights_frozen, g)
+
+    def decode(self, s: Tensor, f: Tensor) -> Tensor:
+        if not self.cfg.recompute:
+            return self.gen.decode(s, f)
+        # A few images at a time, or the recomputed pass would fill the memory that it is to save.
+        n = len(s) // 2
+        parts = zip(s.split(n), f.split(n), strict=True)
+        return torch.cat([checkpoint(self.gen.decode, *part, use_reentrant=False) for part in parts])
+
+    def recomputed(self, net: nn.Module, again: Callable[[nn.Module], AbstractContextManager], x: Tensor) -> Any:
+        """`net(x)`; with `recompute` its activations are thrown away and made again in the backward, under `again`."""
+        if not self.cfg.recompute or not torch.is_grad_enabled():
+            return net(x)
+        return checkpoint(net, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again(net)))
 
     @torch.no_grad()
     def soft_labels(self, fake: Tensor, y_app: Tensor, y_str: Tensor) -> Tensor:
@@ -413,7 +493,7 @@ class TeacherTrainer:
             {"params": list(self.net.classifier.parameters()), "lr": cfg.lr},
         ]
         self.optimizer = remember_initial_rates(
-            torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+            torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 

@@ -70,7 +70,8 @@ class Session:
 
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
-    own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
+    parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
+    own_batch_size = distributed.own_batch_size(cfg.batch_size // parts, sync_bn=cfg.sync_bn)
     images = read_training_images(cfg)
     classes = num_classes(cfg, images)
     common = dict(

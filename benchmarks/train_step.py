@@ -7,7 +7,7 @@ plain tf32  the same with TF32, on CUDA alone
 fp32        the real step as configured by default
 bf16        precision: bf16, channels_last: true
 fp16        precision: fp16, channels_last: true, on CUDA alone
-Variants with `compile` are measured with --compile.
+recompute   bf16 with recompute: true
 
 Of each: seconds (median of the rounds), the ratio to the plain step (median of the rounds' ratios), real images/s,
 greatest memory above what lay there before the step, and for the real ones seconds by phase, operations or kernels
@@ -18,12 +18,14 @@ reach.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import statistics
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from benchmarks.plain import PlainTrainer
 from config import DGNetConfig, load_config
 from data.pairs import Batch
 from reIDmodel import build_teacher
-from trainer import DGNetTrainer
+from trainer import AUTOCAST, DGNetTrainer
 from training import to_device
 from utils import ROOT, UserError, run_cli
 
@@ -46,7 +48,7 @@ PHASES = ("encode", "compose", "classify_erased", "update_discriminator", "gener
 FAST = dict(channels_last=True)
 
 
-def variants(device: torch.device, *, compiled: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
+def variants(device: torch.device) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
     """Name to trainer and changes of the config; the first is the plain one."""
     found = {"plain": (PlainTrainer, {})}
     if device.type == "cuda":
@@ -54,8 +56,7 @@ def variants(device: torch.device, *, compiled: bool) -> dict[str, tuple[type[DG
     found |= {"fp32": (DGNetTrainer, {}), "bf16": (DGNetTrainer, FAST | {"precision": "bf16"})}
     if device.type == "cuda":
         found["fp16"] = (DGNetTrainer, FAST | {"precision": "fp16"})
-    if compiled:
-        found["bf16 compile"] = (DGNetTrainer, FAST | {"precision": "bf16", "compile": True})
+    found["recompute"] = (DGNetTrainer, FAST | {"precision": "bf16", "recompute": True})
     return found
 
 
@@ -132,6 +133,7 @@ def peak_memory(steps: Steps) -> int:
         before = torch.cuda.memory_allocated(steps.device)
         steps()
         return torch.cuda.max_memory_allocated(steps.device) - before
+    give_back_freed_memory()
     stop, seen = threading.Event(), [resident_bytes()]
 
     def watch() -> None:
@@ -146,6 +148,13 @@ def peak_memory(steps: Steps) -> int:
         stop.set()
         watcher.join()
     return max(seen) - seen[0]
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what it keeps for later; elsewhere the peak is measured above that."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:
@@ -201,11 +210,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, compiled: bool, short: bool) -> dict[str, Any]:
+def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool) -> dict[str, Any]:
     """Everything that the module's text promises, ready for JSON. `short` leaves out phases, launches and rates."""
     made = {
         name: Steps(name, kind, cfg.model_copy(update=changes), device)
-        for name, (kind, changes) in variants(device, compiled=compiled).items()
+        for name, (kind, changes) in variants(device).items()
     }
     # The first step allocates and, on CUDA, chooses algorithms; it serves as the measurement of memory.
     result: dict[str, Any] = {name: {"peak_memory": peak_memory(steps)} for name, steps in made.items()}
@@ -222,11 +231,9 @@ def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, compiled: bo
         if not isinstance(steps.trainer, PlainTrainer):
             found["phases"] = phases(steps)
         found["launches"] = launches(steps)
-        if "compile" not in name:
-            found["flops"] = flops(steps)
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[steps.trainer.cfg.precision]
-            rate = matrix_rate(device, dtype)
-            found["share_of_matrix_rate"] = found["flops"] / found["median"] / rate
+        found["flops"] = flops(steps)
+        rate = matrix_rate(device, AUTOCAST[steps.trainer.cfg.precision] or torch.float32)
+        found["share_of_matrix_rate"] = found["flops"] / found["median"] / rate
     return result
 
 
@@ -255,7 +262,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="pairs per step (default: the config's on CUDA, 2 on a CPU)")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default: 20 on CUDA, 3 on a CPU)")
     parser.add_argument("--threads", type=int, help="of a CPU (default: all)")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
     parser.add_argument("--short", action="store_true", help="leave out phases, launches and the share of the rate")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default: ours)")
     args = parser.parse_args()
@@ -280,7 +286,7 @@ def main() -> None:
         "backbone": cfg.backbone,
     }
     print(f"train_step: {Path(args.config).name}, batch {cfg.batch_size}, on {result['machine']}", flush=True)
-    found = measure(cfg, device, rounds=rounds, compiled=args.compile, short=args.short)
+    found = measure(cfg, device, rounds=rounds, short=args.short)
     print(show(found))
     print(f"  written to {write_result(args.results, f'train_step-{device.type}', result | {'variants': found})}")
 

@@ -45,6 +45,7 @@ CASES = {
     "synchronised": dict(sync_bn=True, use_encoder_again=1, erasing_p=0.5),
     "edges": dict(sync_bn=True, use_encoder_again=-1, single="edge", detach_f=False, gen=dict(dropout=0.3)),
     "frozen BatchNorm": dict(train_bn=False, ID_style="PCB", erasing_p=0.5, dis=dict(gan_type="nsgan")),
+    "channels last": dict(sync_bn=True, channels_last=True, joint_bn=True, gen=dict(dropout=0.3)),
 }
 
 

@@ -9,7 +9,10 @@ import torch
 from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 
 from benchmarks.plain import PLAIN, PlainTrainer, make_plain
+from data.pairs import Batch
 from reIDmodel import build_teacher
+from trainer import DGNetTrainer
+from training import to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,3 +72,90 @@ def test_every_fast_layer_has_a_plain_one() -> None:
         assert not any(
             getattr(module, "inplace", False) for module in net.modules() if "Leaky" in type(module).__name__
         )
+
+
+# ---------------------------------------------------------------------- the step's options for speed and memory
+def one_step(cfg_changes: dict[str, Any], *, double: bool = False) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Terms and gradients of one step with every loss, without dropout; `double`: on every image twice."""
+    _, real = both(**(dict(batch_size=4) | cfg_changes))
+    batches = random_batches(tiny_config(batch_size=2 if double else 4), dtype=torch.float64)
+    if double:
+        batches = [Batch(*(None if v is None else torch.cat([v, v]) for v in batch)) for batch in batches]
+    terms = real.step(*batches, 10)
+    grads = {
+        f"{name}.{key}": p.grad.clone()
+        for name, net in real.networks().items()
+        for key, p in net.named_parameters()
+        if p.grad is not None
+    }
+    statistics = {name: value.clone() for name, value in real.id_net.named_buffers()}
+    return terms, grads | statistics
+
+
+def assert_same(got: tuple[dict, dict], expected: tuple[dict, dict], rtol: float = 1e-7) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            scale = value.abs().max().item()
+            torch.testing.assert_close(
+                ours[name], value, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("live", [1.0, -1.0], ids=["live encoder", "frozen encoder"])
+@pytest.mark.parametrize("train_bn", [True, False])
+def test_recomputed_activations_change_no_number(live: float, train_bn: bool) -> None:
+    changes = dict(use_encoder_again=live, train_bn=train_bn, erasing_p=0.5)
+    assert_same(one_step(changes | dict(recompute=True)), one_step(changes))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(ID_style="PCB"), dict(recompute=True)], ids=["AB", "PCB", "recompute"])
+def test_a_batch_in_equal_parts_gives_the_gradients_of_the_whole(changes: dict[str, Any]) -> None:
+    """Each half of the batch is the same images, whose statistics are those of the whole."""
+    changes = changes | dict(erasing_p=0)
+    (terms, grads), (expected, whole) = (one_step(changes | dict(accumulate=n), double=True) for n in (2, 1))
+    # Running statistics are updated by every part, so they alone move further.
+    for found in (grads, whole):
+        for name in [n for n in found if "running" in n or "tracked" in n]:
+            del found[name]
+    assert_same((terms, grads), (expected, whole))
+
+
+def test_the_first_pass_of_a_part_leaves_no_trace() -> None:
+    """Two parts update the running statistics exactly as two steps' passes do: one update for each pass."""
+    updates = [one_step(dict(accumulate=n))[1]["model.bn1.num_batches_tracked"] for n in (1, 2)]
+    assert updates[1] == 2 * updates[0]
+
+
+def test_joint_statistics_are_one_pass_for_all() -> None:
+    """Where every image is the same, its statistics are those of any number of copies; elsewhere they differ."""
+    counts = [one_step(dict(joint_bn=joint))[1]["model.bn1.num_batches_tracked"] for joint in (False, True)]
+    assert counts[0] == 10 and counts[1] == 3  # four passes, four erased, two fakes
+    apart, joint = one_step(dict(erasing_p=0)), one_step(dict(erasing_p=0, joint_bn=True))
+    assert apart[0].keys() == joint[0].keys()
+    assert apart[0]["id"] != joint[0]["id"]
+
+    def same_images(**changes: Any) -> torch.Tensor:
+        _, real = both(batch_size=4, erasing_p=0, **changes)
+        a, b = random_batches(real.cfg, dtype=torch.float64)
+        b = b._replace(x=a.x, xp=a.x)
+        return real.step(a._replace(xp=a.x), b, 0)["id"]
+
+    torch.testing.assert_close(same_images(joint_bn=True), same_images(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing(precision: str) -> None:
+    """No host synchronisation in a whole step: nothing is read back, nothing copied from pageable memory and waited."""
+    cfg = tiny_config(**ALL_LOSSES, precision=precision, erasing_p=0.5)
+    device = torch.device("cuda")
+    trainer = DGNetTrainer(cfg, 4, device, teachers=[build_teacher(4, backbone="resnet10w4")])
+    batches = [to_device(batch, device, cfg) for batch in random_batches(cfg)]
+    trainer.step(*batches, 9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(10, 13):
+            trainer.step(*batches, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
