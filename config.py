@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -29,9 +29,9 @@ DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
 # Keys that say what is shown and kept, how fast images come, or what a run starts from: none of them changes the steps
 # of a run that goes on. `data_root` counts by the images found there, `apex` by `precision`.
 HARMLESS_KEYS = frozenset(
-    "apex backbone_weights cache_images check_ranks_iter data_root display_size ID_class id_init image_display_iter "
-    "image_save_iter input_dim_a keep_every keep_last log_iter new_size num_workers pretrained skip_bad_images "
-    "snapshot_epochs snapshot_save_iter".split()
+    "apex backbone_weights cache_images cache_limit_mb check_ranks_iter data_root display_size ID_class "
+    "id_init image_display_iter image_save_iter input_dim_a keep_every keep_last log_iter new_size num_workers "
+    "pretrained skip_bad_images snapshot_epochs snapshot_save_iter".split()
 )
 # What the release assumes where a run folder's config.yaml does not name a key; other defaults are the schema's.
 RELEASE_FALLBACKS = {"ID_stride": 2, "apex": False, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}
@@ -43,7 +43,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        annotation = cls.model_fields[info.field_name].annotation
+        allowed = annotation is bool or any(choice is value for choice in get_args(annotation))
+        if isinstance(value, bool) and not allowed:
             raise ValueError("must not be true or false")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("must be a smaller number")
@@ -98,7 +100,8 @@ class CommonConfig(Section):
     pretrained: bool = True  # start the trunk from ImageNet weights
     precision: Precision = "fp32"  # arithmetic of the passes
     channels_last: bool = False  # memory format; faster in bf16 on CPUs and in fp16 on GPUs
-    cache_images: bool = False  # keep all training images decoded and resized in memory
+    cache_images: Literal[False, True, "auto", "source", "resized"] = "auto"  # training images decoded, in memory
+    cache_limit_mb: Count = 4096  # what does not fit is read from its files
     check_ranks_iter: Count = 500  # several processes: compare their weights every so many steps
     crop_padding: Annotated[int, Field(ge=0)] = 10  # pixels added on every side before the random crop
     keep_every: Annotated[int, Field(ge=0)] = (

@@ -43,7 +43,7 @@ from data.generated import (
     recover_rows,
     write_manifest,
 )
-from data.pairs import denormalise, iter_images, normalise
+from data.images import denormalise, iter_images, normalise
 from distributed import gather, is_main, rank, world_size
 from reIDmodel import enlarge
 from runs import RunFolder, load_teacher

@@ -29,7 +29,8 @@ from checkpoint import (
 from config import Config, DGNetConfig, TeacherConfig
 from data.folders import ImageList, read_split
 from data.generated import add_generated
-from data.pairs import Batch, PairLoader, iter_images
+from data.images import iter_images
+from data.pairs import Batch, PairLoader
 from guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from losses import loss_weights
 from runs import (
@@ -79,7 +80,9 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
         height=cfg.crop_image_height,
         width=cfg.crop_image_width,
         pad=cfg.crop_padding,
-        num_workers=0 if cfg.cache_images else cfg.num_workers,
+        num_workers=cfg.num_workers,
+        cache_limit_mb=cfg.cache_limit_mb,
+        device=device,
         part=(distributed.rank(), distributed.world_size()),
     )
     if isinstance(cfg, TeacherConfig):
@@ -92,10 +95,8 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
     else:
         # Images a and b are two independently shuffled passes over the same folder (section 1).
         a = PairLoader(images, seed=2 * cfg.seed, cache=cfg.cache_images, **common)
-        loaders = [
-            a,
-            PairLoader(images, seed=2 * cfg.seed + 1, cache=a.pixels if cfg.cache_images else False, **common),
-        ]
+        b = PairLoader(images, seed=2 * cfg.seed + 1, cache=False if a.pixels is None else a.pixels, **common)
+        loaders = [a, b]
     per_epoch = loaders[0].batches_per_epoch
     resumable = resume and bool(snapshots(run.checkpoints, NETWORKS[cfg.task]))
     trainer = build_trainer(
@@ -165,8 +166,8 @@ def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
         paths = s.images.paths
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
     chosen = [paths[order[i % len(paths)]] for i in range(2 * cfg.display_size)]
-    batches = iter_images(chosen, cfg.crop_image_height, cfg.crop_image_width, 64)
-    x_a, x_b = torch.cat(list(batches)).to(s.device).chunk(2)
+    batches = iter_images(chosen, cfg.crop_image_height, cfg.crop_image_width, 64, device=s.device)
+    x_a, x_b = torch.cat(list(batches)).chunk(2)
     return x_a, x_b
 
 
@@ -180,6 +181,7 @@ def circumstances(s: Session) -> dict[str, Any]:
         "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(s.device),
         "processes": distributed.world_size(),
         "PyTorch": str(torch.__version__),
+        "images resized by": s.loaders[0].resized_by,
     }
 
 

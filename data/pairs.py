@@ -1,4 +1,4 @@
-"""Training batches: pairs of images of one identity, augmented; and plain batches for evaluation.
+"""Training batches: pairs of images of one identity, augmented in batches on the training device.
 
 Every random draw is a function of (seed, iteration), never of a generator's history, so a stream resumed at
 iteration t is the one that was interrupted, and the number of workers does not show in it.
@@ -7,29 +7,28 @@ iteration t is the one that was interrupted, and the number of workers does not 
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from data.folders import DECODE_ERRORS, IMAGE_FORMATS, ImageList
+from data.cache import cached_images
+from data.folders import ImageList
 from data.generated import SoftLabels
-from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
+from data.images import normalise, resize, resized, to_device
+from utils import UserError
 
 # Workers that die close together are no accident: so many within so many batches end the run.
 _DEATHS, _CLOSE = 3, 1000
@@ -55,43 +54,17 @@ class Batch(NamedTuple):
     q: Tensor | None = None
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Decode a file to an upright RGB image. Raises UserError naming a file that cannot be decoded."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "I" or upright.mode.startswith("I;16"):
-                # Pillow would clip 16-bit gray at 255, not scale it.
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            elif upright.mode == "P":
-                # A palette with transparency has to pass through RGBA.
-                upright = upright.convert("RGBA")
-            return upright.convert("RGB")
-    except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be decoded ({reason}); replace or remove the file") from None
+class _Raw(NamedTuple):
+    """What is read for a batch, x then xp, before it is augmented: (N or 2N, 3, h, w) uint8 and the draws.
 
+    Bytes, because this is what worker processes hand over and what a GPU fetches: a quarter of floats.
+    """
 
-def resized(path: str | Path, height: int, width: int) -> Tensor:
-    """Decode a file and resize it, bicubic: (3, height, width) uint8."""
-    image = load_image(path).resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def decode_images(paths: Sequence[str | Path], height: int, width: int) -> Tensor:
-    """Decode and resize all images into memory: (n, 3, height, width) uint8."""
-    pixels = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-
-    def fill(i: int) -> None:
-        pixels[i] = resized(paths[i], height, width)
-
-    with ThreadPoolExecutor(_decode_threads()) as pool:
-        # Drained for its errors; the bar shows on a terminal only.
-        for _ in tqdm(pool.map(fill, range(len(paths))), "images", total=len(paths), leave=False, disable=None):
-            pass
-    return pixels
+    pixels: Tensor
+    flip: Tensor
+    top: Tensor
+    left: Tensor
+    index: Tensor  # (N,) of x
 
 
 def augment(pixels: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
@@ -104,25 +77,12 @@ def augment(pixels: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -
     The method mirrors before it resizes; the two commute, so it is done here on resized pixels.
     """
     n, channels, height, width = pixels.shape
-    rows = (top[:, None] - pad + torch.arange(height)).clamp_(0, height - 1)  # (N, H)
-    cols = (left[:, None] - pad + torch.arange(width)).clamp_(0, width - 1)  # (N, W)
+    device = pixels.device
+    rows = (top[:, None] - pad + torch.arange(height, device=device)).clamp_(0, height - 1)  # (N, H)
+    cols = (left[:, None] - pad + torch.arange(width, device=device)).clamp_(0, width - 1)  # (N, W)
     cols = torch.where(flip[:, None], width - 1 - cols, cols)
     source = (rows[:, :, None] * width + cols[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
     return pixels.reshape(n, channels, -1).gather(2, source).view(n, channels, height, width)
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 to float32: scaled to [0, 1], minus the ImageNet mean, over the ImageNet std."""
-    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1)
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-
-def denormalise(x: Tensor) -> Tensor:
-    """The inverse of `normalise`, for generated images: (N, 3, H, W) float to the nearest uint8."""
-    mean = torch.tensor(IMAGENET_MEAN, device=x.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=x.device).view(3, 1, 1)
-    return (x.detach().float() * std + mean).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 class PairLoader:
@@ -136,11 +96,13 @@ class PairLoader:
     height, width  size of the batches' images in pixels
     seed           at least 0; together with the iteration it decides every draw
     pad            pixels added on each side before the random crop
-    cache          True: decode all images once, here, and keep them (3*H*W bytes each). A tensor: the
+    cache          keep all images in memory, decoded here, once: see `data.cache.cached_images`. A tensor: the
                    `pixels` of another loader over the same list, shared instead of decoded again
+    cache_limit_mb  size that the cache may have; the files are read where it does not suffice
     num_workers    processes that read files; 0 reads in one background thread. Unused with a cache
     with_positive  False: no `xp` (teacher training)
     soft_labels    of all images, for `Batch.q`
+    device         where batches are augmented, and where x and xp are; a GPU fetches bytes from pinned memory
     part           (rank, world size): batches hold the rank-th of as many equal slices of the N images; the same
                    draws are made in every process, so that the slices together are the batch of one process
 
@@ -156,10 +118,12 @@ class PairLoader:
         width: int,
         seed: int,
         pad: int = 10,
-        cache: bool | Tensor = False,
+        cache: bool | str | Tensor = False,
+        cache_limit_mb: int = 4096,
         num_workers: int = 0,
         with_positive: bool = True,
         soft_labels: SoftLabels | None = None,
+        device: torch.device | str = "cpu",
         part: tuple[int, int] = (0, 1),
     ) -> None:
         for name, value, least in (
@@ -187,6 +151,7 @@ class PairLoader:
         self.num_workers = num_workers
         self.with_positive = with_positive
         self.soft_labels = soft_labels
+        self.device = torch.device(device)
         rank, processes = part
         if batch_size % processes:
             raise ValueError(f"{batch_size} images are not {processes} equal slices")
@@ -201,14 +166,20 @@ class PairLoader:
         self._place[self._by_label] = np.arange(len(images)) - self._first[self._labels[self._by_label]]
         self._epoch: tuple[int, np.ndarray] | None = None
 
-        self.pixels: Tensor | None = None
+        self.pixels: Tensor | None
         if isinstance(cache, Tensor):
-            expected = (len(images), 3, height, width)
-            if tuple(cache.shape) != expected or cache.dtype != torch.uint8:
-                raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, not uint8 {expected}")
+            if tuple(cache.shape[:2]) != (len(images), 3) or cache.dim() != 4 or cache.dtype != torch.uint8:
+                raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, not uint8 ({len(images)}, 3, h, w)")
             self.pixels = cache
-        elif cache:
-            self.pixels = decode_images(images.paths, height, width)
+        else:
+            self.pixels = cached_images(images.paths, cache, height, width, limit_mb=cache_limit_mb)
+
+    @property
+    def resized_by(self) -> str:
+        """What resizes the images: "Pillow", or "PyTorch, DEVICE" from a cache at the files' size."""
+        if self.pixels is None or self.pixels.shape[2:] == (self.height, self.width):
+            return "Pillow"
+        return f"PyTorch, {self.device.type}"
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches of iterations start, start + 1, ... without end, prepared ahead in the background."""
@@ -235,11 +206,7 @@ class PairLoader:
         index, positives, _ = self._choose(iteration)
         return [self.images.paths[i] for i in np.concatenate([index, *positives])]
 
-    def _raw(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """Augmented uint8 pixels, x then xp, (N or 2N, 3, H, W); and the (N,) index of x.
-
-        Bytes, because this is what worker processes hand over: a quarter of the shared memory of floats.
-        """
+    def _raw(self, iteration: int) -> _Raw:
         index, positives, draws = self._choose(iteration)
         own = self._own
         index = index[own]
@@ -247,12 +214,11 @@ class PairLoader:
         flip, top, left = (
             torch.from_numpy(np.concatenate([draw[own] for draw in parts])) for parts in zip(*draws, strict=True)
         )
-
         if self.pixels is not None:
             pixels = self.pixels[torch.from_numpy(chosen)]
         else:
             pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
-        return augment(pixels, flip, top, left, self.pad), torch.from_numpy(index.copy())
+        return _Raw(pixels, flip, top, left, torch.from_numpy(index.copy()))
 
     def _choose(self, iteration: int) -> tuple[np.ndarray, list[np.ndarray], list[tuple[np.ndarray, ...]]]:
         """Of the whole batch: the index of x; that of xp, if there is one; the draws of their augmentations."""
@@ -279,21 +245,25 @@ class PairLoader:
         place += (place >= self._place[index]) & (others > 0)
         return self._by_label[self._first[label] + place]
 
-    def _finish(self, raw: tuple[Tensor, Tensor]) -> Batch:
-        pixels, index = raw
-        images = normalise(pixels)
+    def _finish(self, raw: _Raw) -> Batch:
+        pixels, flip, top, left = (to_device(part, self.device) for part in raw[:4])
+        images = normalise(augment(resize(pixels, self.height, self.width), flip, top, left, self.pad))
+        index, n = raw.index, len(raw.index)
         y = torch.from_numpy(self._labels[index.numpy()])
         q = None if self.soft_labels is None else torch.from_numpy(self.soft_labels.rows(index.numpy()))
-        return Batch(images[: len(index)], images[len(index) :], y, index, q)
+        return Batch(images[:n], images[n:], y, index, q)
 
     def _batches_from_thread(self, start: int) -> Iterator[Batch]:
+        # On a CPU the thread does everything. A GPU's work is handed to it from the main thread, in whose stream it is.
+        on_cpu = self.device.type == "cpu"
+        prepare, finish = (self.batch, lambda batch: batch) if on_cpu else (self._raw, self._finish)
         pool = ThreadPoolExecutor(1)
         try:
-            ahead = deque(pool.submit(self.batch, start + i) for i in range(2))
+            ahead = deque(pool.submit(prepare, start + i) for i in range(2))
             for iteration in count(start + len(ahead)):
                 ready = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, iteration))
-                yield ready
+                ahead.append(pool.submit(prepare, iteration))
+                yield finish(ready)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -313,7 +283,7 @@ class PairLoader:
                     if len(deaths) == _DEATHS and iteration - deaths[0] < _CLOSE:
                         raise UserError(
                             f"processes that read images keep dying ({dead}), as when memory or /dev/shm is full; "
-                            "lower num_workers, or set cache_images: true"
+                            "lower num_workers, or set cache_images: auto"
                         ) from None
                     # Batches are functions of the iteration, so nothing is lost with a worker.
                     print(f"\nwarning: a process that reads images died ({dead}); started anew", file=sys.stderr)
@@ -382,7 +352,7 @@ class _Iterations(Dataset):
     def __init__(self, loader: PairLoader) -> None:
         self.loader = loader
 
-    def __getitem__(self, iteration: int) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, iteration: int) -> _Raw | UserError:
         try:
             return self.loader._raw(iteration)
         except UserError as error:
@@ -390,39 +360,5 @@ class _Iterations(Dataset):
             return error
 
 
-def _unchanged(raw: tuple[Tensor, Tensor] | UserError) -> tuple[Tensor, Tensor] | UserError:
+def _unchanged(raw: _Raw | UserError) -> _Raw | UserError:
     return raw
-
-
-def iter_images(
-    paths: Sequence[str | Path], height: int, width: int, batch_size: int, num_workers: int = 0
-) -> Iterator[Tensor]:
-    """Batches for evaluation, in the order of `paths`: (<= batch_size, 3, height, width) float32.
-
-    Resized, bicubic, and normalised with the ImageNet mean and std; nothing random.
-    num_workers  threads that decode; 0 chooses. Raises UserError naming an undecodable file.
-    """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be at least 1")
-    starts = range(0, len(paths), batch_size)
-    pool = ThreadPoolExecutor(num_workers or _decode_threads())
-
-    def submit(start: int) -> list[Future[Tensor]]:
-        return [pool.submit(resized, path, height, width) for path in paths[start : start + batch_size]]
-
-    try:
-        # One batch is decoded while the caller works on the one before it.
-        ahead = deque(submit(start) for start in starts[:2])
-        for start in range(2 * batch_size, len(paths) + 2 * batch_size, batch_size):
-            ready = ahead.popleft()
-            pixels = torch.stack([future.result() for future in ready])
-            if start < len(paths):
-                ahead.append(submit(start))
-            yield normalise(pixels)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _decode_threads() -> int:
-    # Pillow lets go of the interpreter lock while it decodes and resizes.
-    return min(8, os.cpu_count() or 1)

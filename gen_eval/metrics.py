@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import read_tensors
 from data.folders import ImageList
-from data.pairs import iter_images
+from data.images import iter_images
 from gen_eval.similarity import ssim
 from utils import UserError
 from visual_tools.grid import to_uint8

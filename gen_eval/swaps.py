@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.folders import ImageList
+from data.images import iter_images, normalise
 from data.mannequins import Factors
-from data.pairs import iter_images, normalise
 from gen_eval.similarity import ssim
 from reid_eval.evaluate import report
 from reid_eval.features import Features, embed_images

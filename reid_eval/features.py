@@ -100,7 +100,7 @@ def extract_features(
     """
     from tqdm import tqdm
 
-    from data.pairs import iter_images
+    from data.images import iter_images
     from distributed import gather, rank, world_size
 
     starts = range(0, len(paths), max(1, batch_size))[rank() :: world_size()]

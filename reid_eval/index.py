@@ -298,7 +298,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _decodes(path: Path) -> bool:
-    from data.pairs import load_image
+    from data.images import load_image
 
     try:
         load_image(path)

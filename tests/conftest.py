@@ -21,7 +21,7 @@ from utils import ROOT, run_cli
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 64, 32
-TINY_IMAGES = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, crop_padding=2, num_workers=0)
+TINY_IMAGES = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, crop_padding=2, num_workers=0, cache_images=False)
 # resnet10w4 ends in 32 channels: an appearance code of 128 numbers, 32 per chunk.
 TINY_DGNET = TINY_IMAGES | dict(
     data_root="",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from torchvision.datasets import ImageFolder
 from data import folders
 from data.archives import flat_archive
 from data.folders import ImageList, check_images, count_identities, parse_name, read_split, require_identities
-from data.pairs import Batch, PairLoader, augment, iter_images, load_image, normalise, resized
+from data.images import decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
+from data.pairs import Batch, PairLoader, augment
 from data.prepare import Task, prepare
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
@@ -371,7 +373,8 @@ def test_resume_equals_the_uninterrupted_stream(images: ImageList) -> None:
 def test_cache_and_workers_do_not_show(images: ImageList) -> None:
     reference = take(loader(images, cache=True).batches(1), 5)
     state = torch.random.get_rng_state()
-    for options in ({}, {"num_workers": 2}, {"num_workers": 1}, {"cache": True, "num_workers": 2}):
+    too_small = {"cache": "auto", "cache_limit_mb": 0, "num_workers": 2}
+    for options in ({}, {"num_workers": 2}, {"num_workers": 1}, {"cache": "resized", "num_workers": 2}, too_small):
         assert_same(reference, take(loader(images, **options).batches(1), 5))
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -412,3 +415,112 @@ def test_iter_images(images: ImageList, batch_size: int) -> None:
     assert torch.equal(torch.cat(batches), expected)
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert list(iter_images([], HEIGHT, WIDTH, batch_size)) == []
+
+
+# ---- the cache
+
+
+def photo(path: Path, size: tuple[int, int]) -> Path:
+    """Save smooth shapes of four scales with a little noise; `size` is (width, height)."""
+    rng = np.random.default_rng(list(path.name.encode()))
+    shapes = [
+        Image.fromarray(rng.integers(0, 256, (size[1] // s + 1, size[0] // s + 1, 3), dtype=np.uint8)).resize(size, 3)
+        for s in (4, 8, 16, 32)
+    ]
+    image = np.mean([np.asarray(shape, np.float32) for shape in shapes], axis=0)
+    image += rng.normal(0, 4, image.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageList:
+    """Four identities of two photo-like images, of Market-1501's size."""
+    names = [f"000{person}_c{camera}s1_000001_01.png" for person in range(1, 5) for camera in (1, 2)]
+    for name in names:
+        photo(tmp_path / "photos" / "train_all" / name[:4] / name, (64, 128))
+    return read_split(tmp_path / "photos", "train_all")
+
+
+@pytest.mark.parametrize("resizing", [resize, resize_in_float])
+@pytest.mark.parametrize("size", [(256, 128), (64, 32), (384, 128), (100, 90)])
+def test_resizing_in_batches_is_pillows_to_one_grey_level(
+    photos: ImageList, resizing: Callable[..., torch.Tensor], size: tuple[int, int]
+) -> None:
+    pillows = torch.stack([resized(path, *size) for path in photos.paths]).int()
+    source = torch.stack([decoded(path) for path in photos.paths])
+    ours = resizing(source, *size)
+    assert ours.dtype == torch.uint8
+    assert (ours.int() - pillows).abs().max() <= 1
+    # Where one side grows and the other shrinks, Pillow may take its passes in the other order.
+    assert (ours.int() != pillows).float().mean() < (0.3 if size == (100, 90) else 0.001)
+    assert resize(source, 128, 64) is source
+
+
+def test_a_cache_at_the_files_size_gives_the_batches_of_files(photos: ImageList) -> None:
+    size = {"height": 256, "width": 128, "pad": 10}
+    reference = take(loader(photos, **size).batches(2), 3)
+    cached = loader(photos, cache="source", **size)
+    assert cached.pixels.shape == (8, 3, 128, 64) and cached.resized_by == "PyTorch, cpu"
+    step = 1 / 255 / min(IMAGENET_STD)
+    for ours, files in zip(take(cached.batches(2), 3), reference, strict=True):
+        assert torch.equal(ours.index, files.index) and torch.equal(ours.y, files.y)
+        assert max((ours.x - files.x).abs().max(), (ours.xp - files.xp).abs().max()) < 1.001 * step
+        assert (ours.x != files.x).float().mean() < 1e-3
+
+
+def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+    def shape(cache: object, height: int, width: int, limit: int = 4096) -> tuple[int, ...] | None:
+        made = loader(photos, cache=cache, height=height, width=width, cache_limit_mb=limit)
+        if made.pixels is not None:
+            assert made.resized_by == ("Pillow" if made.pixels.shape[2] == height else "PyTorch, cpu")
+        return None if made.pixels is None else tuple(made.pixels.shape[2:])
+
+    for cache, large, small in (
+        ("auto", (128, 64), (64, 32)),  # the smaller of the two
+        ("source", (128, 64), (128, 64)),
+        ("resized", (256, 128), (64, 32)),
+        (True, (256, 128), (64, 32)),
+        (False, None, None),
+    ):
+        assert (shape(cache, 256, 128), shape(cache, 64, 32)) == (large, small)
+    assert capsys.readouterr().err == ""
+    # 8 images of 3 x 1024 x 512 are 12.6 MB, as files 0.2 MB.
+    assert shape("resized", 1024, 512, 12) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "13 MB at 1024 x 512 are more than cache_limit_mb 12" in said
+    assert said.endswith("images are read from their files\n")
+    assert shape("auto", 1024, 512, 12) == (128, 64)
+    assert capsys.readouterr().err == ""
+
+
+def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(photos.paths[5], (60, 128))
+    for cache in ("auto", "source"):
+        made = loader(photos, cache=cache, height=256, width=128)
+        assert torch.equal(made.pixels, torch.stack([resized(path, 256, 128) for path in photos.paths]))
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{photos.paths[5].name} is 128 x 60, others 128 x 64, so all are kept at 256 x 128" in said
+
+
+def test_no_memory_for_a_cache(
+    photos: ImageList, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("data.cache.torch.empty", full)
+    assert loader(photos, cache="resized").pixels is None
+    assert "no room for 0 MB (DefaultCPUAllocator: can't allocate memory); images are read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("options", [{"cache": "source"}, {"cache": "resized"}, {"num_workers": 1}])
+def test_batches_on_a_gpu_are_those_of_the_cpu(photos: ImageList, options: dict[str, object]) -> None:
+    size = {"height": 256, "width": 128, "pad": 10}
+    there = take(loader(photos, device="cuda", **size, **options).batches(), 3)
+    for ours, files in zip(there, take(loader(photos, **size).batches(), 3), strict=True):
+        assert ours.x.is_cuda and ours.xp.is_cuda and torch.equal(ours.index, files.index)
+        assert (ours.x.cpu() - files.x).abs().max() < 1.01 / 255 / min(IMAGENET_STD)

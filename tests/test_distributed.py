@@ -27,7 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import distributed
 import launch
+from data.cache import cached_images
 from data.folders import read_split
+from data.images import decoded
 from data.pairs import Batch, PairLoader
 from losses import adversarial_loss, discriminator_loss
 from networks import Discriminator
@@ -121,7 +123,28 @@ def wgan_terms() -> dict[str, Any]:
 
 def batches_of(data: Path) -> dict[str, Batch]:
     plain, cached = loader(data, 4, 5), loader(data, 4, 5, cache=True)
-    return {"files": plain.batch(9), "cache": cached.batch(9), "stream": next(plain.batches(9))}
+    source = loader(data, 4, 5, cache="source")
+    found = {"files": plain.batch(9), "cache": cached.batch(9), "stream": next(plain.batches(9))}
+    return found | {"source": source.batch(9)}
+
+
+def cache_of(data: Path) -> dict[str, Any]:
+    """How many files this process has decoded for a cache, what another's change in it shows, and a refusal."""
+    opened: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cache.decoded", lambda path: opened.append(path) or decoded(path))
+        made = loader(data, 4, 5, cache="source")
+        images = read_split(data, "train_all", need_names=False)
+    distributed.wait_for_all()
+    if distributed.rank() == 1:
+        made.pixels[0] = 77
+    distributed.wait_for_all()
+    first = made.pixels[0].unique().tolist()
+    images.paths[2] = data / "gone.jpg"
+    with pytest.raises(UserError) as raised:
+        cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=100)
+    little = cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=0)
+    return dict(opened=len(opened), images=len(images), first=first, error=str(raised.value), little=little)
 
 
 def features_of(data: Path) -> np.ndarray:
@@ -199,7 +222,12 @@ def enter(rank: int, size: int, port: int) -> Any:
 def work(rank: int, size: int, port: int, data: Path, out: Path) -> None:
     with enter(rank, size, port):
         found = everything(data)
-        found |= {"twenty steps": twenty_steps(data), "refusals": refusals(), "main": distributed.is_main()}
+        found |= {
+            "cache": cache_of(data),
+            "twenty steps": twenty_steps(data),
+            "refusals": refusals(),
+            "main": distributed.is_main(),
+        }
         found["any"] = [distributed.any_rank(flag) for flag in (False, rank == 1, True)]
         print(f"process {rank} prints")
         torch.save(found, out / f"{size}-{rank}.pt")
@@ -314,6 +342,17 @@ def test_slices_together_are_the_batch_of_one_process(found: Any, size: int) -> 
             slices = [getattr(own["batches"][kind], field) for own in found[size]]
             assert len({len(part) for part in slices}) == 1
             assert torch.equal(torch.cat(slices), value), (kind, field)
+
+
+@several
+def test_one_cache_for_all_processes_of_a_machine(found: Any, size: int) -> None:
+    """The first one decodes; what one of them changes all see; an undecodable file ends all with its name."""
+    own = [rank["cache"] for rank in found[size]]
+    assert [rank["opened"] for rank in own] == [own[0]["images"], *[0] * (size - 1)]
+    for rank in own:
+        assert rank["first"] == [77]
+        assert "gone.jpg: cannot be decoded" in rank["error"]
+        assert rank["little"] is None
 
 
 @several

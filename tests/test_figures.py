@@ -21,7 +21,7 @@ from PIL import Image
 
 from checkpoint import save_snapshot
 from data.folders import parse_name, read_people, read_split
-from data.pairs import decode_images, normalise
+from data.images import decode_images, normalise
 from gen_eval.metrics import Protocol
 from runs import RunFolder, start_folder
 from utils import ROOT, UserError

@@ -40,7 +40,8 @@ from data.generated import (
     soften,
     write_manifest,
 )
-from data.pairs import Batch, PairLoader, decode_images, normalise
+from data.images import decode_images, normalise
+from data.pairs import Batch, PairLoader
 from reIDmodel import build_teacher, enlarge
 from runs import RunFolder, load_teacher, save_teacher, start_folder
 from trainer import TeacherTrainer

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.folders import ImageList, read_split
+from data.images import normalise
 from data.mannequins import load_factors, make_dataset
-from data.pairs import normalise
 from gen_eval.similarity import ssim
 from gen_eval.swaps import (
     MOST_PSNR,

@@ -25,7 +25,7 @@ from PIL import Image
 import reid_eval.index as index_module
 from checkpoint import write_atomically
 from data.folders import find_images, read_split
-from data.pairs import decode_images, normalise
+from data.images import decode_images, normalise
 from reid_eval.features import Features, load_features
 from reid_eval.index import SearchIndex, open_index
 from reid_eval.ranking import Ranking, rank

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.pairs import denormalise
+from data.images import denormalise
 
 GAP = 4
 WHITE, INK = (255, 255, 255), (40, 40, 40)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data.pairs import load_image
+from data.images import load_image
 from reid_eval.features import Features
 from reid_eval.ranking import Ranking
 from reid_eval.top import Entry, first_entries, main_setting

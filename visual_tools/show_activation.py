@@ -32,7 +32,7 @@ def main() -> None:
         raise UserError(f"--count {args.count}: must be at least 1")
 
     from data.folders import find_images
-    from data.pairs import decode_images, normalise
+    from data.images import decode_images, normalise
     from runs import open_net
     from visual_tools.activation import activation_maps, head_names, overlay
     from visual_tools.figure import new_file, write_image

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint import WrongNetwork, read_tensors
 from config import DGNetConfig
-from data.pairs import iter_images
+from data.images import iter_images
 from networks import Generator
 from reIDmodel import IdNet, enlarge
 from runs import RunFolder, generator_config, load_generator, load_id_net, open_run, pick_epoch

@@ -62,7 +62,7 @@ def generate(
     from tqdm import tqdm
 
     from data.folders import ImageList
-    from data.pairs import iter_images
+    from data.images import iter_images
     from visual_tools.figure import file_names, write_image
     from visual_tools.grid import to_uint8
 
