@@ -95,7 +95,11 @@ def normalise(pixels: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 to float32: scaled to [0, 1], minus the ImageNet mean, over the ImageNet std."""
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1)
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    x = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    # One by one on a CPU, in whose caches an image then stays until it is done.
+    for image, out in zip(pixels, x, strict=True) if pixels.device.type == "cpu" else [(pixels, x)]:
+        out.copy_(image).div_(255).sub_(mean).div_(std)
+    return x
 
 
 def denormalise(x: Tensor) -> Tensor:

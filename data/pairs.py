@@ -55,34 +55,62 @@ class Batch(NamedTuple):
 
 
 class _Raw(NamedTuple):
-    """What is read for a batch, x then xp, before it is augmented: (N or 2N, 3, h, w) uint8 and the draws.
+    """What is read for a batch, x then xp, before it is augmented.
 
     Bytes, because this is what worker processes hand over and what a GPU fetches: a quarter of floats.
     """
 
-    pixels: Tensor
+    pixels: Tensor  # (n, 3, h, w) uint8
+    chosen: Tensor  # (N or 2N,) which of them, then the draws of `augment`
     flip: Tensor
     top: Tensor
     left: Tensor
-    index: Tensor  # (N,) of x
+    index: Tensor  # (N,) of x in the image list
 
 
-def augment(pixels: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
-    """Mirror, pad by repeating the edge, crop: each image by its own draw, as one gather.
+def augment(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
+    """Mirror, pad by repeating the edge, crop: each image by its own draw.
 
-    pixels  (N, 3, H, W), any dtype; flip (N,) bool
+    pixels  (n, 3, H, W) uint8
+    chosen  (N,) int64 which of them; flip (N,) bool
     top, left  (N,) int64 corner of the crop in the padded image, 0..2*pad
-    Returns (N, 3, H, W) of the same dtype.
+    Returns (N, 3, H, W) uint8.
 
     The method mirrors before it resizes; the two commute, so it is done here on resized pixels.
     """
-    n, channels, height, width = pixels.shape
-    device = pixels.device
-    rows = (top[:, None] - pad + torch.arange(height, device=device)).clamp_(0, height - 1)  # (N, H)
-    cols = (left[:, None] - pad + torch.arange(width, device=device)).clamp_(0, width - 1)  # (N, W)
+    return (augment_by_copies if pixels.device.type == "cpu" else augment_by_index)(
+        pixels, chosen, flip, top - pad, left - pad
+    )
+
+
+def augment_by_copies(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """`augment` for CPUs, which copy rectangles fast. Corners are those in the image itself, -pad..pad."""
+    height, width = pixels.shape[2:]
+    out = pixels.new_empty(len(chosen), *pixels.shape[1:])
+    for crop, k, mirrored, y, x in zip(out, *(draw.tolist() for draw in (chosen, flip, top, left)), strict=True):
+        image = pixels[k].flip(2) if mirrored else pixels[k]
+        # The part of the crop that lies in the image, a row and a column at least, then what repeats its edges.
+        y, x = min(max(y, 1 - height), height - 1), min(max(x, 1 - width), width - 1)
+        y0, y1, x0, x1 = max(0, -y), min(height, height - y), max(0, -x), min(width, width - x)
+        crop[:, y0:y1, x0:x1] = image[:, y0 + y : y1 + y, x0 + x : x1 + x]
+        crop[:, y0:y1, :x0] = crop[:, y0:y1, x0 : x0 + 1]
+        crop[:, y0:y1, x1:] = crop[:, y0:y1, x1 - 1 : x1]
+        crop[:, :y0] = crop[:, y0 : y0 + 1]
+        crop[:, y1:] = crop[:, y1 - 1 : y1]
+    return out
+
+
+def augment_by_index(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """`augment` for GPUs, in a few kernels for all images: whole rows first, then columns."""
+    channels, height, width = pixels.shape[1:]
+    steps = torch.arange(max(height, width, channels), device=pixels.device)
+    rows = (top[:, None] + steps[:height]).clamp_(0, height - 1)  # (N, H)
+    cols = (left[:, None] + steps[:width]).clamp_(0, width - 1)  # (N, W)
     cols = torch.where(flip[:, None], width - 1 - cols, cols)
-    source = (rows[:, :, None] * width + cols[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
-    return pixels.reshape(n, channels, -1).gather(2, source).view(n, channels, height, width)
+    planes = chosen[:, None] * channels + steps[:channels]  # (N, 3)
+    lines = pixels.reshape(-1, width).index_select(0, (planes[:, :, None] * height + rows[:, None, :]).flatten())
+    lines = lines.view(len(chosen), channels, height, width)
+    return lines.gather(3, cols[:, None, None, :].expand_as(lines))
 
 
 class PairLoader:
@@ -214,11 +242,14 @@ class PairLoader:
         flip, top, left = (
             torch.from_numpy(np.concatenate([draw[own] for draw in parts])) for parts in zip(*draws, strict=True)
         )
-        if self.pixels is not None:
-            pixels = self.pixels[torch.from_numpy(chosen)]
-        else:
+        here = torch.arange(len(chosen))
+        if self.pixels is None:
             pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
-        return _Raw(pixels, flip, top, left, torch.from_numpy(index.copy()))
+        elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
+            pixels, here = self.pixels, torch.from_numpy(chosen)  # straight from the cache into the crops
+        else:
+            pixels = self.pixels[torch.from_numpy(chosen)]
+        return _Raw(pixels, here, flip, top, left, torch.from_numpy(index.copy()))
 
     def _choose(self, iteration: int) -> tuple[np.ndarray, list[np.ndarray], list[tuple[np.ndarray, ...]]]:
         """Of the whole batch: the index of x; that of xp, if there is one; the draws of their augmentations."""
@@ -246,8 +277,8 @@ class PairLoader:
         return self._by_label[self._first[label] + place]
 
     def _finish(self, raw: _Raw) -> Batch:
-        pixels, flip, top, left = (to_device(part, self.device) for part in raw[:4])
-        images = normalise(augment(resize(pixels, self.height, self.width), flip, top, left, self.pad))
+        pixels, *draws = (to_device(part, self.device) for part in raw[:5])
+        images = normalise(augment(resize(pixels, self.height, self.width), *draws, self.pad))
         index, n = raw.index, len(raw.index)
         y = torch.from_numpy(self._labels[index.numpy()])
         q = None if self.soft_labels is None else torch.from_numpy(self.soft_labels.rows(index.numpy()))

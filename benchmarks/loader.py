@@ -1,0 +1,206 @@
+"""Images per second of the training data, against a plain pipeline: `python -m benchmarks.loader`.
+
+speed   JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and xp of 256 x 128, on one thread:
+        plain     Pillow and torchvision's transforms, one image at a time, in the order in which the method is written
+        source    from the cache at the files' size
+        resized   from the cache of resized images
+        files     from the files
+share   steps of training runs: the time that the loop waits for its batches, which are made while it works on the one
+        before, and the time that one thread takes to make them, as shares of the step
+
+The images are drawn by the embedded renderer. On a GPU the caches' batches are made on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from config import load_config
+from data.folders import ImageList, read_split
+from data.mannequins import make_dataset
+from data.pairs import PairLoader
+from runs import open_run
+from training import prepare, to_device
+from utils import IMAGENET_MEAN, IMAGENET_STD, ROOT, UserError, pick_device, run_cli, set_threads
+
+HEIGHT, WIDTH, PAD = 256, 128, 10
+# By name: the config and how the images are read. No weights are read from anywhere, and no teacher.
+ALONE = ["data_root={data}", "ID_class=auto", "pretrained=false"]
+NO_TEACHER = ["id_init=backbone", "max_teacher_w=0", "teacher_w=0"]
+RUNS = {
+    "latest": ("latest", NO_TEACHER),
+    "latest, files": ("latest", [*NO_TEACHER, "cache_images=false", "num_workers=0"]),
+    "demo": ("demo", NO_TEACHER),
+    "demo-teacher": ("demo-teacher", []),
+    "demo-teacher, files": ("demo-teacher", ["cache_images=false"]),
+}
+
+
+class PlainPairs:
+    """What the method's data section says, written as such scripts usually are: one image at a time, nothing kept."""
+
+    def __init__(self, images: ImageList) -> None:
+        self.paths, self.labels = images.paths, images.labels().tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomHorizontalFlip(),
+                transforms.Resize((HEIGHT, WIDTH), transforms.InterpolationMode.BICUBIC),
+                transforms.Pad(PAD, padding_mode="edge"),
+                transforms.RandomCrop((HEIGHT, WIDTH)),
+                transforms.ToTensor(),
+                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+
+    def read(self, i: int) -> torch.Tensor:
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB"))
+
+    def batch(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = random.sample(range(len(self.paths)), n)
+        others = [[j for j, label in enumerate(self.labels) if label == self.labels[i] and j != i] for i in chosen]
+        x = torch.stack([self.read(i) for i in chosen])
+        return x, torch.stack([self.read(random.choice(other or [i])) for i, other in zip(chosen, others, strict=True)])
+
+
+def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, batches: int, repeats: int) -> dict:
+    """Images per second of every way, and the ratios to the plain one, from `repeats` alternating rounds."""
+    common = dict(batch_size=batch_size, height=HEIGHT, width=WIDTH, pad=PAD, seed=0, device=device)
+    plain = PlainPairs(images)
+    iteration = count()
+
+    def ours(loader: PairLoader) -> None:
+        for _ in range(batches):
+            loader.batch(next(iteration))
+        finish(device)
+
+    def plainly() -> None:
+        for _ in range(batches):
+            plain.batch(batch_size)
+
+    caches = {name: PairLoader(images, cache=name, **common) for name in ("source", "resized")}
+    loaders = {"files": PairLoader(images, **common)} | caches
+    ways: dict[str, Callable[[], None]] = {"plain": plainly}
+    ways |= {name: partial(ours, loader) for name, loader in loaders.items()}
+    alternate(ways, 1)  # the first call of each sets things up
+    seconds = alternate(ways, repeats)
+    made = 2 * batch_size * batches
+    return {
+        "images/s": {name: made / statistics.median(values) for name, values in seconds.items()},
+        "times plain": {name: median_ratio(seconds["plain"], values) for name, values in seconds.items()},
+        "cache_mb": {name: loader.pixels.nbytes / 1e6 for name, loader in caches.items()},
+        "seconds": seconds,
+        "images per round": made,
+    }
+
+
+def measure_share(name: str, data: Path, device: torch.device, *, steps: int, settings: list[str] = ()) -> dict:
+    """Medians over `steps` of a run called `name` in `RUNS`: seconds of a step and of its batches, and their shares."""
+    file, own = RUNS[name]
+    changes = [setting.format(data=data) for setting in ALONE] + own + list(settings)
+    cfg = load_config(ROOT / "configs" / f"{file}.yaml", changes)
+    session = prepare(cfg, open_run(str(data), "benchmark"), device, resume=False)
+    streams = [loader.batches() for loader in session.loaders]
+    waited, whole, making = [], [], []
+    try:
+        for t in range(steps + 1):  # the first one sets things up
+            start = time.perf_counter()
+            batches = [to_device(next(stream), device, cfg) for stream in streams]
+            ready = time.perf_counter()
+            session.trainer.step(*batches, t)
+            finish(device)
+            waited.append(ready - start)
+            whole.append(time.perf_counter() - start)
+    finally:
+        for stream in streams:
+            stream.close()
+    for t in range(5):
+        start = time.perf_counter()
+        for loader in session.loaders:
+            loader.batch(t)
+        finish(device)
+        making.append(time.perf_counter() - start)
+    step, batch = statistics.median(whole[1:]), statistics.median(making)
+    return {
+        "step": step,
+        "batches": batch,
+        "share waited": sum(waited[1:]) / sum(whole[1:]),
+        "share of one thread": batch / step,
+        "waited": waited[1:],
+        "steps": whole[1:],
+    }
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--identities", type=int, default=60, help="identities that are drawn (default: 60)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs x, xp in a batch (default: 32)")
+    parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: 4)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="of the share part (default: all)")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: 3 on a CPU for latest, 20 otherwise)")
+    parser.add_argument("--quick", action="store_true", help="few repeats, and no run of latest.yaml")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the JSON file (default: the project's)"
+    )
+    args = parser.parse_args()
+    for name, least in (("identities", 4), ("batch_size", 2), ("batches", 1), ("repeats", 1), ("steps", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+    set_threads(1)
+    device = pick_device(args.device)
+    if args.quick:
+        args.identities, args.batches, args.repeats, args.steps = min(args.identities, 12), 1, 3, args.steps or 2
+        args.runs = [name for name in args.runs if not name.startswith("latest")]
+    result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size}
+    print(f"on {device}, {result['machine']}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "mannequins"
+        with contextlib.redirect_stdout(None):
+            make_dataset(data, train_ids=args.identities, test_ids=2)
+        images = read_split(data, "train_all", need_names=False)
+        sizes = dict(batch_size=min(args.batch_size, len(images)), batches=args.batches, repeats=args.repeats)
+        speed = measure_speed(images, device, **sizes)
+        print(f"{len(images)} images, one thread{'':12}images/s  times plain   cache MB")
+        for name, rate in speed["images/s"].items():
+            size = speed["cache_mb"].get(name)
+            print(f"  {name:34}{rate:10.0f}{speed['times plain'][name]:12.2f}" + (f"{size:12.1f}" if size else ""))
+        result |= {"images": len(images), "speed": speed, "share": {}}
+        if args.runs:
+            print(f"{'a run':22}step, s  its batches, s   waited   batches / step, one thread")
+        for name in args.runs:
+            slow = device.type == "cpu" and name.startswith("latest")
+            found = measure_share(name, data, device, steps=args.steps or (3 if slow else 20))
+            result["share"][name] = found
+            shares = f"{100 * found['share waited']:9.3f} %{100 * found['share of one thread']:10.2f} %"
+            print(f"  {name:20}{found['step']:7.3f}{found['batches']:12.4f}{shares}", flush=True)
+    print(f"written to {write_result(args.results, 'loader', result)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
