@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads
+from utils import UserError, add_machine_arguments, count_or_auto, pick_device, run_cli, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-soft-labels", action="store_true", help="go without a teacher")
     parser.add_argument("--top", type=int, default=5, help="identities in a soft label (default: 5)")
     parser.add_argument("--data_root", help="data set of the teacher's identities (default: the run's)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument(
+        "--batch_size",
+        type=count_or_auto,
+        metavar="N",
+        help="images at a time (default: auto, which is 32 on a CPU and what fits on a GPU)",
+    )
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
     parser.add_argument("--gpu_ids", help="GPUs, separated by commas: a process for each")
     parser.add_argument(
@@ -120,8 +125,8 @@ def main() -> None:
 def make_data_set(args: argparse.Namespace, device: torch.device, started: float) -> None:
     import torch
 
-    from distributed import world_size
-    from generation import Job, NetNames, Nets, generate, pass_size, plan
+    from distributed import gather, world_size
+    from generation import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
     from runs import generator_config, open_run, pick_epoch
     from trainer import check_precision
 
@@ -139,7 +144,10 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     teachers, classes = choose_teachers(args, cfg)
     names = NetNames(run, iteration, teachers, classes, args.precision)
     # Several processes load their own; these then only tell which weights they are.
-    nets = Nets(names, device if len(devices) == 1 or world_size() > 1 else pick_device("cpu"))
+    own = len(devices) == 1 or world_size() > 1
+    nets = Nets(names, device if own else pick_device("cpu"))
+    if args.batch_size is None:
+        args.batch_size = min(gather(choose_batch_size(nets if own else Nets(names, devices[0]), Path(args.out))))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}

@@ -53,6 +53,8 @@ from visual_tools.swapper import Swapper, load_swapper
 
 # Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
 CPU_PASS = 8
+# Images at a time where nobody says how many; a GPU may have to do with less.
+CPU_BATCH, GPU_BATCH = 32, 256
 _QUEUED_BATCHES = 3  # being written while the next one is computed
 
 
@@ -103,6 +105,10 @@ class Speed:
     command: float
 
 
+class TooManyImages(UserError):
+    """A pass needs more memory than the GPU has."""
+
+
 # --------------------------------------------------------------------------------------------- one worker
 class Nets:
     """The generator of a run and the teachers, on one device. Raises UserError for what cannot be loaded."""
@@ -125,7 +131,9 @@ class Nets:
                 pixels = denormalise(self.model.swap(x_app, x_str))
                 label = L.mean_prediction(self.teachers, enlarge(normalise(pixels))) if self.teachers else None
         except torch.OutOfMemoryError:
-            raise UserError(f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one") from None
+            raise TooManyImages(
+                f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one"
+            ) from None
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images, None if label is None else label.cpu().numpy()
 
@@ -146,7 +154,7 @@ def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterato
         for i in chunk + chunk[-1:] * (size - len(chunk))
     ]
     written: deque[tuple[list[Row], float, list[Future[None]]]] = deque()
-    with closing(iter_images(paths, *nets.size, 2 * size)) as stream, writers() as pool:
+    with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, writers() as pool:
         for batch in passes:
             rows, seconds, files = [], 0.0, []
             for chunk in batch:
@@ -167,6 +175,37 @@ def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterato
 
 def pass_size(device: torch.device, batch_size: int) -> int:
     return CPU_PASS if device.type == "cpu" else batch_size
+
+
+def choose_batch_size(nets: Nets, out: Path) -> int:
+    """`--batch_size auto`: that with which a generation in `out` was begun; 32 on a CPU; or what a GPU can hold.
+
+    The last is found by trying, 256 first, then half of it.
+    """
+    if nets.device.type == "cpu":
+        return CPU_BATCH
+    try:
+        begun = json.loads((out / SETTINGS).read_text())["images_per_pass"]
+        if isinstance(begun, int) and begun > 0:
+            return begun
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a new one, or a damaged one, which `compare_settings` refuses
+    size = GPU_BATCH
+    while not fits(nets, size):
+        if size == 1:
+            raise UserError("the GPU's memory is too small for one image; use --precision bf16 or --device cpu")
+        size //= 2
+        torch.cuda.empty_cache()
+    return size
+
+
+def fits(nets: Nets, size: int) -> bool:
+    """Whether `nets` can make so many images at a time."""
+    try:
+        nets(*torch.zeros(2, size, 3, *nets.size))
+    except TooManyImages:
+        return False
+    return True
 
 
 @contextmanager

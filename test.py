@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, add_net_arguments, check_net_arguments, run_cli, write_json
+from utils import UserError, add_net_arguments, check_net_arguments, count_or_auto, run_cli, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--test_dir", nargs="+", metavar="DIR", help="data sets to evaluate on (default: the config's data_root)"
     )
-    parser.add_argument("--batchsize", type=int, default=64, help="images per pass")
+    parser.add_argument(
+        "--batchsize",
+        type=count_or_auto,
+        metavar="N",
+        help="images per pass (default: auto, which is 32 on a CPU and what fits on a GPU)",
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the net (fp32)")
     parser.add_argument("--multi", action="store_true", help="also multi-query; needs multi-query/ or gt_bbox/")
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")
@@ -35,7 +41,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int | None:
     args = parse_args()
     check_net_arguments(args)
-    if args.batchsize < 1:
+    if args.batchsize is not None and args.batchsize < 1:
         raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
 
     import launch
@@ -82,9 +88,8 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     from visual_tools.rank_figure import write_rank_figure
 
     size, cameras = tested.size, not args.no_cameras
-    sets = extract_data_set(
-        tested.net, data_root, size=size, batch_size=args.batchsize, device=device, multi=args.multi
-    )
+    how = dict(batch_size=args.batchsize, precision=args.precision, device=device)
+    sets = extract_data_set(tested.net, data_root, size=size, multi=args.multi, **how)
     query, gallery = sets.query, sets.gallery
     if args.save_features and is_main():
         for path in save_features(args.save_features, query, gallery, sets.multi):
@@ -102,6 +107,7 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     print(f"{title}\n{format_table(result)}")
     header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration}
     header |= {"trained_on": data_set_name(own), "tested_on": name, "test_dir": str(data_root)}
+    header |= {"precision": args.precision}
     file = tested.folder / f"reid{suffix}.json"
     write_json(file, header | result)
     print(f"written to {file}")

@@ -60,6 +60,11 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser)
 
 
+def count_or_auto(text: str) -> int | None:
+    """The value of an option that is a number or `auto`, for which it gives None."""
+    return None if text == "auto" else int(text)
+
+
 def check_net_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for both a run and a teacher."""
     if args.name and args.teacher:

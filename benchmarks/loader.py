@@ -43,7 +43,6 @@ ALONE = ["data_root={data}", "ID_class=auto", "pretrained=false"]
 NO_TEACHER = ["id_init=backbone", "max_teacher_w=0", "teacher_w=0"]
 RUNS = {
     "latest": ("latest", NO_TEACHER),
-    "latest, files": ("latest", [*NO_TEACHER, "cache_images=false", "num_workers=0"]),
     "demo": ("demo", NO_TEACHER),
     "demo-teacher": ("demo-teacher", []),
     "demo-teacher, files": ("demo-teacher", ["cache_images=false"]),
@@ -108,16 +107,19 @@ def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, b
     }
 
 
-def measure_share(name: str, data: Path, device: torch.device, *, steps: int, settings: list[str] = ()) -> dict:
-    """Medians over `steps` of a run called `name` in `RUNS`: seconds of a step and of its batches, and their shares."""
+def measure_share(name: str, data: Path, device: torch.device, *, steps: int, skipped: int) -> dict:
+    """Of a run called `name` in `RUNS`: median seconds of a step and of its batches, and their shares.
+
+    skipped  steps at the start that do not count, because they set things up
+    """
     file, own = RUNS[name]
-    changes = [setting.format(data=data) for setting in ALONE] + own + list(settings)
+    changes = [setting.format(data=data) for setting in ALONE] + own
     cfg = load_config(ROOT / "configs" / f"{file}.yaml", changes)
     session = prepare(cfg, open_run(str(data), "benchmark"), device, resume=False)
     streams = [loader.batches() for loader in session.loaders]
     waited, whole, making = [], [], []
     try:
-        for t in range(steps + 1):  # the first one sets things up
+        for t in range(skipped + steps):
             start = time.perf_counter()
             batches = [to_device(next(stream), device, cfg) for stream in streams]
             ready = time.perf_counter()
@@ -134,14 +136,14 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, se
             loader.batch(t)
         finish(device)
         making.append(time.perf_counter() - start)
-    step, batch = statistics.median(whole[1:]), statistics.median(making)
+    step, batch = statistics.median(whole[skipped:]), statistics.median(making)
     return {
         "step": step,
         "batches": batch,
-        "share waited": sum(waited[1:]) / sum(whole[1:]),
+        "share waited": sum(waited[skipped:]) / sum(whole[skipped:]),
         "share of one thread": batch / step,
-        "waited": waited[1:],
-        "steps": whole[1:],
+        "waited": waited[skipped:],
+        "steps": whole[skipped:],
     }
 
 
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: 4)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds (default: 9)")
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="of the share part (default: all)")
-    parser.add_argument("--steps", type=int, help="steps of each run (default: 3 on a CPU for latest, 20 otherwise)")
+    parser.add_argument("--steps", type=int, help="steps of a run (default: 20); one of latest on a CPU")
     parser.add_argument("--quick", action="store_true", help="few repeats, and no run of latest.yaml")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     parser.add_argument(
@@ -175,7 +177,8 @@ def main() -> None:
     set_threads(1)
     device = pick_device(args.device)
     if args.quick:
-        args.identities, args.batches, args.repeats, args.steps = min(args.identities, 12), 1, 3, args.steps or 2
+        args.identities, args.batches, args.repeats = min(args.identities, 12), 1, min(args.repeats, 3)
+        args.steps = args.steps or 2
         args.runs = [name for name in args.runs if not name.startswith("latest")]
     result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size}
     print(f"on {device}, {result['machine']}", flush=True)
@@ -195,7 +198,8 @@ def main() -> None:
             print(f"{'a run':22}step, s  its batches, s   waited   batches / step, one thread")
         for name in args.runs:
             slow = device.type == "cpu" and name.startswith("latest")
-            found = measure_share(name, data, device, steps=args.steps or (3 if slow else 20))
+            steps = 1 if slow else args.steps or 20
+            found = measure_share(name, data, device, steps=steps, skipped=0 if slow else 1)
             result["share"][name] = found
             shares = f"{100 * found['share waited']:9.3f} %{100 * found['share of one thread']:10.2f} %"
             print(f"  {name:20}{found['step']:7.3f}{found['batches']:12.4f}{shares}", flush=True)

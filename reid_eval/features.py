@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 512  # of one head in the release's .mat files
 GROWTH = 100  # times its size that a feature file may unpack to; features themselves hardly shrink
+# Images per pass, each with its mirror. On a CPU more are no faster; a GPU may have to do with less.
+CPU_BATCH, GPU_BATCH = 32, 512
 _PARTS = {"query": "query", "gallery": "gallery", "multi": "mquery"}  # FeatureFile's field, prefix in the files
 
 
@@ -56,21 +58,27 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def embed_images(net: nn.Module, x: Tensor) -> Tensor:
+def embed_images(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
     """Features (N, heads, dim) of a batch of normalised images (N, 3, H, W), in x's dtype (section 9).
 
-    Per head: L2-normalise for the image and for its mirror, add, normalise again. The net runs in eval mode
-    without gradients and is left in the modes it had.
+    Per head: L2-normalise for the image and for its mirror, add, normalise again. Images and mirrors go through the
+    net together, in `precision`: it runs in eval mode, where they do not see each other, without gradients, and is left
+    in the modes it had.
     """
     import torch
     from torch.nn import functional as F
 
     from reIDmodel import enlarge
+    from trainer import autocast
 
     with torch.inference_mode(), _evaluating(net):
-        x = enlarge(x)
-        image, mirror = (torch.stack(net.embed(view), dim=1) for view in (x, x.flip(-1)))
-        return F.normalize(F.normalize(image, dim=-1) + F.normalize(mirror, dim=-1), dim=-1)
+        both = enlarge(torch.cat([x, x.flip(-1)]))
+        if x.device.type == "cpu" or precision != "fp32":
+            both = both.contiguous(memory_format=torch.channels_last)
+        with autocast(x.device, precision):
+            both = torch.stack(net.embed(both), dim=1)
+        image, mirror = F.normalize(both.to(x.dtype), dim=-1).chunk(2)
+        return F.normalize(image + mirror, dim=-1)
 
 
 def extract_features(
@@ -79,8 +87,9 @@ def extract_features(
     *,
     height: int,
     width: int,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | str,
+    precision: str = "fp32",
     num_workers: int = 0,
     progress: bool = True,
 ) -> np.ndarray:
@@ -93,26 +102,51 @@ def extract_features(
         net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
         paths: image files; none gives an empty (0, 1, 0) array.
         height, width: size the images are read at, in pixels.
+        batch_size: images per pass. None: 32 on a CPU, and on a GPU as many as fit in its memory, at most 512; they are
+            found by halving.
+        precision: of the net, "fp32", "bf16" or "fp16".
         progress: a progress bar on stderr, where that is a terminal.
 
     Raises:
-        UserError: an image that cannot be read.
+        UserError: an image that cannot be read; a batch that does not fit; fp16 on a CPU.
     """
+    import torch
     from tqdm import tqdm
 
     from data.images import iter_images
     from distributed import gather, rank, world_size
+    from trainer import check_precision
 
-    starts = range(0, len(paths), max(1, batch_size))[rank() :: world_size()]
-    own = [path for start in starts for path in paths[start : start + batch_size]]
+    device = torch.device(device)
+    check_precision(device, precision)
+    most = fitting = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    starts = range(0, len(paths), max(1, most))[rank() :: world_size()]
+    own = [path for start in starts for path in paths[start : start + most]]
     parts = []
     with tqdm(total=len(own), desc="features", unit="img", disable=None if progress else True) as bar:
-        for x in iter_images(own, height, width, batch_size, num_workers=num_workers):
-            parts.append(embed_images(net, x.to(device, non_blocking=True)).float().cpu().numpy())
+        for x in iter_images(own, height, width, most, num_workers=num_workers, device=device):
+            while (features := _embed_in_parts(net, x, fitting, precision)) is None:
+                if fitting == 1 or batch_size is not None:
+                    raise UserError(
+                        f"--batchsize {fitting}: the GPU's memory is too small; use a smaller one, auto or --device cpu"
+                    )
+                fitting //= 2
+                torch.cuda.empty_cache()
+            parts.append(features)
             bar.update(len(x))
     shares = gather(parts)
     parts = [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
     return np.concatenate(parts) if parts else np.empty((0, 1, 0), np.float32)
+
+
+def _embed_in_parts(net: nn.Module, x: Tensor, size: int, precision: str) -> np.ndarray | None:
+    """`embed_images` of at most `size` images at a time, as an array; None where the GPU's memory is too small."""
+    import torch
+
+    try:
+        return np.concatenate([embed_images(net, part, precision).float().cpu().numpy() for part in x.split(size)])
+    except torch.OutOfMemoryError:
+        return None
 
 
 def save_features(path: Path | str, query: Features, gallery: Features, multi: Features | None = None) -> list[Path]:
@@ -292,14 +326,16 @@ def extract_data_set(
     data_root: Path | str,
     *,
     size: tuple[int, int],
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device,
+    precision: str = "fp32",
     multi: bool = False,
     progress: bool = True,
 ) -> FeatureFile:
     """Features of a data set's query and gallery, and of its multi-query images when `multi`.
 
-    `size` is (height, width). Raises UserError for missing folders and names without identity and camera.
+    `size` is (height, width); the rest as in `extract_features`. Raises UserError for missing folders and names without
+    identity and camera.
     """
 
     def side(split: str) -> Features:
@@ -311,6 +347,7 @@ def extract_data_set(
             width=size[1],
             batch_size=batch_size,
             device=device,
+            precision=precision,
             progress=progress,
         )
         keys = np.array([path.name for path in images.paths])

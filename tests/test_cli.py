@@ -207,10 +207,24 @@ def test_evaluation_of_a_run(trained: Runs) -> None:
 
 
 def test_evaluation_of_a_teacher(trained: Runs, script: Script) -> None:
-    out = clean(script("test", "--teacher", "tutor", "--output_path", trained.folder, "--multi", "--batchsize", 16))
+    out = clean(
+        script(
+            "test",
+            "--teacher",
+            "tutor",
+            "--output_path",
+            trained.folder,
+            "--multi",
+            "--batchsize",
+            "auto",
+            "--precision",
+            "bf16",
+        )
+    )
     file = trained.folder / "models" / "tutor" / "reid.json"
     report = check_report(out, file, trained.images("query"))
     assert "teacher tutor" in out and "multi-query" in report["tables"]
+    assert report["precision"] == "bf16"
     file.unlink()
 
 
@@ -573,6 +587,7 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
         (["--name", "tutor"], "tutor is a teacher's run; evaluate it with: python test.py --teacher tutor"),
         (["--name", "tiny", "--teacher", "tutor"], "--name and --teacher: give one of the two"),
         (["--name", "tiny", "--batchsize", "0"], "--batchsize 0: must be at least 1"),
+        (["--name", "tiny", "--precision", "fp16"], "needs a CUDA GPU"),
         (["--name", "tiny", "--test_dir", "/nowhere"], "data_root /nowhere: no such folder"),
         (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
         (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import resource
@@ -23,6 +24,7 @@ import yaml
 from conftest import CPU, TINY_TEACHER, Outcome, tiny_config, tiny_teacher_config, tiny_trainer
 from PIL import Image
 
+import generation
 from checkpoint import save_snapshot
 from data.folders import read_people, read_split
 from data.generated import (
@@ -113,6 +115,31 @@ def assert_agrees(out: Path, *, unlisted: bool = False) -> list[Row]:
     files = {str(path.relative_to(out)) for path in out.rglob("*.[jp][pn]g") if not path.name.startswith(".")}
     assert {row.file for row in rows} <= files if unlisted else {row.file for row in rows} == files
     return rows
+
+
+# ------------------------------------------------------------------------------------------------- batches
+def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class Nets:
+        device, size = torch.device("cuda"), (8, 4)
+
+        def __call__(self, x_app: torch.Tensor, x_str: torch.Tensor) -> None:
+            tried.append(len(x_app))
+            assert x_app.shape == x_str.shape == (len(x_app), 3, 8, 4)
+            if len(x_app) > most:
+                raise generation.TooManyImages("--batch_size: too large")
+
+    most = 40
+    assert generation.choose_batch_size(Nets(), tmp_path) == 32 and tried == [256, 128, 64, 32]
+    # A generation that goes on has to see the images that it was begun with.
+    (tmp_path / SETTINGS).write_text(json.dumps({"images_per_pass": 64}))
+    assert generation.choose_batch_size(Nets(), tmp_path) == 64 and tried == [256, 128, 64, 32]
+    (tmp_path / SETTINGS).write_text("[]")
+    assert generation.choose_batch_size(Nets(), tmp_path) == 32
+    most = 0
+    with pytest.raises(UserError, match="too small for one image"):
+        generation.choose_batch_size(Nets(), tmp_path / "new")
 
 
 # ------------------------------------------------------------------------------------------------- pairs

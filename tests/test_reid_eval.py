@@ -14,6 +14,7 @@ from PIL import Image
 
 from reid_eval.evaluate import format_table, report
 from reid_eval.features import Features, embed_images, extract_features, load_features, save_features
+from reIDmodel import build_id_net
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,54 @@ def test_extract_features_keeps_the_order_of_the_paths(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-6)
     backwards = extract_features(net, paths[::-1], batch_size=5, **options)
     np.testing.assert_allclose(found, backwards[::-1], atol=1e-6)
+
+
+def images(folder, n):
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(n)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (64, 32, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+class SmallMemory(ToyNet):
+    """Cannot take more than `most` images, mirrors included, as a GPU that is full."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.tried = most, []
+
+    def embed(self, x):
+        self.tried.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().embed(x)
+
+
+def test_the_batch_is_halved_until_it_fits(tmp_path):
+    options = {"height": 64, "width": 32, "device": "cpu", "progress": False}
+    paths = images(tmp_path, 70)
+    expected = extract_features(ToyNet(), paths, batch_size=7, **options)
+    net = SmallMemory(20)
+    found = extract_features(net, paths, batch_size=None, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # 32 images and 16 are too many with their mirrors; 8 stay, also for what comes after.
+    assert net.tried == [64, 32, *8 * [16], 12]
+    with pytest.raises(UserError, match="--batchsize 16: the GPU's memory is too small; use a smaller one, auto or"):
+        extract_features(SmallMemory(20), paths, batch_size=16, **options)
+    with pytest.raises(UserError, match="--batchsize 1: the GPU's memory is too small"):
+        extract_features(SmallMemory(1), paths, batch_size=None, **options)
+
+
+def test_precision_of_features(tmp_path):
+    options = {"height": 64, "width": 32, "batch_size": 3, "device": "cpu", "progress": False}
+    paths, net = images(tmp_path, 5), build_id_net("AB", 4, backbone="resnet10w4").eval()
+    full, low = (extract_features(net, paths, precision=precision, **options) for precision in ("fp32", "bf16"))
+    assert low.dtype == np.float32 and (low != full).any()
+    np.testing.assert_allclose(np.linalg.norm(low, axis=-1), 1, atol=1e-6)  # normalised in float32
+    assert ((low * full).sum(-1) > 0.999).all()
+    with pytest.raises(UserError, match="fp16 .*needs a CUDA GPU"):
+        extract_features(net, paths, precision="fp16", **options)
 
 
 # ---- feature files ----
