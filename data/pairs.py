@@ -130,7 +130,8 @@ class PairLoader:
     num_workers    processes that read files; 0 reads in one background thread. Unused with a cache
     with_positive  False: no `xp` (teacher training)
     soft_labels    of all images, for `Batch.q`
-    device         where batches are augmented, and where x and xp are; a GPU fetches bytes from pinned memory
+    device         where batches are augmented, and where all of them but `index` is; a GPU fetches bytes from
+                   pinned memory
     part           (rank, world size): batches hold the rank-th of as many equal slices of the N images; the same
                    draws are made in every process, so that the slices together are the batch of one process
 
@@ -280,8 +281,10 @@ class PairLoader:
         pixels, *draws = (to_device(part, self.device) for part in raw[:5])
         images = normalise(augment(resize(pixels, self.height, self.width), *draws, self.pad))
         index, n = raw.index, len(raw.index)
-        y = torch.from_numpy(self._labels[index.numpy()])
-        q = None if self.soft_labels is None else torch.from_numpy(self.soft_labels.rows(index.numpy()))
+        y = to_device(torch.from_numpy(self._labels[index.numpy()]), self.device)
+        q = None
+        if self.soft_labels is not None:
+            q = to_device(torch.from_numpy(self.soft_labels.rows(index.numpy())), self.device)
         return Batch(images[:n], images[n:], y, index, q)
 
     def _batches_from_thread(self, start: int) -> Iterator[Batch]:

@@ -443,3 +443,20 @@ def test_whether_a_teacher_is_read(values: dict[str, Any], needed: bool) -> None
     assert cfg.needs_teacher is needed
     if "id_init" not in values and cfg.teacher_style not in (2, 3):
         assert needed == any(loss_weights(cfg, t).teacher_w > 0 for t in (0, cfg.max_iter - 1))
+
+
+@pytest.mark.parametrize("text,value", [("off", False), ("false", False), ("true", True), ("auto", "auto")])
+def test_what_may_be_cached(tmp_path: Path, text: str, value: bool | str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"data_root: d\ncache_images: {text}\n")
+    cfg = load_config(path)
+    assert cfg.cache_images == value and type(cfg.cache_images) is type(value)
+    assert parse_config(yaml.safe_load(dump_config(cfg)), "again") == cfg
+    assert load_config(path, ["cache_images=source", "cache_limit_mb=7"]).cache_images == "source"
+    assert parse_config({"data_root": "d"}, "default").cache_images == "auto"
+
+
+@pytest.mark.parametrize("value", ["everything", 2, 0.5])
+def test_what_may_not_be_cached(value: Any) -> None:
+    with pytest.raises(UserError, match="cache_images: .*'auto', 'source' or 'resized'"):
+        parse_config({"data_root": "d", "cache_images": value}, "file")
