@@ -4,6 +4,7 @@ plain   as such scripts are usually written: one image decoded at a time by a Da
         image and one for its mirror, fp32
 ours    what test.py does: decoding in threads while the net works, image and mirror in one pass, fp32 and bf16 (on a
         GPU also fp16), a batch that is chosen by itself
+(per second of processor time where the device is a CPU)
 
 The nets are that of configs/latest.yaml (ResNet-50, 256 x 128) and the demo's, with random weights, on images that the
 embedded renderer draws. With `--teacher NAME`, or `--name RUN`, also what the precision does to that net's mAP.
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.loader import finish
+from benchmarks.loader import clock_of, finish
 from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
 from data.folders import read_split
 from data.mannequins import make_dataset
@@ -47,7 +48,7 @@ from utils import (
 
 PLAIN_BATCH = 32
 # By name: backbone, height, width, and images of a round on a CPU and on a GPU.
-NETS = {"latest": ("resnet50", 256, 128, 32, 2048), "demo": ("resnet10w16", 64, 32, 256, 2048)}
+NETS = {"latest": ("resnet50", 256, 128, 16, 2048), "demo": ("resnet10w16", 64, 32, 256, 2048)}
 
 
 class PlainImages(Dataset):
@@ -98,7 +99,7 @@ def measure_speed(name: str, images: list[Path], device: torch.device, *, count:
     ways |= {precision: partial(ours, batch_size=None, precision=precision) for precision in precisions}
     first = {way: extract() for way, extract in ways.items()}  # sets things up
     finish(device)
-    seconds = alternate(ways, repeats)
+    seconds = alternate(ways, repeats, clock_of(device))
     # Of unit vectors: 1 where they are the same.
     agreement = {way: float((f * first["plain"]).sum(-1).min()) for way, f in first.items() if way != "plain"}
     return {
@@ -131,7 +132,7 @@ def main() -> None:
         prog="benchmarks.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS), help="of the speed part (default: both)")
-    parser.add_argument("--images", type=int, help="images in a round (default: 32 or 256 on a CPU, 2048 on a GPU)")
+    parser.add_argument("--images", type=int, help="images in a round (default: 16 or 256 on a CPU, 2048 on a GPU)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the demo's net alone, a few images")
     parser.add_argument("--data", metavar="DIR", help="data set of the trained net (default: its own)")

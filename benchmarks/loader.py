@@ -5,6 +5,7 @@ speed   JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and x
         source    from the cache at the files' size
         resized   from the cache of resized images
         files     from the files
+        (per second of processor time where the device is a CPU)
 share   steps of training runs: the time that the loop waits for its batches, which are made while it works on the one
         before, and the time that one thread takes to make them, as shares of the step
 
@@ -96,7 +97,7 @@ def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, b
     ways: dict[str, Callable[[], None]] = {"plain": plainly}
     ways |= {name: partial(ours, loader) for name, loader in loaders.items()}
     alternate(ways, 1)  # the first call of each sets things up
-    seconds = alternate(ways, repeats)
+    seconds = alternate(ways, repeats, clock_of(device))
     made = 2 * batch_size * batches
     return {
         "images/s": {name: made / statistics.median(values) for name, values in seconds.items()},
@@ -145,6 +146,11 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, sk
         "waited": waited[skipped:],
         "steps": whole[skipped:],
     }
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Processor seconds on a CPU, which other programs disturb less; seconds on a GPU, which works by itself."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
 
 
 def finish(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +92,16 @@ def fill(pixels: Tensor, decode: Callable[[Path], Tensor], paths: Sequence[str |
         pool.shutdown(cancel_futures=True)
 
 
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept, because a copy of numbers to a GPU waits for it.
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 def normalise(pixels: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 to float32: scaled to [0, 1], minus the ImageNet mean, over the ImageNet std."""
-    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1)
+    mean, std = _mean_and_std(pixels.device)
     x = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     # One by one on a CPU, in whose caches an image then stays until it is done.
     for image, out in zip(pixels, x, strict=True) if pixels.device.type == "cpu" else [(pixels, x)]:
@@ -104,8 +111,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 def denormalise(x: Tensor) -> Tensor:
     """The inverse of `normalise`, for generated images: (N, 3, H, W) float to the nearest uint8."""
-    mean = torch.tensor(IMAGENET_MEAN, device=x.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=x.device).view(3, 1, 1)
+    mean, std = _mean_and_std(x.device)
     return (x.detach().float() * std + mean).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
