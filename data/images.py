@@ -102,11 +102,7 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalise(pixels: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 to float32: scaled to [0, 1], minus the ImageNet mean, over the ImageNet std."""
     mean, std = _mean_and_std(pixels.device)
-    x = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    # One by one on a CPU, in whose caches an image then stays until it is done.
-    for image, out in zip(pixels, x, strict=True) if pixels.device.type == "cpu" else [(pixels, x)]:
-        out.copy_(image).div_(255).sub_(mean).div_(std)
-    return x
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def denormalise(x: Tensor) -> Tensor:

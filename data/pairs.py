@@ -32,6 +32,8 @@ from utils import UserError
 
 # Workers that die close together are no accident: so many within so many batches end the run.
 _DEATHS, _CLOSE = 3, 1000
+# Pixels of an image from which on a CPU is faster with a few copies for each than with an index for all.
+COPY_FROM = 192 * 96
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
 _PERMUTATION, _DRAW = 0, 1
 
@@ -78,13 +80,22 @@ def augment(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Ten
 
     The method mirrors before it resizes; the two commute, so it is done here on resized pixels.
     """
-    return (augment_by_copies if pixels.device.type == "cpu" else augment_by_index)(
-        pixels, chosen, flip, top - pad, left - pad
-    )
+    channels, height, width = pixels.shape[1:]
+    if pixels.device.type == "cpu" and height * width > COPY_FROM:
+        return augment_by_copies(pixels, chosen, flip, top - pad, left - pad)
+    steps = torch.arange(max(height, width, channels), device=pixels.device)
+    rows = (top[:, None] - pad + steps[:height]).clamp_(0, height - 1)  # (N, H)
+    cols = (left[:, None] - pad + steps[:width]).clamp_(0, width - 1)  # (N, W)
+    cols = torch.where(flip[:, None], width - 1 - cols, cols)
+    # Whole rows first, which are copied as they lie, straight from among all images.
+    planes = chosen[:, None] * channels + steps[:channels]  # (N, 3)
+    lines = pixels.reshape(-1, width).index_select(0, (planes[:, :, None] * height + rows[:, None, :]).flatten())
+    lines = lines.view(len(chosen), channels, height, width)
+    return lines.gather(3, cols[:, None, None, :].expand_as(lines))
 
 
 def augment_by_copies(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """`augment` for CPUs, which copy rectangles fast. Corners are those in the image itself, -pad..pad."""
+    """`augment` for large images on CPUs, by copying rectangles; corners are those in the image itself, -pad..pad."""
     height, width = pixels.shape[2:]
     out = pixels.new_empty(len(chosen), *pixels.shape[1:])
     for crop, k, mirrored, y, x in zip(out, *(draw.tolist() for draw in (chosen, flip, top, left)), strict=True):
@@ -98,19 +109,6 @@ def augment_by_copies(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor,
         crop[:, :y0] = crop[:, y0 : y0 + 1]
         crop[:, y1:] = crop[:, y1 - 1 : y1]
     return out
-
-
-def augment_by_index(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """`augment` for GPUs, in a few kernels for all images: whole rows first, then columns."""
-    channels, height, width = pixels.shape[1:]
-    steps = torch.arange(max(height, width, channels), device=pixels.device)
-    rows = (top[:, None] + steps[:height]).clamp_(0, height - 1)  # (N, H)
-    cols = (left[:, None] + steps[:width]).clamp_(0, width - 1)  # (N, W)
-    cols = torch.where(flip[:, None], width - 1 - cols, cols)
-    planes = chosen[:, None] * channels + steps[:channels]  # (N, 3)
-    lines = pixels.reshape(-1, width).index_select(0, (planes[:, :, None] * height + rows[:, None, :]).flatten())
-    lines = lines.view(len(chosen), channels, height, width)
-    return lines.gather(3, cols[:, None, None, :].expand_as(lines))
 
 
 class PairLoader:
@@ -247,7 +245,7 @@ class PairLoader:
         if self.pixels is None:
             pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
         elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
-            pixels, here = self.pixels, torch.from_numpy(chosen)  # straight from the cache into the crops
+            pixels, here = self.pixels, torch.from_numpy(chosen)
         else:
             pixels = self.pixels[torch.from_numpy(chosen)]
         return _Raw(pixels, here, flip, top, left, torch.from_numpy(index.copy()))

@@ -20,7 +20,7 @@ from data import folders
 from data.archives import flat_archive
 from data.folders import ImageList, check_images, count_identities, parse_name, read_split, require_identities
 from data.images import decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
-from data.pairs import Batch, PairLoader, augment, augment_by_copies, augment_by_index
+from data.pairs import Batch, PairLoader, augment, augment_by_copies
 from data.prepare import Task, prepare
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
@@ -300,19 +300,20 @@ def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList) -> None
 
 
 @pytest.mark.parametrize("pad", [0, 3, 9, 10, 25])
-def test_both_ways_of_augmenting_agree(pad: int) -> None:
+def test_augment_repeats_the_edges_of_the_chosen_images(pad: int) -> None:
     """Also where more is padded than the image has."""
     rng = np.random.default_rng(pad)
     pixels = torch.from_numpy(rng.integers(0, 256, (5, 3, 9, 6), dtype=np.uint8))
-    chosen, top, left = (torch.from_numpy(rng.integers(*range_, 40)) for range_ in ((0, 5), *2 * [(-pad, pad + 1)]))
-    draws = chosen, torch.from_numpy(rng.random(40) < 0.5), top, left
-    rows, columns = ((corner[:, None] + torch.arange(n)).clamp(0, n - 1) for corner, n in ((top, 9), (left, 6)))
+    chosen = torch.from_numpy(rng.integers(0, 5, 40))
+    flip = torch.from_numpy(rng.random(40) < 0.5)
+    top, left = torch.from_numpy(rng.integers(0, 2 * pad + 1, (2, 40)))
+    rows, columns = ((at[:, None] - pad + torch.arange(n)).clamp(0, n - 1) for at, n in ((top, 9), (left, 6)))
     expected = [
         (pixels[k].flip(2) if mirrored else pixels[k])[:, rows[i]][:, :, columns[i]]
-        for i, (k, mirrored) in enumerate(zip(chosen.tolist(), draws[1].tolist(), strict=True))
+        for i, (k, mirrored) in enumerate(zip(chosen.tolist(), flip.tolist(), strict=True))
     ]
-    for way in (augment_by_copies, augment_by_index):
-        assert torch.equal(way(pixels, *draws), torch.stack(expected))
+    assert torch.equal(augment(pixels, chosen, flip, top, left, pad), torch.stack(expected))
+    assert torch.equal(augment_by_copies(pixels, chosen, flip, top - pad, left - pad), torch.stack(expected))
 
 
 def test_no_augmentation_draw_is_left_out(images: ImageList) -> None:
