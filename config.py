@@ -427,11 +427,26 @@ def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = Tr
     return parse_config(set_values(read_yaml(Path(path)), list(settings)), str(path), strict=strict)
 
 
-def exact_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings among a config's values (`model_dump()`) that decide a run's numbers; sections as `gen.dim`."""
+def flat_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values (`model_dump()`) with those of its sections as `gen.dim`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def changed_from_default(cfg: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that are not the schema's default, as key to (value, default); None for the default of those
+    that have to be given."""
+    required = {name: getattr(cfg, name) for name, field in type(cfg).model_fields.items() if field.is_required()}
+    defaults = flat_settings(type(cfg)(**required).model_dump())
+    changed = {k: (v, defaults[k]) for k, v in flat_settings(cfg.model_dump()).items() if v != defaults[k]}
+    return {k: (v, None) for k, v in required.items() if k != "task"} | changed
+
+
+def exact_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings among a config's values (`model_dump()`) that decide a run's numbers; sections as `gen.dim`."""
+    flat = flat_settings(values)
     # Only the cosine asks how long the run is.
     unread = HARMLESS_KEYS | (set() if flat.get("lr_policy") == "cosine" else {"max_iter"})
     return {key: value for key, value in flat.items() if key not in unread}

@@ -46,7 +46,7 @@ from runs import (
 )
 from runs import training_images as read_training_images
 from trainer import DGNetTrainer, TeacherTrainer, lr_factor
-from utils import ROOT, UserError, write_whole
+from utils import ROOT, UserError, own_command, write_whole
 from visual_tools.grid import paint_pairs
 
 EXCHANGE_SIGNALS = 10  # steps after which several processes tell each other of signals to stop
@@ -361,7 +361,7 @@ def save(s: Session, finite: FiniteWatch, done: int) -> None:
     if not distributed.is_main():
         return
     keep_folder(s)
-    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s))
+    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s), command=own_command())
     every = s.cfg.keep_every * (s.loaders[0].batches_per_epoch if isinstance(s.cfg, TeacherConfig) else 1)
     networks = NETWORKS[s.cfg.task]
     prune_snapshots(s.run.checkpoints, networks, done, keep_last=s.cfg.keep_last, keep_every=every)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); there is nobody to tell.
         os._exit(141)
+
+
+def own_command() -> str:
+    """The command line of this process, its script named from the project's folder."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return "python " + shlex.join([str(name), *sys.argv[1:]])
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:

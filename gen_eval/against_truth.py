@@ -68,11 +68,11 @@ def ask_teacher(
     return by_reid, classify(net, size, swaps, train.labels(), device=model.device)
 
 
-def format_swaps(result: dict[str, Any]) -> str:
-    """The table of `swaps.json` for a terminal."""
+def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """The table of `swaps.json`: heads of the columns, and the cells of each row by its label, "-" where empty."""
     asked = "recognised" in result
     heads = ["L1 changed", "L1", "PSNR dB", "SSIM"] + (["Rank-1", "mAP", "top-1"] if asked else [])
-    lines = [" " * 35 + "".join(f"{head:>11}" for head in heads)]
+    rows = {}
     for row, label in LABELS.items():
         errors = result["images"].get(row)
         cells = (
@@ -86,7 +86,15 @@ def format_swaps(result: dict[str, Any]) -> str:
             cells += [f"{100 * official[key]:.1f}" for key in ("rank1", "mAP")]
             cells += [f"{100 * top1:.1f}" if top1 is not None else "-"]
         if errors or asked:
-            lines.append(f"  {label:33}" + "".join(f"{cell:>11}" for cell in cells))
+            rows[label] = cells
+    return heads, rows
+
+
+def format_swaps(result: dict[str, Any]) -> str:
+    """The table of `swaps.json` for a terminal."""
+    heads, rows = swap_table(result)
+    lines = [" " * 35 + "".join(f"{head:>11}" for head in heads)]
+    lines += [f"  {label:33}" + "".join(f"{cell:>11}" for cell in cells) for label, cells in rows.items()]
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ PUBLISHED = {
     "FD-GAN": (257.00, 0.247),
     "DG-Net": (18.24, 0.360),
 }
+PUBLISHED_NOTE = "published, Market-1501 (the DG-Net paper; its protocol is not known in every point)"
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
 FULL_RANK = 2049  # images from which the covariance of 2048 features can have full rank
 
@@ -91,20 +92,23 @@ def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dic
 
 def format_scores(scores: dict[str, dict[str, float]], *, published: bool = True) -> str:
     """Scores and published rows as a table for a terminal."""
+
+    def line(name: str, row: dict[str, float | None]) -> str:
+        return f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row))
+
     lines = [" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values())]
-    for name, row in scores.items():
-        lines.append(f"  {name:10}" + _cells(row))
+    lines += [line(name, row) for name, row in scores.items()]
     if published:
-        lines.append("published, Market-1501 (the DG-Net paper; its protocol is not known in every point):")
-        for name, (fid, ssim) in PUBLISHED.items():
-            lines.append(f"  {name:10}" + _cells({"fid": fid, "ssim": ssim}))
+        lines.append(f"{PUBLISHED_NOTE}:")
+        lines += [line(name, {"fid": fid, "ssim": ssim}) for name, (fid, ssim) in PUBLISHED.items()]
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, float | None]) -> str:
+def score_cells(row: dict[str, float | None]) -> list[str]:
+    """A row of scores as cells in the order of COLUMNS, "-" where empty."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
     scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items() if value is not None}
-    return "".join(f"{formats[key].format(scaled[key]) if key in scaled else '-':>12}" for key in COLUMNS)
+    return [formats[key].format(scaled[key]) if key in scaled else "-" for key in COLUMNS]
 
 
 def print_scores(

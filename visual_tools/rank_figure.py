@@ -69,7 +69,7 @@ def write_rank_figure(
             if first
             else "no match in the gallery"
         )
-        hits = [Hit(str(gallery.paths[e.index]), f"{_caption(e)}, {e.score:.3f}", e.mark) for e in entries]
+        hits = [Hit(str(gallery.paths[e.index]), f"{entry_caption(e)}, {e.score:.3f}", e.mark) for e in entries]
         results.append(Result(str(query.paths[i]), caption, hits, values | {"first match": first or None}))
     some = rankings["standard"]
     notes = [
@@ -114,7 +114,7 @@ def paint_lists(
             width = int(np.clip(CELL_HEIGHT * image.width / image.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
         row = [_cell(image, width, "query", "")]
         for entry in lists[i]:
-            row.append(_cell(load_image(gallery.paths[entry.index]), width, _caption(entry), entry.mark))
+            row.append(_cell(load_image(gallery.paths[entry.index]), width, entry_caption(entry), entry.mark))
         rows.append(row)
         labels.append(f"{kind}: AP {100 * ranking.ap[i]:.1f} % ({ranking.convention})")
     return paint_grid(rows, row_labels=labels, cell_height=rows[0][0].shape[0])
@@ -131,5 +131,6 @@ def _cell(image: Image.Image, width: int, caption: str, mark: str) -> np.ndarray
     return np.asarray(cell)
 
 
-def _caption(entry: Entry) -> str:
+def entry_caption(entry: Entry) -> str:
+    """What stands under an image of a list: its rank and mark."""
     return entry.mark if entry.rank is None else f"{entry.rank} {entry.mark}"
