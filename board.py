@@ -26,7 +26,7 @@ class Board:
         # The writer's thread would print a page of traceback; the error itself comes back at the next call.
         self._hook = threading.excepthook
         try:
-            self._writer: SummaryWriter | None = SummaryWriter(str(path), purge_step=start)
+            self._writer: SummaryWriter | None = SummaryWriter(str(path), purge_step=start + 1)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output_path") from None
 

@@ -29,7 +29,7 @@ DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
 # Keys that say what is shown and kept, how fast images come, or what a run starts from: none of them changes the steps
 # of a run that goes on. `data_root` counts by the images found there, `apex` by `precision`.
 HARMLESS_KEYS = frozenset(
-    "apex backbone_weights cache_images cache_limit_mb check_ranks_iter data_root display_size ID_class "
+    "apex backbone_weights cache_images cache_limit_mb check_ranks_iter data_root display_size eval_iter ID_class "
     "id_init image_display_iter image_save_iter input_dim_a keep_every keep_last log_iter new_size num_workers "
     "pretrained skip_bad_images snapshot_epochs snapshot_save_iter".split()
 )
@@ -177,6 +177,7 @@ class DGNetConfig(CommonConfig):
     new_size: Count | None = None  # the release's width before cropping; the images here are cropped at full size
     # ---- added to the release's keys
     apex: bool = False  # the release's name for precision: fp16
+    eval_iter: Annotated[int, Field(ge=0)] = 0  # re-id and swap scores to TensorBoard; 0: never
     detach_f: bool = True  # false: reconstruction trains the id net through the appearance code (style AB)
     accumulate: Count = 1  # parts of a batch whose gradients are added up, one in memory at a time
     joint_bn: bool = False  # id net passes of a step as one, with common BatchNorm statistics; changes the numbers

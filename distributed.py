@@ -281,18 +281,23 @@ def share_buffers(trainer: Trainer) -> None:
     share(lambda net: list(net.buffers()), trainer)
 
 
-@torch.no_grad()
 def share(tensors: Callable[[nn.Module], list[Tensor]], trainer: Trainer) -> None:
+    for net in trainer.networks().values():
+        share_tensors(tensors(net))
+
+
+@torch.no_grad()
+def share_tensors(tensors: list[Tensor]) -> None:
+    """The values of process 0 for all, in place."""
     if world_size() == 1:
         return
     with reaching_others():
-        for net in trainer.networks().values():
-            for tensor in tensors(net):
-                # A broadcast wants dense rows, which a channels-last weight has not.
-                dense = tensor.contiguous()
-                dist.broadcast(dense, src=0)
-                if dense is not tensor:
-                    tensor.copy_(dense)
+        for tensor in tensors:
+            # A broadcast wants dense rows, which a channels-last weight has not.
+            dense = tensor.contiguous()
+            dist.broadcast(dense, src=0)
+            if dense is not tensor:
+                tensor.copy_(dense)
 
 
 def check_ranks(trainer: Trainer, t: int) -> None:

@@ -27,7 +27,7 @@ from checkpoint import (
     snapshots,
 )
 from config import Config, DGNetConfig, TeacherConfig
-from data.folders import ImageList, read_split
+from data.folders import ImageList, check_test_set, read_split
 from data.generated import add_generated
 from data.images import iter_images
 from data.pairs import Batch, PairLoader
@@ -71,6 +71,8 @@ class Session:
 
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
+    if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
+        check_test_set(resolve_data_root(cfg.data_root))
     parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
     own_batch_size = distributed.own_batch_size(cfg.batch_size // parts, sync_bn=cfg.sync_bn)
     images = read_training_images(cfg)
@@ -257,6 +259,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: 
     cfg, trainer, main, saved = s.cfg, s.trainer, board is not None, start
     paints = main and isinstance(trainer, DGNetTrainer)
     pairs = display_pairs(s) if paints else None
+    evaluates = isinstance(cfg, DGNetConfig) and cfg.eval_iter > 0
     finite, skipped = FiniteWatch(s.device), SkippedSteps(trainer.scalers(), s.device)
     seen, since = start, time.perf_counter()
     bar = tqdm(range(start, s.max_iter), initial=start, total=s.max_iter, desc=s.run.name, unit="step", mininterval=0.5)
@@ -288,6 +291,11 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: 
                 board.image("test pairs", figure, done)
             if done % cfg.image_save_iter == 0 or last:
                 save_figure(s, figure, done)
+        if evaluates and (done % cfg.eval_iter == 0 or last):
+            require_finite(s, finite)
+            began = time.perf_counter()
+            evaluate(s, board, done)
+            since += time.perf_counter() - began  # images/s are those of the training
         if done % cfg.check_ranks_iter == 0 or last:
             distributed.check_ranks(trainer, done)
         if done % s.snapshot_iter == 0 or last or stopping:
@@ -324,6 +332,21 @@ def log(board: Board, s: Session, values: dict[str, float], rate: float, t: int,
             f"precision fp16: the gradients overflow, {most} were skipped; use precision: bf16 or fp32, or lower the "
             f"learning rates; {last_good(s)}"
         )
+
+
+def evaluate(s: Session, board: Board | None, done: int) -> None:
+    """Re-identification and swaps of the test images for the `board`; an error is a warning, as far as it can be."""
+    import evaluation
+
+    try:
+        scalars = evaluation.evaluate(s, done)
+    except UserError as error:
+        if distributed.world_size() > 1:
+            raise  # the others wait for this process's share
+        print(f"\nwarning: not evaluated after {done} steps: {error}; training goes on", file=sys.stderr)
+        return
+    if board is not None:
+        board.scalars(scalars, done)
 
 
 def last_good(s: Session) -> str:

@@ -353,6 +353,11 @@ def _tuples(entry: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
+def is_embedded(path: Path | str) -> bool:
+    """Whether a folder is a data set of this renderer's."""
+    return (Path(path) / "factors.json").is_file()
+
+
 def load_factors(path: Path | str) -> Factors:
     """Read factors.json, given itself or its folder."""
     path = Path(path)

@@ -38,6 +38,7 @@ from reid_eval.features import Features, extract_features
 from reIDmodel import build_id_net, build_teacher
 from trainer import TeacherTrainer
 from utils import ROOT, UserError, run_cli
+from visual_tools.curves import read_scalars
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 8  # identities of the tiny data set
@@ -444,7 +445,7 @@ def children(pid: int) -> list[int]:
 def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(
     script: Any, tiny_data: Path, tmp_path: Path
 ) -> None:
-    schedule = dict(max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, teacher_style=3)
+    schedule = dict(max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3)
     changes = schedule | dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, batch_size=4, data_root=str(tiny_data))
     config = merged(TINY_DGNET, ALL_LOSSES | changes)
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(config))
@@ -478,8 +479,11 @@ def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(
     assert len(stopped) == 1 and "Traceback" not in err, err
     last = int(stopped[0].split(" after ")[1].split()[0])
     assert (checkpoints / f"snapshot_{last:08d}.json").is_file()
+    scalars = read_scalars(tmp_path / "logs" / "pair")
+    for tag in ("eval/reid_mAP_official", "eval/swap_psnr"):
+        assert scalars[tag][0].tolist() == list(range(4, last + 1, 4)), "evaluated by both, written once"
 
-    outcome = script("train", *common, "--resume", "--set", f"max_iter={last + 3}")
+    outcome = script("train", *common, "--resume", "--set", f"max_iter={last + 3}", "eval_iter=0")
     assert outcome.code == 0, outcome.err
     assert f"of {last + 3} steps" in outcome.out
     assert (checkpoints / f"dis_{last + 3:08d}.pt").is_file()

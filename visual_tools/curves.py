@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def read_scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     if not folder.is_dir():
         return {}
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a resumed run is nothing to warn of
     log = EventAccumulator(str(folder), size_guidance={"scalars": KEPT, "images": 1, "tensors": 1})
     log.Reload()
     found = {}
@@ -137,7 +139,7 @@ def draw(curves: list[Curve], end: int, *, logarithmic: bool = False) -> str:
         if logarithmic or steep:
             axes.set_yscale("log", nonpositive="mask")
         if logarithmic and len(positive):
-            axes.set_ylim(bottom=max(positive.min(), 1e-4 * positive.max()) / 1.5)
+            axes.set_ylim(max(positive.min(), 1e-4 * positive.max()) / 1.5, 1.5 * positive.max())
         for curve in curves:
             steps, mean, low, high = _thinned(curve)
             how = dict(color=_placeholder(curve.colour), linewidth=1.4)
