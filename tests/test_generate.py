@@ -331,6 +331,33 @@ def test_killed_it_continues_to_the_same_result(
     assert contents(out) == contents(reference)
 
 
+def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, reference: Path, tmp_path: Path) -> None:
+    """What a batch system and what Ctrl-C send: the images so far are listed, nothing else stays."""
+    out, count = tmp_path / "out", 300  # more than are made while this test looks
+    for number, status, listed in ((signal.SIGTERM, 143, 8), (signal.SIGINT, 130, 0)):
+        before = len(read_manifest(out)) if out.exists() else 0
+        command = start(runs, "--out", out, "--count", count, "--batch_size", 8)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < end:
+            if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes().count(b"\n") > 1 + before + listed:
+                break
+            time.sleep(0.002)
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)
+        assert process.returncode == status, printed
+        assert "Traceback" not in "".join(printed) and "made now" not in printed[0], printed
+        rows = assert_agrees(out)
+        assert before < len(rows) < count and not list(out.rglob("*.part"))
+        with pytest.raises(UserError, match="interrupted"):
+            read_split(out, "train_all")
+    outcome = generate(out, "--count", count)
+    assert outcome.code == 0 and f"{count - len(rows)} of them made now" in outcome.out, outcome.err
+    assert len(assert_agrees(out)) == count
+    wanted = {file: digest for file, digest in contents(reference).items() if file.endswith(".jpg")}
+    assert wanted.items() <= contents(out).items() and read_manifest(out)[:50] == read_manifest(reference)
+
+
 def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert generate(out, "--count", 20).code == 0
