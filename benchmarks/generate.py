@@ -1,7 +1,7 @@
 """How much of its time does generate.py spend in the nets? `python -m benchmarks.generate`
 
-Makes images with networks of the published size (ResNet-50, 256 x 128, random weights, a teacher's soft labels) from the
-embedded data set, in a process of its own, and compares the images/s of the whole command with those of the nets alone.
+Makes images with networks of the published size (ResNet-50, 256 x 128, random weights, a teacher's soft labels) from
+the embedded data set, and compares the images/s of the whole command with those of the nets alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
     parser.add_argument("--backbone", default="resnet50", help="trunk of both id nets (default: resnet50)")
-    parser.add_argument("--results", default=str(RESULTS), help="folder of generate-DEVICE.json (default: the project's)")
+    parser.add_argument(
+        "--results", default=str(RESULTS), help="folder of generate-DEVICE.json (default: the project's)"
+    )
     add_machine_arguments(parser)
     return parser.parse_args()
 

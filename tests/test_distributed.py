@@ -445,7 +445,9 @@ def children(pid: int) -> list[int]:
 def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(
     script: Any, tiny_data: Path, tmp_path: Path
 ) -> None:
-    schedule = dict(max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3)
+    schedule = dict(
+        max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3
+    )
     changes = schedule | dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, batch_size=4, data_root=str(tiny_data))
     config = merged(TINY_DGNET, ALL_LOSSES | changes)
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(config))

@@ -189,7 +189,8 @@ def _for_page(document: str) -> str:
     # Its style would be everything's style on the page.
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     # Sizes come from the page; names of groups would be the same in every picture of it.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), 1)
+    head, bracket, rest = svg.partition(">")
+    svg = re.sub(r' (width|height)="[^"]*"', "", head) + bracket + rest
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)")
     for colour in range(COLOURS):
