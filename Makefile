@@ -12,7 +12,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-demo: $(VENV)/.installed  ## embedded data, teacher, DG-Net, evaluation, swap grid
+demo: $(VENV)/.installed  ## embedded data, teacher, DG-Net, evaluation, swap grid, report
 	$(PY) demo.py --threads $(THREADS)
 
 lint: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """The whole of DG-Net on the embedded data, in minutes on a CPU: `make demo`, or `python demo.py`.
 
-Draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps and paints the swap grid.
+Draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps, paints the swap grid and writes
+the report.
 Steps that are done already are not repeated, and an interrupted one continues.
 """
 
@@ -104,6 +105,7 @@ def main() -> None:
     call("swaps against the truth", "-m", "gen_eval.against_truth", "--name", args.name, *common)
     grid = run / "swap_grid.png"
     call("swap grid", "visual_tools/show_rainbow.py", "--name", args.name, "--out", str(grid), "--force", *common)
+    call("report", "visual_tools/report.py", "--name", args.name, *common)
 
     swaps = json.loads((run / "swaps.json").read_text())
     print(f"\n== results after {(time.perf_counter() - began) / 60:.1f} minutes")
@@ -122,7 +124,8 @@ def main() -> None:
         + "\nRank-1 of the teacher for the appearance identity: "
         + ", ".join(f"{label} {100 * swaps['recognised'][row]['official']['rank1']:.1f}" for label, row in seen.items())
     )
-    print(f"\nswap grid (rows: appearance, columns: structure): {grid}\nthe run: {run}")
+    print(f"\nswap grid (rows: appearance, columns: structure): {grid}")
+    print(f"the run: {run}\neverything on one page: {run / 'report.html'}")
     print(
         "\nnext:\n"
         f"  tensorboard --logdir logs\n"
