@@ -27,6 +27,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="how often (default: 1)")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(256, 128),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images (default: 256 128)",
+    )
     parser.add_argument("--backbone", default="resnet50", help="trunk of both id nets (default: resnet50)")
     parser.add_argument(
         "--results", default=str(RESULTS), help="folder of generate-DEVICE.json (default: the project's)"
@@ -35,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_run(folder: Path, backbone: str) -> None:
+def make_run(folder: Path, backbone: str, size: tuple[int, int]) -> None:
     """A run `random` of the default config with its teacher, and the embedded data in its smallest size."""
     import torch
 
@@ -54,6 +62,7 @@ def make_run(folder: Path, backbone: str) -> None:
     id_net = build_id_net("AB", classes, backbone=backbone)
     code = id_net.code_dim
     common: dict[str, Any] = {"data_root": str(data), "backbone": backbone, "pretrained": False}
+    common |= {"crop_image_height": size[0], "crop_image_width": size[1]}
     cfg = parse_config(common | {"teacher": "random", "gen": {"id_dim": code // 4}}, "benchmark")
     assert isinstance(cfg, DGNetConfig)
     run = RunFolder(folder, "random")
@@ -87,10 +96,10 @@ def main() -> None:
             raise UserError(f"--{option} {getattr(args, option)}: must be at least 1")
     device = pick_device(args.device)
     result: dict[str, Any] = {"machine": describe_machine(), "device": device.type, "threads": args.threads}
-    for option in ("backbone", "count", "repeats", "batch_size", "precision"):
+    for option in ("backbone", "size", "count", "repeats", "batch_size", "precision"):
         result[option] = getattr(args, option)
     with tempfile.TemporaryDirectory() as scratch:
-        make_run(Path(scratch), args.backbone)
+        make_run(Path(scratch), args.backbone, tuple(args.size))
         speeds = [measure(Path(scratch), Path(scratch) / f"out-{k}", args) for k in range(args.repeats)]
     result["images/s, nets alone"] = [nets for nets, _ in speeds]
     result["images/s, whole command"] = [command for _, command in speeds]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from benchmarks import features, loader
+from benchmarks import features, generate, loader
 from benchmarks.features import plain_features
 from benchmarks.loader import PlainPairs
 from benchmarks.loader import measure_speed as measure_loading
@@ -52,8 +52,8 @@ def test_ratios_are_taken_round_by_round():
     assert median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
 
 
-def run(*arguments, folder):
-    command = [sys.executable, "-m", "benchmarks.ranking", "--results", str(folder), *arguments]
+def run(*arguments, folder, name="ranking"):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--results", str(folder), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -156,3 +156,14 @@ def test_command_line_of_the_features(tmp_path, run_here, capsys):
     assert capsys.readouterr().out.count("\n") == 6
     assert run_here(features, "--images", "0") == 2
     assert capsys.readouterr().err == "error: --images 0: must be at least 1\n"
+
+
+def test_speed_of_generating(tmp_path, monkeypatch):
+    options = ["--backbone", "resnet10w4", "--size", "96", "48", "--count", "3", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["generate", *options, "--results", str(tmp_path)])
+    generate.main()
+    found = json.loads((tmp_path / "generate-cpu.json").read_text())
+    (nets,), (command,) = found["images/s, nets alone"], found["images/s, whole command"]
+    assert 0 < command < nets and found["whole command / nets alone"] == round(command / nets, 3)
+    assert found["count"] == 3 and "cores" in found["machine"]
+    assert run("--count", "0", folder=tmp_path, name="generate").stderr == "error: --count 0: must be at least 1\n"

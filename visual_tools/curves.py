@@ -152,7 +152,7 @@ def draw(curves: list[Curve], end: int, *, logarithmic: bool = False) -> str:
         axes.set_xlim(-0.02 * end, 1.02 * end)
         axes.grid(True, axis="y")
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         buffer = io.StringIO()
