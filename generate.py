@@ -160,7 +160,7 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     print(f"{len(rows)} images in {args.out}, {speed.images} of them made now")
     if speed.images:
         print(
-            f"images/s: {speed.nets:.1f} by the nets alone, {speed.command:.1f} by the whole command "
+            f"images/s: {speed.nets:.2f} by the nets alone, {speed.command:.2f} by the whole command "
             f"({speed.command / speed.nets:.2f} of it)"
         )
 

@@ -128,7 +128,7 @@ def assert_same(figure: np.ndarray, image: np.ndarray) -> None:
 
 
 # --------------------------------------------------------------------------------------------- starting
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "report"])
 def test_help_comes_from_anywhere_and_imports_nothing_heavy(name: str, tmp_path: Path) -> None:
     program = (
         "import runpy, sys\n"
@@ -136,7 +136,7 @@ def test_help_comes_from_anywhere_and_imports_nothing_heavy(name: str, tmp_path:
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'visual_tools' / name)!r} + '.py', run_name='__main__')\n"
         "except SystemExit:\n"
-        "    print('heavy', sorted({'torch', 'numpy', 'PIL', 'pydantic', 'yaml'} & set(sys.modules)))\n"
+        "    print('heavy', sorted({'torch', 'numpy', 'PIL', 'pydantic', 'yaml', 'matplotlib'} & set(sys.modules)))\n"
     )
     out = done(shell(tmp_path, "-c", program))
     assert "--force" in out and "--batchsize" in out and out.endswith("heavy []\n")
