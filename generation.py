@@ -255,7 +255,8 @@ def run_workers(job: Job, nets: Nets, devices: list[torch.device], batches: list
             ours, theirs = context.Pipe()
             share = batches[worker :: len(devices)]
             process = context.Process(target=serve, args=(theirs, job, worker, device, share), daemon=True)
-            process.start()
+            with interrupts_ignored():
+                process.start()
             theirs.close()
             running[ours] = process
         waiting = set(running)
@@ -281,9 +282,18 @@ def run_workers(job: Job, nets: Nets, devices: list[torch.device], batches: list
             connection.close()
 
 
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """A process that is started inside ignores Ctrl-C from its first moment: it reaches all, the main one decides."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def serve(connection: Connection, job: Job, worker: int, device: torch.device, batches: list[list[int]]) -> None:
     """A worker process: sends every batch that it has made, and ends when the main process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides.
 
     def leave_with_parent() -> None:
         try:

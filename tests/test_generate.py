@@ -358,6 +358,27 @@ def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, refere
     assert wanted.items() <= contents(out).items() and read_manifest(out)[:50] == read_manifest(reference)
 
 
+def test_ctrl_c_is_for_the_main_process_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = []
+
+    class Context:
+        def Pipe(self) -> tuple[None, None]:
+            return None, None
+
+        def Process(self, **_: object) -> Any:
+            return self
+
+        def start(self) -> None:
+            handlers.append(signal.getsignal(signal.SIGINT))
+            raise UserError("no more processes")
+
+    monkeypatch.setattr(generation, "get_context", lambda _: Context())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="no more processes"):
+        next(generation.run_workers(None, None, [CPU, CPU], [[0], [1]]))
+    assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert generate(out, "--count", 20).code == 0
