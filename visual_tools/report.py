@@ -70,12 +70,14 @@ def machine() -> dict[str, str]:
 
     found = {key: show(value) for key, value in describe_machine().items() if key not in ("date", "load")}
     git = ["git", "-C", str(ROOT)]
+    if not (ROOT / ".git").exists():
+        return found  # a copy without its history, perhaps within somebody else's
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
         found["code"] = f"commit {commit[:12]}" + (", with changes" if changed.stdout else "")
     except (OSError, subprocess.CalledProcessError):
-        pass  # a copy without its history
+        pass  # no git
     return found
 
 
