@@ -50,6 +50,10 @@ class Board:
         """Write a uint8 image (H, W, 3)."""
         self._write(step, lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Write a line."""
+        self._write(step, lambda writer: writer.add_text(tag, text, step))
+
     def _write(self, step: int, write: Any) -> None:
         try:
             if self._writer is None:

@@ -296,15 +296,9 @@ def _remove(folder: Path, networks: list[str], iteration: int) -> None:
 
 
 def save_snapshot(
-    folder: Path,
-    trainer: Trainer,
-    iteration: int,
-    circumstances: Mapping[str, Any] | None = None,
-    *,
-    command: str = "",
+    folder: Path, trainer: Trainer, iteration: int, circumstances: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the snapshot of `iteration` finished steps; the manifest keeps `circumstances`, plain values by name, and
-    the `command` that made it.
+    """Write the snapshot of `iteration` finished steps; the manifest keeps `circumstances`, plain values by name.
 
     Raises UserError, leaving nothing of it behind, where it cannot be written.
     """
@@ -328,7 +322,6 @@ def save_snapshot(
             written[path.name] = write_atomically(path, content)
         sync_folder(folder)
         listing = {"iteration": iteration, "files": written, "config": config, "circumstances": circumstances}
-        listing |= {"command": command}
         write_json(manifest, listing | {"fingerprint": fingerprint(config, circumstances)})
         sync_folder(folder)
     except (OSError, UserError) as error:

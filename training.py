@@ -215,6 +215,8 @@ def train(s: Session, *, resume: str | None) -> int:
     if start < s.max_iter:
         with ExitStack() as stack:
             board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None
+            if board is not None:
+                board.text("command", own_command(), start)
             streams: list[Iterator[Batch]] = [loader.batches(start) for loader in s.loaders]
             for stream in streams:
                 stack.callback(stream.close)
@@ -384,7 +386,7 @@ def save(s: Session, finite: FiniteWatch, done: int) -> None:
     if not distributed.is_main():
         return
     keep_folder(s)
-    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s), command=own_command())
+    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s))
     every = s.cfg.keep_every * (s.loaders[0].batches_per_epoch if isinstance(s.cfg, TeacherConfig) else 1)
     networks = NETWORKS[s.cfg.task]
     prune_snapshots(s.run.checkpoints, networks, done, keep_last=s.cfg.keep_last, keep_every=every)

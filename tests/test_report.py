@@ -219,7 +219,9 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     assert {attributes["aria-label"] for tag, attributes in read.tags if attributes.get("role") == "img"} == {
         f"{title} over the training steps" for title in titles
     }
-    assert "train.py --config" in read.text and "report.py --name" in read.text and "cores" in read.text
+    # The command that trained, from the log, and not only the one that would train again.
+    assert f"train.py --config {place.folder}" in read.text and "Trained with" in read.text
+    assert "report.py --name" in read.text and "cores" in read.text
 
 
 def test_the_page_has_everything_within(page: Path) -> None:

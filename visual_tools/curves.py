@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +54,25 @@ class Panel:
     legend: list[tuple[str, int]]
 
 
-def read_scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Finite scalars of a folder of TensorBoard logs by tag, as (steps, values); none where there is no log.
+Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read_scalars(folder: Path) -> Scalars:
+    """Finite scalars of a folder of TensorBoard logs by tag, as (steps, values); none where there is no log."""
+    return read_log(folder)[0]
+
+
+def read_log(folder: Path) -> tuple[Scalars, list[str]]:
+    """The scalars of a folder of TensorBoard logs, as `read_scalars`, and the commands that trained, in their order.
 
     What an interrupted process wrote beyond the snapshot it was resumed from is left out, as TensorBoard does.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not folder.is_dir():
-        return {}
+        return {}, []
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a resumed run is nothing to warn of
-    log = EventAccumulator(str(folder), size_guidance={"scalars": KEPT, "images": 1, "tensors": 1})
+    log = EventAccumulator(str(folder), size_guidance={"scalars": KEPT, "images": 1, "tensors": 0})
     log.Reload()
     found = {}
     for tag in log.Tags()["scalars"]:
@@ -74,10 +81,12 @@ def read_scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         finite = np.isfinite(values)
         if finite.any():
             found[tag] = steps[finite], values[finite]
-    return found
+    tag = "command/text_summary"
+    lines = log.Tensors(tag) if tag in log.Tags()["tensors"] else []
+    return found, [line.tensor_proto.string_val[0].decode() for line in lines]
 
 
-def group(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, list[Curve]]:
+def group(scalars: Scalars) -> dict[str, list[Curve]]:
     """The curves of every panel that has any; every scalar of a known kind is in one.
 
     Of `NAME_a` and `NAME_b`, the two images of the pair, the second has the first one's colour and is dashed.
@@ -97,7 +106,7 @@ def group(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, lis
     return ordered
 
 
-def draw_panels(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[Panel]:
+def draw_panels(scalars: Scalars) -> list[Panel]:
     """A panel for every group of scalars."""
     panels = []
     end = max((steps[-1] for steps, _ in scalars.values()), default=0)

@@ -45,22 +45,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def history(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, str], list[str]]:
-    """Steps of the newest snapshot, what it was made with, and the commands that made the snapshots, in their order."""
+def newest_snapshot(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, str]]:
+    """Steps of the newest snapshot, and what besides the config decided its numbers; None and nothing without one."""
     from checkpoint import Damaged, read_manifest, snapshots
     from runs import NETWORKS
     from visual_tools.report_tables import show
 
-    found, newest, commands = snapshots(run.checkpoints, NETWORKS[cfg.task]), {}, {}
-    for iteration in found:
-        try:
-            manifest = read_manifest(run.checkpoints, iteration)
-        except Damaged:
-            continue
-        if manifest:
-            newest = {name: show(value) for name, value in manifest["circumstances"].items()}
-            commands[str(manifest.get("command") or "")] = None
-    return (found[-1] if found else None), newest, [command for command in commands if command]
+    found = snapshots(run.checkpoints, NETWORKS[cfg.task])
+    if not found:
+        return None, {}
+    try:
+        manifest = read_manifest(run.checkpoints, found[-1])
+    except Damaged:
+        manifest = None
+    return found[-1], {name: show(value) for name, value in manifest["circumstances"].items()} if manifest else {}
 
 
 def machine() -> dict[str, str]:
@@ -94,7 +92,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     import numpy as np
 
     from config import DGNetConfig
-    from visual_tools.curves import draw_panels, read_scalars
+    from visual_tools.curves import draw_panels, read_log
     from visual_tools.rank_figure import LEGEND
     from visual_tools.report_pictures import draw_pictures, retrievals
     from visual_tools.report_tables import generation_tables, highlights, reid_tables, results, settings_tables
@@ -121,7 +119,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         "reid": command("test.py", "--name" if generates else "--teacher", run.name, *where),
         "generation": f"{truth} (embedded data), or {score}",
     }
-    scalars = read_scalars(run.logs)
+    scalars, trained_by = read_log(run.logs)
     tables = attempt("reid", lambda: reid_tables(run, cfg)) or []
     generation = (attempt("generation", lambda: generation_tables(run)) or []) if generates else []
     swaps = None if "generation" in missing else next((r for _, r in results(run.path, "reduction")), None)
@@ -135,7 +133,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     if not args.no_retrievals:
         asked = args.features is not None
         lists = attempt("retrievals", lambda: retrievals(args, run, cfg, model), asked=asked)
-    steps, circumstances, trained_by = history(run, cfg)
+    steps, circumstances = newest_snapshot(run, cfg)
     changed, every = settings_tables(cfg)
     return {
         "name": run.name,
@@ -159,7 +157,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         "every": every,
         "circumstances": circumstances,
         "machine": machine(),
-        "trained_by": trained_by,
+        "trained_by": list(dict.fromkeys(trained_by)),
         "made_by": own_command(),
         "commands": commands,
         "missing": missing,
