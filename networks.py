@@ -220,34 +220,50 @@ class UpConvBlock(ConvBlock):
 
     def enlarge_and_convolve(self, x: Tensor) -> Tensor:
         """(N, c_in, h, w) to (N, c_out, 2h, 2w)."""
-        mode, bias = self.conv.padding_mode, self.conv.bias
-        weight = places(places(self.conv.weight, 2), 4)  # (c_out, c_in, 2, 3, 2, 3)
-        weight = weight.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], 3, 3)  # (c_out * 4, c_in, 3, 3)
-        padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else F.pad(x, (1, 1, 1, 1), "replicate")
-        y = F.pixel_shuffle(F.conv2d(padded, weight, bias.repeat_interleave(4)), 2)
+        weight, mode = self.conv.weight, self.conv.padding_mode
+        pad = "constant" if mode == "zeros" else "replicate"
+        y = self.convolve(F.pad(x, (1, 1, 1, 1), pad), places(places(weight, 2), 4))
         if mode != "reflect":
             return y
-        # Reflection at the enlargement's edge is no padding of x: the outermost pixels are convolved as they stand.
-        first, last, every = slice(5), slice(-5, None), slice(None)
-        left, right = self.edge(x[..., :2], every, first), self.edge(x[..., -2:], every, last)
-        top, bottom = self.edge(x[:, :, :2], first, every), self.edge(x[:, :, -2:], last, every)
-        y = torch.cat([left, y[..., 1:-1], right], dim=3)
-        return torch.cat([top, y[:, :, 1:-1], bottom], dim=2)
+        # Reflection at the enlargement's edge is no padding of x: the outermost lines have taps of their own.
+        sides = self.convolve(F.pad(outer(x, 3), (0, 0, 1, 1), pad), fold(places(weight, 2), 4))
+        ends = self.convolve(F.pad(outer(x, 2), (1, 1, 0, 0), pad), places(fold(weight, 2), 4))
+        corners = self.convolve(outer(outer(x, 3), 2), fold(fold(weight, 2), 4)).chunk(4)
+        (left, right), (top, bottom), inner = sides[:, :, 1:-1].chunk(2), ends[..., 1:-1].chunk(2), y[..., 1:-1, 1:-1]
+        rows = (corners[0], top, corners[1]), (left, inner, right), (corners[2], bottom, corners[3])
+        return torch.cat([torch.cat(row, dim=3) for row in rows], dim=2)
 
-    def edge(self, x: Tensor, rows: slice, columns: slice) -> Tensor:
-        """The convolution of these rows and columns of the enlargement with its padding."""
-        padded = F.pad(F.interpolate(x, scale_factor=2), (2, 2, 2, 2), "reflect")
-        return F.conv2d(padded[:, :, rows, columns], self.conv.weight, self.conv.bias)
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One convolution for all places, weight (c_out, c_in, places, taps, places, taps), put where they belong."""
+        c_out, c_in, py, ky, px, kx = weight.shape
+        weight = weight.permute(0, 2, 4, 1, 3, 5).reshape(c_out * py * px, c_in, ky, kx)
+        y = F.conv2d(x, weight, self.conv.bias.repeat_interleave(py * px))
+        n, _, h, w = y.shape
+        return y.view(n, c_out, py, px, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c_out, h * py, w * px)
 
 
 def places(weight: Tensor, dim: int) -> Tensor:
-    """Five taps on an enlargement as three taps on what was enlarged, for an even and for an odd place.
+    """Five taps on an enlargement as three on what was enlarged, for an even and for an odd place.
 
     weight (..., 5, ...) to (..., 2, 3, ...) at `dim`
     """
     a, b, c, d, e = weight.unbind(dim)
     even, odd = torch.stack([a + b, c + d, e], dim), torch.stack([a, b + c, d + e], dim)
     return torch.stack([even, odd], dim)
+
+
+def fold(weight: Tensor, dim: int) -> Tensor:
+    """Five taps at a reflecting edge of an enlargement as two on the outermost lines of what was enlarged.
+
+    weight (..., 5, ...) to (..., 1, 2, ...) at `dim`
+    """
+    a, b, c, d, e = weight.unbind(dim)
+    return torch.stack([b + c + d, a + e], dim).unsqueeze(dim)
+
+
+def outer(x: Tensor, dim: int) -> Tensor:
+    """The two lines at either edge, the outermost first: (2N, ...), of the first edge, then of the last."""
+    return torch.cat([x.narrow(dim, 0, 2), x.narrow(dim, -2, 2).flip(dim)])
 
 
 class SelfAttention(nn.Module):

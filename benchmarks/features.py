@@ -27,8 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.loader import clock_of, finish
-from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from data.folders import read_split
 from data.mannequins import make_dataset
 from reid_eval.evaluate import report

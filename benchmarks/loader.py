@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from config import load_config
 from data.folders import ImageList, read_split
 from data.mannequins import make_dataset
@@ -146,17 +146,6 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, sk
         "waited": waited[skipped:],
         "steps": whole[skipped:],
     }
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Processor seconds on a CPU, which other programs disturb less; seconds on a GPU, which works by itself."""
-    return time.process_time if device.type == "cpu" else time.perf_counter
-
-
-def finish(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -56,6 +59,19 @@ def alternate(
             function()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Processor seconds on a CPU, which other programs disturb less; seconds on a GPU, which works by itself."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device still has to do."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:

@@ -7,12 +7,12 @@ plain tf32  the same with TF32, on CUDA alone
 fp32        the real step as configured by default
 bf16        precision: bf16, channels_last: true
 fp16        precision: fp16, channels_last: true, on CUDA alone
-recompute   bf16 with recompute: true
+recompute   bf16 with recompute: true; not with --short
 
-Of each: seconds (median of the rounds), the ratio to the plain step (median of the rounds' ratios), real images/s,
-greatest memory above what lay there before the step, and for the real ones seconds by phase, operations or kernels
-launched, and the share of the machine's measured rate of matrix products that the step's convolutions and products
-reach.
+Of each: seconds (median of the rounds; processor time on a CPU), the ratio to the plain step (median of the rounds'
+ratios), real images/s, greatest memory above what lay there before the step, and without --short: operations or
+kernels launched, the share of the machine's measured rate of matrix products that the step's convolutions and
+products reach, and of the real steps seconds by phase.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import ctypes
 import gc
 import statistics
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,14 +32,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from benchmarks.plain import PlainTrainer
 from config import DGNetConfig, load_config
 from data.pairs import Batch
 from reIDmodel import build_teacher
 from trainer import AUTOCAST, DGNetTrainer
 from training import to_device
-from utils import ROOT, UserError, run_cli
+from utils import ROOT, UserError, pick_device, run_cli, set_threads
 
 CLASSES = 751
 AFTER_ALL_RAMPS = 40_000
@@ -48,7 +47,7 @@ PHASES = ("encode", "compose", "classify_erased", "update_discriminator", "gener
 FAST = dict(channels_last=True)
 
 
-def variants(device: torch.device) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
+def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
     """Name to trainer and changes of the config; the first is the plain one."""
     found = {"plain": (PlainTrainer, {})}
     if device.type == "cuda":
@@ -56,7 +55,8 @@ def variants(device: torch.device) -> dict[str, tuple[type[DGNetTrainer], dict[s
     found |= {"fp32": (DGNetTrainer, {}), "bf16": (DGNetTrainer, FAST | {"precision": "bf16"})}
     if device.type == "cuda":
         found["fp16"] = (DGNetTrainer, FAST | {"precision": "fp16"})
-    found["recompute"] = (DGNetTrainer, FAST | {"precision": "bf16", "recompute": True})
+    if not short:
+        found["recompute"] = (DGNetTrainer, FAST | {"precision": "bf16", "recompute": True})
     return found
 
 
@@ -65,11 +65,6 @@ def random_batch(cfg: DGNetConfig, seed: int) -> Batch:
     n, generator = cfg.batch_size, torch.Generator().manual_seed(seed)
     x, xp = torch.randn(2, n, 3, cfg.crop_image_height, cfg.crop_image_width, generator=generator)
     return Batch(x, xp, torch.randint(0, CLASSES, (n,), generator=generator), torch.arange(n))
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -87,7 +82,7 @@ class Steps:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.name != "plain"
         # Both kinds of step (live and frozen encoder) would make the rounds unequal: always that of one iteration.
         self.trainer.step(*self.batches, self.t)
-        synchronise(self.device)
+        finish(self.device)
 
 
 @contextmanager
@@ -97,13 +92,14 @@ def timed_phases(steps: Steps) -> Iterator[dict[str, float]]:
 
     def timed(name: str) -> Callable[..., Any]:
         method = getattr(steps.trainer, name)
+        clock = clock_of(steps.device)
 
         def run(*args: Any) -> Any:
-            synchronise(steps.device)
-            start = time.perf_counter()
+            finish(steps.device)
+            start = clock()
             result = method(*args)
-            synchronise(steps.device)
-            seconds[name] += time.perf_counter() - start
+            finish(steps.device)
+            seconds[name] += clock() - start
             return result
 
         return run
@@ -119,10 +115,11 @@ def timed_phases(steps: Steps) -> Iterator[dict[str, float]]:
 
 def phases(steps: Steps) -> dict[str, float]:
     """Seconds of one step by phase; the backward and the optimisers of G and id net are what the others leave."""
+    clock = clock_of(steps.device)
     with timed_phases(steps) as seconds:
-        start = time.perf_counter()
+        start = clock()
         steps()
-        whole = time.perf_counter() - start
+        whole = clock() - start
     return dict(seconds) | {"backward and optimisers": whole - sum(seconds.values())}
 
 
@@ -198,15 +195,15 @@ def flops(steps: Steps) -> int:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large square product: what the machine gives at best."""
-    n = 8192 if device.type == "cuda" else 1536
+    n, clock = 8192 if device.type == "cuda" else 1536, clock_of(device)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
+        finish(device)
+        start = clock()
         a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
+        finish(device)
+        best = min(best, clock() - start)
     return 2 * n**3 / best
 
 
@@ -214,11 +211,11 @@ def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool)
     """Everything that the module's text promises, ready for JSON. `short` leaves out phases, launches and rates."""
     made = {
         name: Steps(name, kind, cfg.model_copy(update=changes), device)
-        for name, (kind, changes) in variants(device).items()
+        for name, (kind, changes) in variants(device, short=short).items()
     }
     # The first step allocates and, on CUDA, chooses algorithms; it serves as the measurement of memory.
     result: dict[str, Any] = {name: {"peak_memory": peak_memory(steps)} for name, steps in made.items()}
-    seconds = alternate(made, rounds)
+    seconds = alternate(made, rounds, clock_of(device))
     for name, steps in made.items():
         found = result[name]
         found["seconds"] = seconds[name]
@@ -258,21 +255,18 @@ def main() -> None:
         prog="benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=str(ROOT / "configs/latest.yaml"), help="(default: configs/latest.yaml)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     parser.add_argument("--batch-size", type=int, help="pairs per step (default: the config's on CUDA, 2 on a CPU)")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default: 20 on CUDA, 3 on a CPU)")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: 1)")
     parser.add_argument("--short", action="store_true", help="leave out phases, launches and the share of the rate")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default: ours)")
     args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA GPU; use --device cpu")
+    device = pick_device(args.device)
     for name in ("batch_size", "rounds", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "batch_size" else 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: too small")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     settings = ["ID_class=auto", "pretrained=false"]
     batch_size = args.batch_size or (None if device.type == "cuda" else 2)
     cfg = load_config(args.config, settings + ([f"batch_size={batch_size}"] if batch_size else []))

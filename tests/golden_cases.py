@@ -96,11 +96,11 @@ def golden_config(case: dict[str, Any]) -> DGNetConfig:
     return parse_config(set_values(values, [f"{key}={json.dumps(v)}" for key, v in case["config"].items()]), "golden")
 
 
-def golden_trainer(case: dict[str, Any]) -> DGNetTrainer:
+def golden_trainer(case: dict[str, Any], kind: type[DGNetTrainer] = DGNetTrainer) -> DGNetTrainer:
     cfg = golden_config(case)
     teacher = build_teacher(10, stride=2)
     set_golden_weights(teacher, "teacher")
-    trainer = DGNetTrainer(cfg, 10, torch.device("cpu"), teachers=[teacher])
+    trainer = kind(cfg, 10, torch.device("cpu"), teachers=[teacher])
     for prefix, net in trainer.networks().items():
         set_golden_weights(net, prefix)
     return trainer

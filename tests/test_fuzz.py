@@ -32,7 +32,8 @@ from config import load_config, parse_config
 from data import archives
 from data.folders import ImageList, check_images, parse_name
 from data.generated import MANIFEST, Row, add_generated, read_manifest, write_manifest
-from data.pairs import PairLoader, load_image
+from data.images import load_image
+from data.pairs import PairLoader
 from guards import not_finite
 from reid_eval.features import Features, extract_features, load_features, save_features
 from reid_eval.index import open_index, to_vectors

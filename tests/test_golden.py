@@ -1,11 +1,13 @@
 """The training step against numbers that the authors' release computed, in float64 (issue of fidelity, not of luck).
 
-Runs every step case of tests/golden and of the folder that the environment variable GOLDEN_DIR names.
+Runs every step case of tests/golden and of the folder that the environment variable GOLDEN_DIR names; with GOLDEN_PLAIN
+set, the plain step of the benchmarks too.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +24,10 @@ from golden_cases import (
     set_golden_weights,
 )
 
+from benchmarks.plain import PlainTrainer
 from reid_eval.features import embed_images
 from reIDmodel import build_id_net
+from trainer import DGNetTrainer
 
 # The release's names of the loss terms, and ours.
 TERMS = {
@@ -100,9 +104,21 @@ def check_gradients(trainer: Any, golden: dict[str, dict[str, float]]) -> None:
         assert compared > len(expected) // 2
 
 
-@pytest.mark.parametrize("path,case", [pytest.param(p, c, id=p.stem) for p, c in read_cases("steps")])
+CASES = [pytest.param(p, c, id=p.stem) for p, c in read_cases("steps")]
+
+
+@pytest.mark.parametrize("path,case", CASES)
 def test_step_case(path: Any, case: dict[str, Any]) -> None:
-    trainer = golden_trainer(case)
+    check_case(golden_trainer(case), case)
+
+
+# One case by default, since they take long: tests/test_plain.py compares the two steps in every other respect.
+@pytest.mark.parametrize("path,case", [c for c in CASES if c.id == "full" or os.environ.get("GOLDEN_PLAIN")])
+def test_the_plain_step_of_the_benchmarks(path: Any, case: dict[str, Any]) -> None:
+    check_case(golden_trainer(case, PlainTrainer), case)
+
+
+def check_case(trainer: DGNetTrainer, case: dict[str, Any]) -> None:
     recorded: dict[str, Any] = {}
     encode, compose = trainer.encode, trainer.compose
 

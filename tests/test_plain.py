@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
+import yaml
+from conftest import ALL_LOSSES, CPU, TINY_DGNET, random_batches, tiny_config, tiny_trainer
 
+from benchmarks import train_step
+from benchmarks.all import table
 from benchmarks.plain import PLAIN, PlainTrainer, make_plain
 from data.pairs import Batch
 from reIDmodel import build_teacher
@@ -159,3 +165,24 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
             trainer.step(*batches, t)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------- the benchmark itself
+def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY_DGNET | ALL_LOSSES))
+    monkeypatch.setattr(sys, "argv", ["train_step", "--config", str(config), "--rounds", "1", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(tmp_path)])
+    train_step.main()
+    found = json.loads((tmp_path / "train_step-cpu.json").read_text())
+    variants = found["variants"]
+    assert list(variants) == ["plain", "fp32", "bf16", "recompute"]
+    assert variants["plain"]["plain / this"] == 1
+    # The plain step makes gradients that nobody uses, and convolves enlargements.
+    assert variants["fp32"]["flops"] == variants["bf16"]["flops"] < variants["plain"]["flops"]
+    assert variants["recompute"]["flops"] > variants["bf16"]["flops"]
+    assert variants["fp32"]["launches"] < variants["plain"]["launches"]
+    for phase in train_step.PHASES:
+        assert variants["fp32"]["phases"][phase] > 0, phase
+    ((_, first), *_) = rows = table(tmp_path)
+    assert len(rows) == 4 and "1.00 times plain" in first

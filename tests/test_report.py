@@ -25,8 +25,8 @@ from PIL import Image
 from checkpoint import write_atomically
 from config import changed_from_default, parse_config
 from data.folders import read_split
+from data.images import decode_images, normalise
 from data.mannequins import load_factors
-from data.pairs import decode_images, normalise
 from gen_eval.swaps import draw_swaps, measure_swaps
 from reIDmodel import build_teacher
 from runs import RunFolder

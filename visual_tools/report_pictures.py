@@ -15,7 +15,7 @@ from PIL import Image
 
 from config import Config
 from data.folders import read_split
-from data.pairs import load_image
+from data.images import load_image
 from reid_eval.evaluate import rankings
 from reid_eval.features import Features, extract_data_set, load_features
 from reid_eval.top import first_entries, main_setting
