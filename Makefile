@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 1
+JOBS ?= 2
 PY := $(VENV)/bin/python
 
 .PHONY: demo test lint
@@ -19,5 +20,5 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-test: lint  ## the whole suite
-	$(PY) -m pytest
+test: lint  ## the whole suite, file by file in JOBS processes; the longest file first
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -164,10 +164,12 @@ class PlainTrainer(DGNetTrainer):
         total = total + cfg.recon_x_w * (terms["recon_x_a"] + terms["recon_x_b"])
         terms["recon_xp_a"], terms["recon_xp_b"] = L.l1(g.x_a_recon_p, a.x), L.l1(g.x_b_recon_p, b.x)
         total = total + cfg.recon_xp_w * (terms["recon_xp_a"] + terms["recon_xp_b"])
-        terms["recon_f_a"], terms["recon_f_b"] = L.l1(f_a, e.f_a), L.l1(f_b, e.f_b)
-        total = total + w.recon_f_w * (terms["recon_f_a"] + terms["recon_f_b"])
-        terms["recon_s_a"], terms["recon_s_b"] = L.l1(s_a, e.s_a), L.l1(s_b, e.s_b)
-        total = total + w.recon_s_w * (terms["recon_s_a"] + terms["recon_s_b"])
+        if w.recon_f_w > 0:
+            terms["recon_f_a"], terms["recon_f_b"] = L.l1(f_a, e.f_a), L.l1(f_b, e.f_b)
+            total = total + w.recon_f_w * (terms["recon_f_a"] + terms["recon_f_b"])
+        if w.recon_s_w > 0:
+            terms["recon_s_a"], terms["recon_s_b"] = L.l1(s_a, e.s_a), L.l1(s_b, e.s_b)
+            total = total + w.recon_s_w * (terms["recon_s_a"] + terms["recon_s_b"])
         if w.recon_x_cyc_w > 0:
             terms["cyc_a"] = L.l1(self.gen.decode(s_a, f_a), a.x)
             terms["cyc_b"] = L.l1(self.gen.decode(s_b, f_b), b.x)

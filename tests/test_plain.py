@@ -26,6 +26,9 @@ CASES = {
     "all losses, erasing, live encoder": dict(erasing_p=0.5, use_encoder_again=1.0),
     "frozen encoder": dict(erasing_p=0.5, use_encoder_again=-1.0),
     "no erasing": dict(erasing_p=0.0),
+    "before the ramps": dict(
+        recon_f_w=0, recon_s_w=0, recon_x_cyc_w=0, teacher_w=0, warm_iter=100, warm_teacher_iter=100
+    ),
     "frozen passes by running statistics": dict(train_bn=False),
     "nsgan, norms": dict(dis=dict(gan_type="nsgan", norm="ln"), gen=dict(mlp_norm="ln")),
     "live code": dict(detach_f=False, use_encoder_again=-1.0),
