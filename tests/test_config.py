@@ -310,6 +310,12 @@ def test_size_rules() -> None:
     assert parse(dis=dict(gan_type="wgan")).crop_image_height == 256
 
 
+def test_parts_of_a_batch() -> None:
+    assert parse(accumulate=4).accumulate == 4
+    assert "accumulate 3: batch_size 8 is not a multiple of it" in refusal(accumulate=3)
+    assert "lsgan or nsgan" in refusal(accumulate=2, dis=dict(gan_type="wgan"))
+
+
 def test_a_normalisation_needs_two_numbers() -> None:
     with pytest.raises(UserError, match="gen.mlp_norm ln needs gen.mlp_dim of 2 or more"):
         parse_config({"data_root": "x", "gen": {"mlp_norm": "ln", "mlp_dim": 1}}, "c")
