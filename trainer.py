@@ -395,13 +395,18 @@ class DGNetTrainer:
             prim_a, prim_b = (L.split_heads(p, style)[0] for p in (e.pp_a, e.pp_b))
             add("pid", cfg.pid_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
             if w.teacher_w > 0:
-                q_a, q_b = self.soft_labels(g.x_ba, a.y, b.y), self.soft_labels(g.x_ab, b.y, a.y)
-                (_, p_ba), (_, p_ab) = self.classify(enlarge(g.x_ba.detach()), enlarge(g.x_ab.detach()))
+                x_ba, x_ab = self.fed_back(a, b, g, rng)
+                q_a, q_b = self.soft_labels(x_ba, a.y, b.y), self.soft_labels(x_ab, b.y, a.y)
+                (_, p_ba), (_, p_ab) = self.classify(enlarge(x_ba), enlarge(x_ab))
                 how = dict(id_style=style, t_w=cfg.T_w, b_w=cfg.B_w)
                 loss_a, loss_b = L.teacher_loss(p_ba, q_a, b.y, **how), L.teacher_loss(p_ab, q_b, a.y, **how)
                 add("teacher", w.teacher_w, loss_a + loss_b)
 
         return torch.stack(weighted).sum(), terms
+
+    def fed_back(self, a: Batch, b: Batch, g: Generated, rng: Rng) -> tuple[Tensor, Tensor]:
+        """The images of the teacher loss, x_ba and x_ab: besides the real ones, all that the id net learns from."""
+        return g.x_ba.detach(), g.x_ab.detach()
 
     # ---------------------------------------------------------------------------------- passes
     def classify(self, *images: Tensor) -> list[tuple[Tensor, L.Logits]]:

@@ -138,7 +138,7 @@ def prepare(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
         _make_folder(prepared)
         mark.touch()
         for source, target in tqdm(missing, "prepare", unit=" images", disable=None):
-            _place(source, target, copy)
+            place(source, target, copy)
     if identities is not None:
         part = prepared / f".{IDENTITIES_FILE}.part"
         part.write_text(identities, encoding="utf-8")
@@ -163,8 +163,8 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file where a folder is needed; move it away") from None
 
 
-def _place(source: Path, target: Path, copy: bool) -> None:
-    """Make `target` appear in one step, complete."""
+def place(source: Path, target: Path, copy: bool) -> None:
+    """Make `target` appear in one step, complete: a hard link to `source`, or a copy."""
     _make_folder(target.parent)
     # A link to a symbolic link would be a symbolic link, and break when that moves.
     source = source.resolve()

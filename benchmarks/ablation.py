@@ -1,0 +1,281 @@
+"""The paper's claims in small, with seeds and spread: `python -m benchmarks.ablation --preset small --seeds 3`
+
+Trains every cell with every seed, scores the runs on identities that were held out of training (--evaluate val) or,
+once, on the test identities (--evaluate test), and writes results-WHERE.json, table-WHERE.md and figure-WHERE.png into
+--out. Interrupted, the same command continues; what is finished is not repeated. Started several times at once, the
+commands share the runs. docs/effect.md says what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ablation_cells import CELLS, PRESETS, needs, starts_as_both
+from utils import ROOT, UserError, make_folder, pick_device, run_cli, set_threads, write_json, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.ablation_runs import Run, Study
+
+POLL = 2.0  # seconds between looks at what other processes are doing
+
+
+def parse_args() -> argparse.Namespace:
+    listing = "\n".join(f"  {name:18}{cell.about}" for name, cell in CELLS.items())
+    sizes = "\n".join(f"  {name:18}{preset.about}" for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.ablation",
+        description=__doc__,
+        epilog=f"presets:\n{sizes}\n\ncells:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="small", help="data, networks and lengths (default: small)"
+    )
+    parser.add_argument(
+        "--data_root", help="data set with identities and cameras in its names (default: drawn into --out)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="runs of every cell: seeds 0 to N-1 (default: 3)"
+    )
+    parser.add_argument(
+        "--cells", nargs="+", metavar="NAME", help="some cells, and those that they need (default: all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of everything (default: outputs/ablation/PRESET)"
+    )
+    parser.add_argument("--evaluate", choices=("val", "test"), default="val", help="identities to score (default: val)")
+    parser.add_argument("--again", action="store_true", help="score what is scored already once more, also on test")
+    parser.add_argument(
+        "--long_epochs",
+        type=int,
+        metavar="N",
+        help="length of the long teachers (default: by the time that was measured)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    for name in args.cells or ():
+        if name not in CELLS:
+            raise UserError(f"--cells {name}: unknown cell; use some of {', '.join(CELLS)}")
+    for option, value in (("seeds", args.seeds), ("long_epochs", args.long_epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value}: must be at least 1")
+
+
+# ------------------------------------------------------------------------------------------------ what is left
+def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
+    """The asked-for runs and those that they need, seed by seed: after the first, the whole table stands."""
+    chosen = list(names or CELLS)
+    if study.factors is None and "oracle" in chosen:
+        if names:
+            raise UserError("--cells oracle: needs embedded data, whose true swaps can be drawn; leave it out")
+        chosen.remove("oracle")
+        print("oracle is left out: only embedded data have true swaps")
+    wanted = {(name, seed) for name in chosen for seed in range(seeds)}
+    while more := set().union(*(needed(study, run) for run in wanted)) - wanted:
+        wanted |= more
+    # `both` directly after the teacher: most others start from it.
+    order = sorted(CELLS, key=lambda name: ("teacher", "both").index(name) if name in ("teacher", "both") else 2)
+    return [(name, seed) for seed in range(seeds) for name in order if (name, seed) in wanted]
+
+
+def needed(study: Study, run: Run) -> set[Run]:
+    return needs(run[0], study.config(*run), run[1], first_seed=0)
+
+
+def result_file(study: Study, run: Run, where: str) -> Path:
+    return study.run(*run).path / f"result-{where}.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself inside."""
+    handle = os.open(make_folder(folder), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def estimate(study: Study, runs: list[Run], where: str) -> str:
+    """How long the runs will take, by the finished ones of the same kind."""
+
+    def kind(run: Run) -> tuple:
+        name, cfg = run[0], study.config(*run)
+        return (name,) if cfg.task == "teacher" else (cfg.task, starts_as_both(name, cfg))
+
+    known: dict[tuple, list[float]] = {}
+    for run in ((name, seed) for name in CELLS for seed in range(1 + max(seed for _, seed in runs))):
+        if (path := result_file(study, run, where)).is_file():
+            known.setdefault(kind(run), []).append(json.loads(path.read_text())["time"]["wall"])
+    seconds = [statistics.fmean(known[kind(run)]) for run in runs if kind(run) in known]
+    unknown = len(runs) - len(seconds)
+    parts = [f"about {sum(seconds) / 60:.0f} minutes for {len(seconds)} runs"] if seconds else []
+    parts += [f"{unknown} runs of a kind that none has finished yet"] if unknown else []
+    return " and ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------ working through it
+def work(study: Study, runs: list[Run], where: str, *, again: bool) -> int:
+    """Train and score the runs that are not finished; returns 0, or 128 and the number of the signal that ended it."""
+    import gc
+
+    from benchmarks.ablation_runs import trained
+
+    left = [run for run in runs if again or not result_file(study, run, where).is_file()]
+    if where == "test" and not again:
+        refuse_second_scoring(study, left)
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+    waiting = False
+    while left:
+        made = None
+        for run in left:
+            if not all(trained(study, other) for other in needed(study, run)):
+                continue
+            with locked(study.run(*run).path) as mine:
+                if not mine:
+                    continue
+                if again or not result_file(study, run, where).is_file():
+                    place = len(runs) - len(left) + 1
+                    print(
+                        f"\n[{place}/{len(runs)}] {run[0]}-{run[1]}; left: {estimate(study, left, where)}", flush=True
+                    )
+                    if status := make(study, run, where):
+                        return status
+                made = run
+            break
+        if made:
+            left.remove(made)
+            gc.collect()
+        else:
+            if not waiting:
+                print("waiting for the runs of another process", flush=True)
+            time.sleep(POLL)
+        waiting = made is None
+    return 0
+
+
+def make(study: Study, run: Run, where: str) -> int:
+    """Train a run as far as it is not, and score it."""
+    from benchmarks.ablation_runs import score, train, trained
+
+    if not trained(study, run) and (status := train(study, run)):
+        print(f"{run[0]}-{run[1]} is not finished; the same command of benchmarks.ablation continues", file=sys.stderr)
+        return status
+    result = score(study, run, where, first_seed=0)
+    if where == "test":
+        # Before the result, and in a folder of its own: removing a run's folder does not make its test unseen.
+        times = [*test_dates(study, run), date.today().isoformat()]
+        write_json(scored_file(study, run), {"scored_on_test": times})
+        result["times_scored_on_test"] = len(times)
+    write_json(result_file(study, run, where), result)
+    print(f"written to {result_file(study, run, where)}", flush=True)
+    return 0
+
+
+def scored_file(study: Study, run: Run) -> Path:
+    return study.out / "scored-on-test" / f"{run[0]}-{run[1]}.json"
+
+
+def test_dates(study: Study, run: Run) -> list[str]:
+    """When a run's test identities were scored."""
+    path = scored_file(study, run)
+    return json.loads(path.read_text())["scored_on_test"] if path.is_file() else []
+
+
+def refuse_second_scoring(study: Study, runs: list[Run]) -> None:
+    """Raise UserError where test identities were scored before by runs that have no result any more."""
+    if seen := [run for run in runs if test_dates(study, run)]:
+        name = "{}-{}".format(*seen[0])
+        raise UserError(
+            f"{name} ({len(seen)} in all): its test identities were scored on {test_dates(study, seen[0])[-1]}, and "
+            "that result is gone; choose settings with --evaluate val, or score once more with --again"
+        )
+
+
+def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> None:
+    """Everything that is finished of the chosen runs: JSON, table and picture."""
+    from benchmarks import ablation_table as table
+    from benchmarks.machine import describe_machine
+
+    where, files = args.evaluate, [result_file(study, run, args.evaluate) for run in runs]
+    results = [json.loads(path.read_text()) for path in files if path.is_file()]
+    if not results:
+        return
+    rows, sweep = table.rows(results), table.sweep(results)
+    found = table.claims(rows)
+    about = {"preset": args.preset, "evaluated_on": where, "device": str(study.device), "data": study.preset.data}
+    if args.data_root is not None:
+        about["data"] = study.data.name
+    content: dict[str, Any] = about | {"machine": describe_machine(), "runs": results, "table": rows}
+    content |= {"sweep": sweep, "claims": [{"claim": text, "holds": holds} for text, holds in found]}
+    write_json(study.out / f"results-{where}.json", content)
+    again = sum(result.get("times_scored_on_test", 1) > 1 for result in results)
+    text = [f"Preset {args.preset}, {where} identities, {len(results)} of {len(runs)} runs.", table.format_table(rows)]
+    text += [table.format_sweep(sweep)] if sweep else []
+    text += [table.format_claims(found), table.NOTE]
+    text += [f"The test identities of {again} runs were scored more than once."] if again else []
+    whole = "\n\n".join(text) + "\n"
+    write_text(study.out / f"table-{where}.md", whole)
+    picture = study.out / f"figure-{where}.png"
+    table.draw_figure(picture, results, f"preset {args.preset}, {where} identities")
+    print(f"\n{whole}\nwritten to {study.out}: results-{where}.json, table-{where}.md, {picture.name}", flush=True)
+
+
+def main() -> int:
+    args = parse_args()
+    check_args(args)
+
+    from benchmarks.ablation_runs import Study, prepare_data
+
+    set_threads(args.threads)
+    device, preset = pick_device(args.device), PRESETS[args.preset]
+    out = make_folder((args.out or ROOT / "outputs" / "ablation" / args.preset).expanduser().resolve())
+    with locked(out) as mine:
+        if not mine:
+            raise UserError(f"--out {out}: another process is preparing its data; start again when it trains")
+        same_study(out, args)
+        data, held, factors = prepare_data(preset, args.data_root, out)
+    study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
+    runs = choose_runs(study, args.cells, args.seeds)
+    status = work(study, runs, args.evaluate, again=args.again)
+    write_results(study, args, runs)
+    return status
+
+
+def same_study(out: Path, args: argparse.Namespace) -> None:
+    """Remember what a folder is for. Raises UserError for one of another preset or data set, or of other things."""
+    path, own = out / "ablation.json", {"preset": args.preset, "data_root": args.data_root}
+    if not path.is_file():
+        if others := sorted(p.name for p in out.iterdir()):
+            raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
+        write_json(path, own)
+    for key, value in json.loads(path.read_text()).items():
+        if own.get(key) != value:
+            raise UserError(f"--out {out}: was begun with --{key} {value}, not {own.get(key)}; choose another --out")
+
+
+if __name__ == "__main__":
+    # Outside of the training steps, which save themselves first: everything is written whole or not at all.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run_cli(main)
