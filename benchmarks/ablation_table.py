@@ -44,7 +44,7 @@ def mean_and_deviation(values: Sequence[float]) -> Value:
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Of every cell with results `{"cell", "setting", "label", "seeds", "values": {column: Value, None where it has none}}`."""
+    """`{"cell", "setting", "label", "seeds", "values": {column: Value or None}}` of every cell that has results."""
     found = []
     by_cell: dict[str, list[Result]] = {}
     for result in results:
@@ -172,14 +172,9 @@ def draw_figure(path: Path, results: list[Result], title: str) -> None:
         axes.set_xlabel(name)
         axes.set_ylabel("mAP, %")
     if surface:
-        curve(by_alpha, {alpha: at[0.5] for alpha, at in surface.items()}, None)
+        means, deviations = zip(*(at[0.5] for at in surface.values()), strict=True)
+        by_alpha.errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
         for alpha, at in surface.items():
-            curve(by_beta, at, f"alpha {alpha:g}")
+            by_beta.plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
         by_beta.legend(fontsize="small")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def curve(axes: Any, points: dict[float, Value], label: str | None) -> None:
-    """Means with their deviations over the keys."""
-    means, deviations = zip(*points.values(), strict=True)
-    axes.errorbar(list(points), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3, label=label)
