@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -103,12 +104,12 @@ def result_file(study: Study, run: Run, where: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder for itself inside."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the folder for itself inside; with `wait`, as soon as it has."""
     handle = os.open(make_folder(folder), os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
@@ -118,7 +119,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def estimate(study: Study, runs: list[Run], where: str) -> str:
-    """How long the runs will take, by the finished ones of the same kind."""
+    """How long the runs will take, by the finished ones of the same kind (of one process, without scoring)."""
 
     def kind(run: Run) -> tuple:
         name, cfg = run[0], study.config(*run)
@@ -129,28 +130,34 @@ def estimate(study: Study, runs: list[Run], where: str) -> str:
         if (path := result_file(study, run, where)).is_file():
             known.setdefault(kind(run), []).append(json.loads(path.read_text())["time"]["wall"])
     seconds = [statistics.fmean(known[kind(run)]) for run in runs if kind(run) in known]
-    unknown = len(runs) - len(seconds)
-    parts = [f"about {sum(seconds) / 60:.0f} minutes for {len(seconds)} runs"] if seconds else []
-    parts += [f"{unknown} runs of a kind that none has finished yet"] if unknown else []
-    return " and ".join(parts)
+    return (
+        f"about {sum(seconds) / 60:.0f} minutes for {len(seconds)} of {len(runs)} runs"
+        if seconds
+        else "no estimate yet"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ working through it
-def work(study: Study, runs: list[Run], where: str, *, again: bool) -> int:
-    """Train and score the runs that are not finished; returns 0, or 128 and the number of the signal that ended it."""
-    import gc
+def work(study: Study, runs: list[Run], where: str, *, again: bool) -> tuple[int, set[Run]]:
+    """Train and score the runs that are not finished.
 
-    from benchmarks.ablation_runs import trained
-
+    Returns 0, or 128 and the number of the signal that ended it; and the runs that failed. The error of such a run is
+    printed, and those that do not need it go on.
+    """
     left = [run for run in runs if again or not result_file(study, run, where).is_file()]
     if where == "test" and not again:
         refuse_second_scoring(study, left)
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+    failed: set[Run] = set()
     waiting = False
     while left:
-        made = None
+        done = None
         for run in left:
-            if not all(trained(study, other) for other in needed(study, run)):
+            if needed(study, run) & failed:
+                failed.add(run)
+                done = run
+                break
+            if not all(result_file(study, other, where).is_file() for other in needed(study, run)):
                 continue
             with locked(study.run(*run).path) as mine:
                 if not mine:
@@ -160,19 +167,25 @@ def work(study: Study, runs: list[Run], where: str, *, again: bool) -> int:
                     print(
                         f"\n[{place}/{len(runs)}] {run[0]}-{run[1]}; left: {estimate(study, left, where)}", flush=True
                     )
-                    if status := make(study, run, where):
-                        return status
-                made = run
+                    try:
+                        status = make(study, run, where)
+                    except UserError as error:
+                        print(f"{run[0]}-{run[1]} failed: {error}", file=sys.stderr)
+                        status = 0
+                        failed.add(run)
+                    if status:
+                        return status, failed
+                done = run
             break
-        if made:
-            left.remove(made)
+        if done:
+            left.remove(done)
             gc.collect()
         else:
             if not waiting:
                 print("waiting for the runs of another process", flush=True)
             time.sleep(POLL)
-        waiting = made is None
-    return 0
+        waiting = done is None
+    return 0, failed
 
 
 def make(study: Study, run: Run, where: str) -> int:
@@ -251,15 +264,16 @@ def main() -> int:
     set_threads(args.threads)
     device, preset = pick_device(args.device), PRESETS[args.preset]
     out = make_folder((args.out or ROOT / "outputs" / "ablation" / args.preset).expanduser().resolve())
-    with locked(out) as mine:
-        if not mine:
-            raise UserError(f"--out {out}: another process is preparing its data; start again when it trains")
+    with locked(out, wait=True):
         same_study(out, args)
         data, held, factors = prepare_data(preset, args.data_root, out)
     study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
     runs = choose_runs(study, args.cells, args.seeds)
-    status = work(study, runs, args.evaluate, again=args.again)
+    status, failed = work(study, runs, args.evaluate, again=args.again)
     write_results(study, args, runs)
+    if failed and not status:
+        names = ", ".join(f"{name}-{seed}" for name, seed in runs if (name, seed) in failed)
+        raise UserError(f"not made: {names}; the reasons stand above, the same command tries again")
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from config import Config, DGNetConfig, parse_config, read_yaml
@@ -130,6 +131,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+read_base = cache(read_yaml)  # the preset's file, for every run
+
+
 def score_settings(heads: int) -> dict[str, tuple[float, ...]]:
     """Names and weights of the scores of a net with one head or two, the sweep of beta included."""
     if heads == 1:
@@ -142,7 +146,7 @@ def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **chang
     cell = CELLS[name]
     file = ROOT / (preset.dgnet_config if cell.task == "dgnet" else preset.teacher_config)
     own = preset.dgnet if cell.task == "dgnet" else preset.teacher
-    values = read_yaml(file) | own | {"data_root": data_root, "seed": seed, "keep_last": 1} | cell.changes | changes
+    values = read_base(file) | own | {"data_root": data_root, "seed": seed, "keep_last": 1} | cell.changes | changes
     if cell.task == "dgnet":
         values["teacher"] = f"teacher-{seed}"
     cfg = parse_config(values, f"cell {name}")

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 import training
 from benchmarks.ablation_cells import CELLS, LONG, Preset, cell_config, score_settings, starts_as_both
+from benchmarks.ablation_drawing import draw, drawing_processes
 from checkpoint import manifest_path, snapshots
 from config import Config, exact_settings, load_config
 from data.archives import Image
@@ -128,14 +132,23 @@ class TrueSwaps:
     passes over the fakes and so their BatchNorm statistics. All other terms keep the generated images.
     """
 
-    def __init__(self, factors: Factors, images: ImageList, size: tuple[int, int], pad: int) -> None:
-        self.factors, self.size, self.pad = factors, size, pad
+    def __init__(
+        self,
+        factors: Factors,
+        images: ImageList,
+        size: tuple[int, int],
+        pad: int,
+        processes: Executor | None = None,
+    ) -> None:
+        """`processes` of `ablation_drawing` draw; None: this one."""
+        self.size, self.pad = size, pad
         self.names = [path.name for path in images.paths]
+        self.swaps = partial(processes.map, draw) if processes else partial(map, factors.true_swap)
 
     def draw(self, appearance: Tensor, structure: Tensor) -> Tensor:
         """The true swaps (N, 3, H, W) uint8 of images by their positions (N,) in the list."""
-        pairs = zip(appearance.tolist(), structure.tolist(), strict=True)
-        drawn = [shrink(self.factors.true_swap(self.names[i], self.names[j]), self.size) for i, j in pairs]
+        names = ([self.names[i] for i in side.tolist()] for side in (appearance, structure))
+        drawn = [shrink(image, self.size) for image in self.swaps(*names)]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, a: Batch, b: Batch, g: Generated, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -210,15 +223,25 @@ def train(study: Study, run: Run) -> int:
         copy_start(study, run, cfg)
     seed_everything(cfg.seed)
     session = training.prepare(cfg, folder, study.device, resume=True)
-    if run[0] == "oracle":
-        size = cfg.crop_image_height, cfg.crop_image_width
-        session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding)
+    with ExitStack() as stack:
+        if run[0] == "oracle":
+            # One process that draws could hold a GPU up.
+            beside_gpu = study.device.type == "cuda"
+            processes = stack.enter_context(drawing_processes(study.data)) if beside_gpu else None
+            size = cfg.crop_image_height, cfg.crop_image_width
+            session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding, processes)
+        return train_timed(session)
+
+
+def train_timed(session: training.Session) -> int:
+    """Train, and add what it took to the run's `time.json`; returns the exit status."""
+    folder, networks = session.run, NETWORKS[session.cfg.task]
 
     def newest() -> int:
-        return max(snapshots(folder.checkpoints, NETWORKS[cfg.task]), default=0)
+        return max(snapshots(folder.checkpoints, networks), default=0)
 
     # Of the processor, which other programs disturb less; a GPU works by itself.
-    clock = time.process_time if study.device.type == "cpu" else time.perf_counter
+    clock = time.process_time if session.device.type == "cpu" else time.perf_counter
     before, seconds, wall = newest(), clock(), time.perf_counter()
     status = training.train(session, resume="auto")
     passed = read_time(folder)

@@ -19,6 +19,7 @@ from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 from benchmarks import ablation, ablation_runs
 from benchmarks import ablation_table as table
 from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, needs, starts_as_both
+from benchmarks.ablation_drawing import drawing_processes
 from benchmarks.ablation_runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from data.folders import read_split
 from data.images import denormalise
@@ -156,6 +157,25 @@ def test_a_run_of_other_settings_is_not_continued(study):
         train(other, ("both", 0))
 
 
+def test_a_run_that_fails_takes_with_it_what_needs_it_and_no_more(study, tmp_path, monkeypatch, capsys):
+    def make(_, run, where):
+        made.append(run)
+        if run == ("both", 0):
+            raise UserError("a loss is not finite")
+        ablation.result_file(other, run, where).write_text('{"time": {"wall": 60}}')
+        return 0
+
+    made: list = []
+    other = replace(study, out=tmp_path)
+    monkeypatch.setattr(ablation, "make", make)
+    runs = ablation.choose_runs(other, ["alpha_1", "no_fake_id", "both"], 2)
+    assert ablation.work(other, runs, "val", again=False) == (0, {("both", 0), ("alpha_1", 0)})
+    assert made == [run for run in runs if run != ("alpha_1", 0)] and len(runs) == 8
+    written = capsys.readouterr()
+    assert "both-0 failed: a loss is not finite" in written.err
+    assert "[7/8] no_fake_id-1; left: about 1 minutes for 1 of 2 runs" in written.out
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     with ablation.locked(tmp_path) as first, ablation.locked(tmp_path) as second:
         assert first and not second
@@ -185,6 +205,13 @@ def test_held_out_identities_are_whole_groups_that_no_run_trains_on(study):
 def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):
     with pytest.raises(UserError, match="8 training identities are too few"):
         ablation_runs.hold_out(tiny_data, tmp_path, None)
+
+
+def test_data_without_factors_have_no_oracle(study):
+    other = replace(study, factors=None)
+    assert {name for name, _ in ablation.choose_runs(other, None, 1)} == set(CELLS) - {"oracle"}
+    with pytest.raises(UserError, match="--cells oracle: needs embedded data"):
+        ablation.choose_runs(other, ["oracle"], 1)
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -262,6 +289,14 @@ def test_the_oracle_learns_from_the_true_swaps_of_the_batch(study, monkeypatch):
             got = denormalise(fed[None])[0].permute(1, 2, 0).numpy()
             assert np.array_equal(got, true) or np.array_equal(got[:, ::-1], true)
     shutil.rmtree(study.run("oracle", 0).path)
+
+
+def test_processes_draw_the_same_swaps(study):
+    images = read_split(study.held, "train_all")
+    first, second = torch.tensor([0, 7, 20]), torch.tensor([30, 2, 11])
+    own = TrueSwaps(study.factors, images, (64, 32), 0).draw(first, second)
+    with drawing_processes(study.data, 1) as processes:
+        assert torch.equal(TrueSwaps(study.factors, images, (64, 32), 0, processes).draw(first, second), own)
 
 
 def test_only_the_teacher_loss_reads_the_images_that_are_fed_back():
