@@ -116,7 +116,7 @@ PRESETS: dict[str, Preset] = {
         "configs/demo-teacher.yaml",
         "configs/demo.yaml",
         {},
-        dict(snapshot_save_iter=300, image_save_iter=600, image_display_iter=600),
+        {},
         swaps=512,
     ),
     "large": Preset(
@@ -151,8 +151,9 @@ def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **chang
         values["teacher"] = f"teacher-{seed}"
     cfg = parse_config(values, f"cell {name}")
     if name == "both" and cfg.id_freeze_iter:
-        # Kept for the runs that start from there.
-        cfg = cfg.model_copy(update={"keep_every": cfg.id_freeze_iter})
+        # The runs that start from there need the snapshot of that step, also afterwards.
+        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if cfg.id_freeze_iter % n == 0)
+        cfg = cfg.model_copy(update={"keep_every": cfg.id_freeze_iter, "snapshot_save_iter": every})
     return cfg
 
 
@@ -161,10 +162,7 @@ def starts_as_both(name: str, cfg: Config) -> bool:
     if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
         return False
     # With the ramps of the reconstruction terms a live appearance code would already move the generator.
-    return (
-        0 < cfg.id_freeze_iter <= min(cfg.warm_iter, cfg.max_iter - 1)
-        and cfg.id_freeze_iter % cfg.snapshot_save_iter == 0
-    )
+    return 0 < cfg.id_freeze_iter <= min(cfg.warm_iter, cfg.max_iter - 1)
 
 
 def needs(name: str, cfg: Config, seed: int, first_seed: int) -> set[tuple[str, int]]:

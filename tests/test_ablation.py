@@ -218,6 +218,8 @@ def test_data_without_factors_have_no_oracle(study):
 def test_every_cell_of_every_preset_has_a_configuration():
     for preset in PRESETS.values():
         configs = {n: cell_config(preset, n, 1, data_root="d", **extra(n)) for n in CELLS}
+        freeze = configs["both"].id_freeze_iter
+        assert freeze % configs["both"].snapshot_save_iter == 0 and configs["both"].keep_every == freeze
         assert configs["both"].B_w == 0.2 and configs["both"].teacher == "teacher-1"
         assert {n for n, cfg in configs.items() if cfg.task == "dgnet" and not starts_as_both(n, cfg)} == {
             "both",
