@@ -179,7 +179,6 @@ def work(study: Study, runs: list[Run], where: str, *, again: bool) -> tuple[int
             break
         if done:
             left.remove(done)
-            gc.collect()
         else:
             if not waiting:
                 print("waiting for the runs of another process", flush=True)
@@ -195,6 +194,7 @@ def make(study: Study, run: Run, where: str) -> int:
     if not trained(study, run) and (status := train(study, run)):
         print(f"{run[0]}-{run[1]} is not finished; the same command of benchmarks.ablation continues", file=sys.stderr)
         return status
+    gc.collect()  # the trainer's memory
     result = score(study, run, where, first_seed=0)
     if where == "test":
         # Before the result, and in a folder of its own: removing a run's folder does not make its test unseen.

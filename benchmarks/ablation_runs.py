@@ -49,7 +49,7 @@ from trainer import Generated
 from utils import ROOT, UserError, seed_everything, write_json
 from visual_tools.swapper import load_swapper
 
-HELD_OUT = 1 / 7  # of the training identities
+HELD_OUT = 7  # one of so many training identities
 Run = tuple[str, int]  # cell, seed
 
 
@@ -108,7 +108,7 @@ def hold_out(data: Path, held: Path, factors: Factors | None) -> None:
     group = {pid: factors.people[f"{pid:04d}"].group if factors else pid for pid in sorted(set(images.pids.tolist()))}
     chosen: set[int] = set()
     for number in np.random.default_rng(0).permutation(sorted(set(group.values()))).tolist():
-        if len(chosen) >= HELD_OUT * len(group):
+        if HELD_OUT * len(chosen) >= len(group):
             break
         chosen |= {pid for pid, own in group.items() if own == number}
     if len(chosen) < 3 or len(group) - len(chosen) < 2:
