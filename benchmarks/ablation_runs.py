@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import training
 from benchmarks.ablation_cells import CELLS, LONG, Preset, cell_config, score_settings, starts_as_both
 from benchmarks.ablation_drawing import draw, drawing_processes
+from benchmarks.machine import clock_of
 from checkpoint import manifest_path, snapshots
 from config import Config, exact_settings, load_config
 from data.archives import Image
@@ -241,7 +242,7 @@ def train_timed(session: training.Session) -> int:
         return max(snapshots(folder.checkpoints, networks), default=0)
 
     # Of the processor, which other programs disturb less; a GPU works by itself.
-    clock = time.process_time if session.device.type == "cpu" else time.perf_counter
+    clock = clock_of(session.device)
     before, seconds, wall = newest(), clock(), time.perf_counter()
     status = training.train(session, resume="auto")
     passed = read_time(folder)

@@ -284,7 +284,8 @@ def main() -> None:
     print(f"train_step: {Path(args.config).name}, batch {cfg.batch_size}, on {result['machine']}", flush=True)
     found = measure(cfg, device, rounds=rounds, short=args.short)
     print(show(found))
-    print(f"  written to {write_result(args.results, f'train_step-{device.type}', result | {'variants': found})}")
+    name = f"train_step-{device.type}-batch{cfg.batch_size}"
+    print(f"  written to {write_result(args.results, name, result | {'variants': found})}")
 
 
 if __name__ == "__main__":

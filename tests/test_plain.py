@@ -177,7 +177,7 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["train_step", "--config", str(config), "--rounds", "1", "--device", "cpu"])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(tmp_path)])
     train_step.main()
-    found = json.loads((tmp_path / "train_step-cpu.json").read_text())
+    found = json.loads((tmp_path / "train_step-cpu-batch2.json").read_text())
     variants = found["variants"]
     assert list(variants) == ["plain", "fp32", "bf16", "recompute"]
     assert variants["plain"]["plain / this"] == 1
