@@ -203,7 +203,8 @@ def test_any_other_name_is_refused(name: str) -> None:
         assert name in str(error) and "rename it like" in str(error)
     else:
         head, _, rest = name.partition("_c")
-        assert head.isascii() and int(head) == pid and rest.startswith(str(camid).zfill(1)[:1]) or camid == 0
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        assert head.isascii() and int(head) == pid and int(digits) == camid
         assert -(10**18) < pid < 10**18 and 0 <= camid < 10**18
 
 
