@@ -74,6 +74,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The terms of a step from those of its parts."""
+    if len(found) == 1:
+        return {name: term.detach() for name, term in found[0].items()}
     return {name: torch.stack([terms[name].detach() for terms in found]).mean(dim=0) for name in found[0]}
 
 
@@ -433,7 +435,7 @@ class DGNetTrainer:
         if not self.cfg.recompute:
             return self.gen.decode(s, f)
         # A few images at a time, or the recomputed pass would fill the memory that it is to save.
-        n = len(s) // 2
+        n = math.ceil(len(s) / 6)
         parts = zip(s.split(n), f.split(n), strict=True)
         return torch.cat([checkpoint(self.gen.decode, *part, use_reentrant=False) for part in parts])
 
