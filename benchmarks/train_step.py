@@ -265,9 +265,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default: ours)")
     args = parser.parse_args()
     device = pick_device(args.device)
-    for name in ("batch_size", "rounds", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < (2 if name == "batch_size" else 1):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: too small")
+    for name, least in (("batch_size", 2), ("rounds", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     set_threads(args.threads)
     settings = ["ID_class=auto", "pretrained=false"]
     batch_size = args.batch_size or (None if device.type == "cuda" else 2)
