@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, add_machine_arguments, count_or_auto, pick_device, run_cli, set_threads
+from utils import UserError, add_batch_argument, add_machine_arguments, pick_device, run_cli, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-soft-labels", action="store_true", help="go without a teacher")
     parser.add_argument("--top", type=int, default=5, help="identities in a soft label (default: 5)")
     parser.add_argument("--data_root", help="data set of the teacher's identities (default: the run's)")
-    parser.add_argument(
-        "--batch_size",
-        type=count_or_auto,
-        metavar="N",
-        help="images at a time (default: auto, which is 32 on a CPU and what fits on a GPU)",
-    )
+    add_batch_argument(parser, "--batch_size")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
     parser.add_argument("--gpu_ids", help="GPUs, separated by commas: a process for each")
     parser.add_argument(

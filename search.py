@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from utils import UserError, add_net_arguments, check_net_arguments, count_or_auto, pick_device, run_cli
+from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, pick_device, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,12 +38,7 @@ def parse_args() -> argparse.Namespace:
         "--page", metavar="FILE", help="HTML page of the results (default: results.html beside the index, replaced)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite an existing --page")
-    parser.add_argument(
-        "--batchsize",
-        type=count_or_auto,
-        metavar="N",
-        help="images per pass (default: auto, which is 32 on a CPU and what fits on a GPU)",
-    )
+    add_batch_argument(parser, "--batchsize")
     args = parser.parse_args()
     check_net_arguments(args)
     for option in ("top", "approximate_from", "batchsize"):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, add_net_arguments, check_net_arguments, count_or_auto, run_cli, write_json
+from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, run_cli, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--test_dir", nargs="+", metavar="DIR", help="data sets to evaluate on (default: the config's data_root)"
     )
-    parser.add_argument(
-        "--batchsize",
-        type=count_or_auto,
-        metavar="N",
-        help="images per pass (default: auto, which is 32 on a CPU and what fits on a GPU)",
-    )
+    add_batch_argument(parser, "--batchsize")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the net (fp32)")
     parser.add_argument("--multi", action="store_true", help="also multi-query; needs multi-query/ or gt_bbox/")
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")

@@ -68,9 +68,18 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser)
 
 
-def count_or_auto(text: str) -> int | None:
-    """The value of an option that is a number or `auto`, for which it gives None."""
-    return None if text == "auto" else int(text)
+def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option `name`: images at a time, a number or `auto`, which is None."""
+
+    def number(text: str) -> int | None:
+        return None if text == "auto" else int(text)
+
+    parser.add_argument(
+        name,
+        type=number,
+        metavar="N",
+        help="images at a time (default: auto, which is 32 on a CPU and what fits on a GPU)",
+    )
 
 
 def check_net_arguments(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -77,9 +77,9 @@ class Preset:
     data: dict[str, Any]
     teacher_config: str
     dgnet_config: str
-    teacher: dict[str, Any]
-    dgnet: dict[str, Any]
     swaps: int
+    teacher: dict[str, Any] = field(default_factory=dict)
+    dgnet: dict[str, Any] = field(default_factory=dict)
     generated: float = 1.0
 
 
@@ -91,8 +91,8 @@ PRESETS: dict[str, Preset] = {
         dict(seed=7, preset="tiny", train_ids=12, group_size=3),
         "configs/demo-teacher.yaml",
         "configs/demo.yaml",
-        dict(backbone="resnet10w4", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
-        dict(
+        teacher=dict(backbone="resnet10w4", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
+        dgnet=dict(
             backbone="resnet10w4",
             gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=64, mlp_dim=16),
             dis=dict(dim=4, n_layer=1, n_res=1, num_scales=1),
@@ -115,8 +115,6 @@ PRESETS: dict[str, Preset] = {
         dict(seed=7, preset="demo", train_ids=336),
         "configs/demo-teacher.yaml",
         "configs/demo.yaml",
-        {},
-        {},
         swaps=512,
     ),
     "large": Preset(
@@ -124,8 +122,6 @@ PRESETS: dict[str, Preset] = {
         dict(seed=7, preset="large", train_ids=462),
         "configs/mannequins-teacher.yaml",
         "configs/mannequins.yaml",
-        {},
-        {},
         swaps=2048,
     ),
 }

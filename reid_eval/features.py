@@ -243,8 +243,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
     try:
         return read_mat(path, growth=GROWTH)
-    except NotImplementedError:
-        raise UserError(f"{path}: a MATLAB 7.3 file (HDF5), which is not read; save it as version 7") from None
     except Exception as error:
         raise UserError(f"{path}: not a readable .mat file ({_line(error)}); {remedy}") from None
 

@@ -27,14 +27,14 @@ def read_mat(path: Path, *, growth: int) -> dict[str, np.ndarray]:
 
     growth  times its size that the file may unpack to
 
-    Raises ValueError for what is damaged or no such file, NotImplementedError for version 7.3.
+    Raises ValueError for what is damaged, no such file, or of version 7.3.
     """
     data = path.read_bytes()
     order = {b"IM": "<", b"MI": ">"}.get(data[126:_HEADER])
     if order is None or not data.startswith(b"MATLAB"):
         raise ValueError("no MATLAB file of version 5 to 7")
     if np.frombuffer(data, f"{order}u2", 1, 124)[0] != 0x100:
-        raise NotImplementedError
+        raise ValueError("version 7.3, which is HDF5 and not read: save it as version 7")
     left = growth * len(data)
     found = {}
     for kind, content in _elements(memoryview(data)[_HEADER:], order):

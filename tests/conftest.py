@@ -129,6 +129,18 @@ def archive(tmp_path: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class OutputFolder:
+    """A folder of runs on a data set, and the options that make a script use it."""
+
+    folder: Path
+    data: Path
+
+    @property
+    def where(self) -> tuple[object, ...]:
+        return "--output_path", self.folder, "--threads", 1, "--device", "cpu"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a script did: its exit status and what it wrote."""
 

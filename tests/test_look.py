@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome
+from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder
 from PIL import Image
 
 import reid_eval.index as index_module
@@ -41,15 +41,8 @@ Script = Callable[..., Outcome]
 
 
 @dataclass(frozen=True)
-class Runs:
+class Runs(OutputFolder):
     """An untrained run `tiny` and a teacher `tutor`, whose BatchNorm has seen the data."""
-
-    folder: Path
-    data: Path
-
-    @property
-    def where(self) -> tuple[object, ...]:
-        return "--output_path", self.folder, "--threads", 1, "--device", "cpu"
 
     @property
     def run(self) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, load_script, merged
+from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, load_script, merged
 from PIL import Image
 
 from checkpoint import write_atomically
@@ -54,15 +54,8 @@ def call(name: str, *arguments: object) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(OutputFolder):
     """The output folder of a run called NAME and its teacher, on data in a folder called FOLDER."""
-
-    folder: Path
-    data: Path
-
-    @property
-    def where(self) -> tuple[object, ...]:
-        return "--output_path", self.folder, "--threads", 1, "--device", "cpu"
 
     @property
     def run(self) -> RunFolder:

@@ -24,7 +24,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_DGNET, TINY_TEACHER, Outcome, noise, tiny_config, tiny_teacher_config, tiny_trainer
+from conftest import (
+    TINY_DGNET,
+    TINY_TEACHER,
+    Outcome,
+    OutputFolder,
+    noise,
+    tiny_config,
+    tiny_teacher_config,
+    tiny_trainer,
+)
 from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
@@ -40,14 +49,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(OutputFolder):
     """A run `tiny`, the same as the release would have left it in `release`, a teacher `tutor`, and a trap.
 
     trap  a folder that appears as soon as an attack is run
     """
 
-    folder: Path
-    data: Path
     script: Callable[..., Outcome]
 
     @property
@@ -63,8 +70,7 @@ class Place:
         return self.folder / "models" / "tutor"
 
     def run(self, command: str, *options: object) -> Outcome:
-        place = ("--output_path", self.folder, "--threads", 1, "--device", "cpu")
-        outcome = self.script(command, *options, *place)
+        outcome = self.script(command, *options, *self.where)
         assert not self.trap.exists(), "the attack was run"
         return outcome
 

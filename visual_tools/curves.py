@@ -151,7 +151,7 @@ def draw(curves: list[Curve], end: int, *, logarithmic: bool = False) -> str:
             axes.set_ylim(max(positive.min(), 1e-4 * positive.max()) / 1.5, 1.5 * positive.max())
         for curve in curves:
             steps, mean, low, high = _thinned(curve)
-            how = dict(color=_placeholder(curve.colour), linewidth=1.4)
+            how = dict(color=_stand_in(curve.colour), linewidth=1.4)
             if len(steps) == 1:
                 axes.plot(steps, mean, "o", markersize=3, **how)
             else:
@@ -189,7 +189,7 @@ def _label(name: str, curves: list[Curve]) -> str:
     return f"{stem} (a, b dashed)" if paired else name
 
 
-def _placeholder(colour: int) -> str:
+def _stand_in(colour: int) -> str:
     return f"#0102{0x10 + colour:02x}"
 
 
@@ -203,5 +203,5 @@ def _for_page(document: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)")
     for colour in range(COLOURS):
-        svg = svg.replace(_placeholder(colour), f"var(--curve-{colour})")
+        svg = svg.replace(_stand_in(colour), f"var(--curve-{colour})")
     return re.sub(r"; font-family: [^;]*", "", svg)
