@@ -50,7 +50,6 @@ from trainer import Generated
 from utils import ROOT, UserError, seed_everything, write_json
 from visual_tools.swapper import load_swapper
 
-HELD_OUT = 7  # one of so many training identities
 Run = tuple[str, int]  # cell, seed
 
 
@@ -94,12 +93,12 @@ def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path
         data = resolve_data_root(data_root).expanduser().resolve()
     factors = load_factors(data) if is_embedded(data) else None
     held = out / "data" / "held-out"
-    hold_out(data, held, factors)
+    hold_out(data, held, factors, preset.held_out)
     return data, held, factors
 
 
-def hold_out(data: Path, held: Path, factors: Factors | None) -> None:
-    """Fill `held` with links to the training images of `data`: of a seventh of the identities as query and gallery.
+def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> None:
+    """Fill `held` with links to the training images of `data`: of `share` of the identities as query and gallery.
 
     Of embedded data these are whole groups that wear the same colours, as the test identities are. The first image of
     a held-out identity under each camera is a query. Raises UserError for names without identity and camera, too few
@@ -109,7 +108,7 @@ def hold_out(data: Path, held: Path, factors: Factors | None) -> None:
     group = {pid: factors.people[f"{pid:04d}"].group if factors else pid for pid in sorted(set(images.pids.tolist()))}
     chosen: set[int] = set()
     for number in np.random.default_rng(0).permutation(sorted(set(group.values()))).tolist():
-        if HELD_OUT * len(chosen) >= len(group):
+        if len(chosen) >= share * len(group):
             break
         chosen |= {pid for pid, own in group.items() if own == number}
     if len(chosen) < 3 or len(group) - len(chosen) < 2:

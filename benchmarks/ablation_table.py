@@ -25,7 +25,7 @@ COLUMNS: dict[str, Callable[[Result, str], float | None]] = {
     "recognised, %": lambda r, s: _generation(r, "rank1", 100),
     "FID": lambda r, s: _generation(r, "fid"),
 }
-DECIMALS = {"SSIM": 3}
+DECIMALS = {"SSIM": 3, "FID": 3}
 NOTE = (
     "Mean and standard deviation (n - 1) over the seeds. mAP and Rank-1 by the `official` convention unless said. L1 "
     "changed, below copy, SSIM: generated swaps against the renderer's; recognised: Rank-1 of generated swaps as "
@@ -106,12 +106,14 @@ def align(lines: list[list[str]]) -> str:
 
 
 def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
-    """What is to be shown, with the numbers, and whether it holds; None where a cell of it has no result yet.
+    """What is to be shown, with the numbers, and whether it holds; None where a cell of it lacks seeds that `both` has.
 
     The opponent is the better of the teachers that had the time of teacher and DG-Net together, with random erasing or
     without.
     """
-    scored = {(row["cell"], row["setting"]): row["values"] for row in table}
+    # Means over different seeds do not compare.
+    seeds = next((row["seeds"] for row in table if row["cell"] == "both"), None)
+    scored = {(row["cell"], row["setting"]): row["values"] for row in table if row["seeds"] == seeds}
 
     def mAP(name: str) -> float | None:
         values = scored.get((name, CELLS[name].scored))

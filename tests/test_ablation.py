@@ -204,7 +204,7 @@ def test_held_out_identities_are_whole_groups_that_no_run_trains_on(study):
 
 def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):
     with pytest.raises(UserError, match="8 training identities are too few"):
-        ablation_runs.hold_out(tiny_data, tmp_path, None)
+        ablation_runs.hold_out(tiny_data, tmp_path, None, 1 / 7)
 
 
 def test_data_without_factors_have_no_oracle(study):
@@ -367,3 +367,10 @@ def test_claims(mAPs, reduction, holds):
     found = table.claims(table.rows(results))
     assert [held for _, held in found] == holds
     assert table.format_claims(found).count("open") == holds.count(None)
+
+
+def test_claims_compare_the_same_seeds() -> None:
+    results = [made_up("both", seed, 0.8) for seed in range(2)] + [made_up("primary_only", 0, 0.7)]
+    assert table.claims(table.rows(results))[0][1] is None
+    assert table.claims(table.rows(results[1:] + [made_up("primary_only", 1, 0.7)]))[0][1] is None
+    assert table.claims(table.rows([*results, made_up("primary_only", 1, 0.7)]))[0][1] is True
