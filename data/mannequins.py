@@ -121,7 +121,7 @@ class Settings:
 PRESETS: dict[str, dict[str, float]] = {
     "tiny": {"train_ids": 8, "test_ids": 6, "images_per_camera": 2, "distractors": 4, "junk": 4},
     # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
-    "demo": {"train_ids": 96, "group_size": 3, "test_group_size": 12},
+    "demo": {"train_ids": 84, "group_size": 3, "test_group_size": 12},
     "large": {
         "train_ids": 400,
         "test_ids": 200,
