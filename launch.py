@@ -152,9 +152,10 @@ class Watch:
         self.joined = False  # before all have come, none is missed but by whoever started it
         self.finished = threading.Event()
         self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        self.thread.start()
 
     def finish(self) -> None:
         """This process ends in order; nobody need miss it."""
@@ -164,6 +165,9 @@ class Watch:
                 self.store.set(f"done{self.rank}", "")
         except RuntimeError:
             pass  # the store has gone with the process that kept it
+        # Python cannot end while a thread is inside a request of the store: that aborts the process, status 134.
+        if self.thread.is_alive():
+            self.thread.join(GRACE)
 
     def may_speak(self, *, patient: bool = False) -> bool:
         """Tell all that the run has failed; whether this process is the first, and so reports it.

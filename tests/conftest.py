@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,11 @@ def archive(tmp_path: Path) -> Path:
         (root / folder / "Thumbs.db").write_bytes(b"not an image")
         (root / folder / "._0002_c1s1.jpg").write_bytes(b"hidden")
     return root
+
+
+# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
