@@ -166,8 +166,7 @@ class Watch:
         except RuntimeError:
             pass  # the store has gone with the process that kept it
         # Python cannot end while a thread is inside a request of the store: that aborts the process, status 134.
-        if self.thread.is_alive():
-            self.thread.join(GRACE)
+        self.thread.join(GRACE)
 
     def may_speak(self, *, patient: bool = False) -> bool:
         """Tell all that the run has failed; whether this process is the first, and so reports it.

@@ -42,6 +42,12 @@ ALL_LOSSES = dict(
 )
 
 
+def pytest_configure() -> None:
+    # A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`values` with `changes`; sections are merged key by key."""
     result = dict(values)
@@ -127,11 +133,6 @@ def archive(tmp_path: Path) -> Path:
         (root / folder / "Thumbs.db").write_bytes(b"not an image")
         (root / folder / "._0002_c1s1.jpg").write_bytes(b"hidden")
     return root
-
-
-# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

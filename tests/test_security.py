@@ -74,7 +74,7 @@ class Place(OutputFolder):
         assert not self.trap.exists(), "the attack was run"
         return outcome
 
-    def refuses(self, words: str, command: str, *options: object) -> None:
+    def assert_refuses(self, words: str, command: str, *options: object) -> None:
         error = self.run(command, *options).error
         assert words in error and len(error) < 2000, error[:2000]
 
@@ -160,7 +160,7 @@ def test_code_in_weights_and_states_is_not_run(place: Place, name: str, form: st
         file.write_bytes(pickle.dumps(Malicious(place.trap), protocol=2))
     if "tiny" in name:
         place.sign(file)
-    place.refuses(f"{file}: damaged or not a checkpoint", *command(place, file, READERS[name]))
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", *command(place, file, READERS[name]))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".mat"])
@@ -195,12 +195,12 @@ def test_code_in_a_search_index_is_not_run(place: Place, gallery: Path) -> None:
     with np.load(file) as index:
         about, vectors = index["about"], index["faiss"]
     np.savez(file, about=np.array([Malicious(place.trap)], dtype=object), faiss=vectors)
-    place.refuses(f"{file}: not a readable index", *search(place, gallery))
+    place.assert_refuses(f"{file}: not a readable index", *search(place, gallery))
     # An index of faiss may also name a file of its own to be read; no other kind than those written here is.
     other = vectors.copy()
     other[:4] = np.frombuffer(b"IwFl", np.uint8)
     np.savez(file, about=about, faiss=other)
-    place.refuses(f"{file}: not a readable index (its vectors are of no kind", *search(place, gallery))
+    place.assert_refuses(f"{file}: not a readable index (its vectors are of no kind", *search(place, gallery))
 
 
 # ------------------------------------------------------------------------------------------------ YAML
@@ -212,14 +212,14 @@ def test_tags_in_yaml_are_not_run(place: Place, tag: str) -> None:
     evil = "!!python/object/" + tag.replace("TRAP", str(place.trap))
     config = place.folder / "evil.yaml"
     config.write_text(f"data_root: {evil}\n")
-    place.refuses(f"{config}: not valid YAML", "train", "--config", config)
+    place.assert_refuses(f"{config}: not valid YAML", "train", "--config", config)
     own = place.folder / "outputs" / "tiny" / "config.yaml"
     own.write_text(own.read_text() + f"{evil}: 1\n")
-    place.refuses(f"{own}: not valid YAML", "test", "--name", "tiny")
+    place.assert_refuses(f"{own}: not valid YAML", "test", "--name", "tiny")
     opts = place.tutor / "opts.yaml"
     opts.write_text(opts.read_text() + f"more: {evil}\n")
-    place.refuses(f"{opts}: not valid YAML", "test", "--teacher", "tutor")
-    place.refuses("--set batch_size=", "train", "--set", f"batch_size={evil}")
+    place.assert_refuses(f"{opts}: not valid YAML", "test", "--teacher", "tutor")
+    place.assert_refuses("--set batch_size=", "train", "--set", f"batch_size={evil}")
 
 
 STEPS = [*zip("abcdefghijklmnop", "bcdefghijklmnopq", strict=True)]
@@ -231,9 +231,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}, *{a}]}}\n" fo
 def test_a_few_lines_of_yaml_do_not_fill_the_memory(place: Place, bomb: str) -> None:
     config, opts = place.folder / "bomb.yaml", place.tutor / "opts.yaml"
     config.write_text(bomb + "batch_size: *q\n")
-    place.refuses(f"{config}: line 2: an alias of a list or a section is refused", "train", "--config", config)
+    place.assert_refuses(f"{config}: line 2: an alias of a list or a section is refused", "train", "--config", config)
     opts.write_text(bomb + "backbone: *q\n")
-    place.refuses(f"{opts}: line 2: an alias of", "test", "--teacher", "tutor")
+    place.assert_refuses(f"{opts}: line 2: an alias of", "test", "--teacher", "tutor")
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_a_few_lines_of_yaml_do_not_fill_the_memory(place: Place, bomb: str) -> 
 def test_yaml_that_its_library_stumbles_over(place: Place, value: str) -> None:
     good, odd = place.folder / "outputs" / "tiny" / "config.yaml", place.folder / "odd.yaml"
     odd.write_text(f"data_root: x\nmax_iter: {value}\n")
-    place.refuses(f"{odd}: ", "train", "--config", odd)
-    place.refuses("max_iter", "train", "--config", good, "--set", f"max_iter={value}")
+    place.assert_refuses(f"{odd}: ", "train", "--config", odd)
+    place.assert_refuses("max_iter", "train", "--config", good, "--set", f"max_iter={value}")
 
 
 # ----------------------------------------------------------------------------------------------- paths
@@ -255,7 +255,7 @@ def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: 
     write_manifest(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
     config = place.folder / "teacher.yaml"
     config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(made))))
-    place.refuses("leads out of the manifest's folder", "train", "--config", config)
+    place.assert_refuses("leads out of the manifest's folder", "train", "--config", config)
 
 
 def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
@@ -265,12 +265,12 @@ def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
     files = content["files"]
     content["files"] = {f"../../../trap/{name}": entry for name, entry in files.items()}
     manifest.write_text(json.dumps(content))
-    place.refuses("damaged (its manifest does not know it)", "test", "--name", "tiny")
+    place.assert_refuses("damaged (its manifest does not know it)", "test", "--name", "tiny")
     for odd in ([], {"id_00000001.pt": 3}, {"id_00000001.pt": {"bytes": "many", "sha256": []}}):
         manifest.write_text(json.dumps(content | {"files": odd}))
-        place.refuses("damaged", "test", "--name", "tiny")
+        place.assert_refuses("damaged", "test", "--name", "tiny")
     manifest.write_text("[" * 100_000)
-    place.refuses(f"{manifest}: damaged", "test", "--name", "tiny")
+    place.assert_refuses(f"{manifest}: damaged", "test", "--name", "tiny")
 
 
 @pytest.mark.parametrize("name", ["../outside.jpg", "/etc/hostname"])
@@ -281,7 +281,7 @@ def test_a_search_index_stays_in_its_gallery(place: Place, gallery: Path, name: 
         about, vectors = json.loads(index["about"].tobytes()), index["faiss"]
     about["files"][0][0] = name
     np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), faiss=vectors)
-    place.refuses(f"{file}: not a readable index ({name!r} leads out", *search(place, gallery))
+    place.assert_refuses(f"{file}: not a readable index ({name!r} leads out", *search(place, gallery))
 
 
 @pytest.mark.parametrize("path", ["../outside.jpg", "/OUTSIDE", "a/../../outside.jpg"])
@@ -305,7 +305,7 @@ def test_lists_of_a_data_set_stay_in_its_folder(place: Place, path: str) -> None
 @pytest.mark.parametrize("name", ["../tiny", "/tmp", "..", "a/b"])
 def test_a_name_of_a_run_is_no_path(place: Place, name: str) -> None:
     for options in (("test", "--name", name), ("test", "--teacher", name), (*RESUME[:1], "--name", name, "--resume")):
-        place.refuses("must be a plain folder name", *options)
+        place.assert_refuses("must be a plain folder name", *options)
 
 
 def test_links_in_a_circle(place: Place, gallery: Path) -> None:
@@ -326,10 +326,10 @@ def test_links_in_a_circle(place: Place, gallery: Path) -> None:
     alone.mkdir()
     (alone / "round.jpg").symlink_to("round.jpg")
     shutil.rmtree(place.folder / "index")
-    place.refuses(f"--gallery {alone}: no images in it or below", *search(place, alone))
+    place.assert_refuses(f"--gallery {alone}: no images in it or below", *search(place, alone))
     circle = place.folder / "circle"
     circle.symlink_to(circle)
-    place.refuses(f"--gallery {circle}: no such folder", *search(place, circle))
+    place.assert_refuses(f"--gallery {circle}: no such folder", *search(place, circle))
 
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -368,17 +368,17 @@ def declare(path: Path, width: int, height: int) -> Path:
 @pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 9_000), (2**31 - 1, 2**31 - 1)], ids=str)
 def test_images_of_absurd_sizes(place: Place, gallery: Path, size: tuple[int, int]) -> None:
     query = declare(place.folder / "query.png", *size)
-    place.refuses(f"{query} (", *search(place, gallery, query))
+    place.assert_refuses(f"{query} (", *search(place, gallery, query))
     declare(gallery / "huge.png", *size)
-    place.refuses("huge.png (", *search(place, gallery))
+    place.assert_refuses("huge.png (", *search(place, gallery))
     data = place.folder / "data"
     shutil.copytree(place.data, data)
     declare(data / "bounding_box_train" / "0001_c1_huge.png", *size)
     config = place.folder / "config.yaml"
     config.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root=str(data))))
-    place.refuses("0001_c1_huge.png (", "train", "--config", config)
+    place.assert_refuses("0001_c1_huge.png (", "train", "--config", config)
     huge = declare(data / "query" / "0001_c1_huge.png", *size)
-    place.refuses(f"{huge}: cannot be decoded", "test", "--name", "tiny", "--test_dir", data)
+    place.assert_refuses(f"{huge}: cannot be decoded", "test", "--name", "tiny", "--test_dir", data)
 
 
 def test_text_in_an_image_that_unpacks_to_gigabytes(place: Place, gallery: Path) -> None:
@@ -387,7 +387,7 @@ def test_text_in_an_image_that_unpacks_to_gigabytes(place: Place, gallery: Path)
     query = place.folder / "query.png"
     Image.new("RGB", (4, 8)).save(query, pnginfo=text)
     assert query.stat().st_size < 100_000
-    place.refuses(f"{query} (", *search(place, gallery, query))
+    place.assert_refuses(f"{query} (", *search(place, gallery, query))
 
 
 def packed(file: Path) -> None:
@@ -425,7 +425,7 @@ def declared(file: Path) -> None:
 def test_weights_that_claim_to_be_huge(place: Place, attack: Callable[[Path], None]) -> None:
     file = place.tutor / "net_last.pth"
     attack(file)
-    place.refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_weights_that_claim_to_be_huge(place: Place, attack: Callable[[Path], No
 def test_tensors_that_are_no_plain_numbers(place: Place, value: torch.Tensor) -> None:
     file = place.tutor / "net_last.pth"
     torch.save(torch.load(file, weights_only=True) | {"model.bn1.weight": value}, file)
-    place.refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
 
 
 @pytest.mark.parametrize("state", [[], 3, {"gen": 3}, {"rng": "x"}, {"scalers": {"gen": 1}}, {1: 2}], ids=str)
@@ -456,7 +456,7 @@ def test_optimisers_of_other_shapes(place: Place) -> None:
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
     torch.save(whole | {"gen": whole["gen"] | {"state": {0: moments}}}, file)
     place.sign(file)
-    place.refuses(f"{file}: optimiser 'gen' does not fit the network (exp_avg", *RESUME)
+    place.assert_refuses(f"{file}: optimiser 'gen' does not fit the network (exp_avg", *RESUME)
 
 
 @pytest.mark.parametrize("kind", ["packed.npz", "packed.mat", "declared.npz"])
@@ -486,7 +486,7 @@ def test_an_index_of_other_vectors(place: Place, gallery: Path) -> None:
     other = faiss.IndexFlatIP(vectors.d + 1)
     other.add(np.ones((vectors.ntotal, vectors.d + 1), np.float32))
     np.savez(file, about=about, faiss=faiss.serialize_index(other))
-    place.refuses(f"{file}: damaged, it holds {vectors.d + 1} numbers", *search(place, gallery))
+    place.assert_refuses(f"{file}: damaged, it holds {vectors.d + 1} numbers", *search(place, gallery))
 
 
 def test_json_nested_too_deep(place: Place) -> None:
@@ -494,7 +494,7 @@ def test_json_nested_too_deep(place: Place) -> None:
     out.mkdir()
     (out / SETTINGS).write_text("[" * 100_000)
     options = ("--name", "tiny", "--count", 1, "--out", out, "--no-soft-labels")
-    place.refuses(f"{out / SETTINGS}: damaged", "generate", *options)
+    place.assert_refuses(f"{out / SETTINGS}: damaged", "generate", *options)
     factors = place.folder / "factors.json"
     factors.write_text("[" * 100_000)
     with pytest.raises(UserError, match="factors.json: not the factors"):
@@ -513,7 +513,7 @@ def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> N
 def test_a_backbone_of_any_width(place: Place) -> None:
     opts = place.tutor / "opts.yaml"
     opts.write_text(yaml.safe_dump(yaml.safe_load(opts.read_text()) | {"backbone": "resnet10w999999999"}))
-    place.refuses("backbone resnet10w999999999: not a ResNet", "test", "--teacher", "tutor")
+    place.assert_refuses("backbone resnet10w999999999: not a ResNet", "test", "--teacher", "tutor")
 
 
 def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
