@@ -91,17 +91,28 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------- blocks
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d, except that autocast on a CPU leaves the padding in the input's precision.
+def reflect(x: Tensor, pad: int) -> Tensor:
+    """F.pad(x, 4 * (pad,), "reflect") of pieces, whose backward adds in a fixed order on a GPU too: `deterministic`."""
+    for dim in (2, 3):
+        before, after = x.narrow(dim, 1, pad), x.narrow(dim, x.shape[dim] - 1 - pad, pad)
+        x = torch.cat([before.flip(dim), x, after.flip(dim)], dim)
+    return x
 
-    It would go to float32 there and back again for the product: copies of values that do not change.
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, but for the padding.
+
+    Autocast on a CPU leaves it in the input's precision. It would go to float32 there and back again for the product:
+    copies of values that do not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and self.padding_mode != "zeros" and torch.is_autocast_enabled("cpu")):
+        fixed = self.padding_mode == "reflect" and torch.are_deterministic_algorithms_enabled()
+        cast = x.is_cpu and self.padding_mode != "zeros" and torch.is_autocast_enabled("cpu")
+        if not (fixed or cast):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        with torch.autocast(x.device.type, enabled=False):
+            x = reflect(x, self.padding[0]) if fixed else F.pad(x, 4 * self.padding[:1], self.padding_mode)
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
 
 

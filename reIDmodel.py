@@ -149,8 +149,25 @@ class Head(nn.Module):
         return self.classifier(self.add_block(v))
 
 
-def build_pool(pool: str, size: tuple[int, int]) -> nn.Module:
-    return {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}[pool](size)
+class StripePool(nn.Module):
+    """Maximum or mean of `stripes` horizontal stripes of a map: (N, C, h, w) to (N, C, stripes, 1).
+
+    Stripe k has the rows from floor(k h / stripes) to ceil((k + 1) h / stripes), as PyTorch's adaptive pooling.
+    """
+
+    def __init__(self, kind: str, stripes: int) -> None:
+        super().__init__()
+        self.kind, self.stripes = kind, stripes
+
+    def forward(self, m: Tensor) -> Tensor:
+        if not torch.are_deterministic_algorithms_enabled():
+            pool = {"max": F.adaptive_max_pool2d, "avg": F.adaptive_avg_pool2d}[self.kind]
+            return pool(m, (self.stripes, 1))
+        # Of pieces, since the backward of the above adds in no fixed order on a GPU.
+        h, n = m.shape[2], self.stripes
+        pieces = [m[:, :, k * h // n : -(-(k + 1) * h // n)].flatten(2) for k in range(n)]
+        pooled = [piece.max(2).values if self.kind == "max" else piece.mean(2) for piece in pieces]
+        return torch.stack(pooled, 2).unsqueeze(3)
 
 
 # ---------------------------------------------------------------------------------------------- id nets
@@ -183,8 +200,8 @@ class IdNetAB(IdNet):
     def __init__(self, num_classes: int, *, backbone: str, stride: int, pool: str, detach_f: bool = True) -> None:
         super().__init__(backbone, stride)
         self.detach_f = detach_f
-        self.part_pool = build_pool(pool, (PARTS, 1))
-        self.pool = build_pool(pool, (1, 1))
+        self.part_pool = StripePool(pool, PARTS)
+        self.pool = StripePool(pool, 1)
         self.classifier1 = Head(self.channels, num_classes, dropout=0.5)
         self.classifier2 = Head(self.channels, num_classes, dropout=0.75)
 
@@ -214,8 +231,8 @@ class IdNetNormal(IdNet):
     ) -> None:
         super().__init__(backbone, stride)
         self.norm_id = norm_id
-        self.part_pool = build_pool(pool, (PARTS, 1))
-        self.pool = build_pool(pool, (1, 1))
+        self.part_pool = StripePool(pool, PARTS)
+        self.pool = StripePool(pool, 1)
         self.classifier = Head(self.channels, num_classes, dropout=dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -234,7 +251,7 @@ class IdNetPCB(IdNet):
 
     def __init__(self, num_classes: int, *, backbone: str) -> None:
         super().__init__(backbone, last_stride=1)
-        self.avgpool = nn.AdaptiveAvgPool2d((PARTS, 1))
+        self.avgpool = StripePool("avg", PARTS)
         self.dropout = nn.Dropout(0.5)
         for part in range(PARTS):
             self.add_module(f"classifier{part}", Head(self.channels, num_classes, dropout=0.5, bottleneck=256))

@@ -46,7 +46,7 @@ from runs import (
 )
 from runs import training_images as read_training_images
 from trainer import DGNetTrainer, TeacherTrainer, lr_factor
-from utils import ROOT, UserError, own_command, write_whole
+from utils import ROOT, UserError, own_command, set_deterministic, write_whole
 from visual_tools.grid import paint_pairs
 
 EXCHANGE_SIGNALS = 10  # steps after which several processes tell each other of signals to stop
@@ -71,6 +71,7 @@ class Session:
 
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
+    set_deterministic(cfg.deterministic)
     if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root))
     parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1

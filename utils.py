@@ -140,6 +140,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_deterministic(on: bool) -> None:
+    """Let PyTorch take algorithms that repeat bit for bit on a GPU, and refuse operations that have none."""
+    import torch
+
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product on the GPU
+
+
 def check_zip(path: Path, *, growth: int, checksums: bool = False) -> None:
     """Raise ValueError for a zip file whose parts unpack to more than `growth` times its size; nothing is unpacked.
 

@@ -193,6 +193,27 @@ def test_a_stopped_dgnet_in_bf16_with_a_cosine(runs: Runs) -> None:
     runs.assert_same("whole", "parts")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("gpu_ids", ["0", "0,1"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_stopped_dgnet_on_gpus(runs: Runs, precision: str, gpu_ids: str) -> None:
+    """With `deterministic`: weights, optimisers, scalers and random states. Processes of their own, as a user's."""
+    if torch.cuda.device_count() <= int(gpu_ids[-1]):
+        pytest.skip("needs two GPUs")
+    file = runs.folder / "config.yaml"
+    values = dict(data_root=str(runs.data), precision=precision, deterministic=True, batch_size=4)
+    file.write_text(yaml.safe_dump(DGNET | values))
+
+    def train(name: str, *options: str) -> None:
+        where = ["--config", file, "--name", name, "--output_path", runs.folder, "--gpu_ids", gpu_ids]
+        subprocess.run([sys.executable, ROOT / "train.py", *where, *options], check=True, cwd=ROOT)
+
+    train("whole")
+    train("parts", "--set", "max_iter=3", "snapshot_save_iter=3")
+    train("parts", "--resume")
+    assert runs.hashes("parts", 6) == runs.hashes("whole", 6)
+
+
 def test_a_stopped_teacher(runs: Runs) -> None:
     clean(runs.train("whole", config=TEACHER))
     steps = max(runs.traces["whole"]) + 1
