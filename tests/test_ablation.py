@@ -342,6 +342,17 @@ def test_mean_and_deviation_of_hand_made_results():
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
+def test_differences_are_those_of_the_same_seed():
+    results = [made_up("both", seed, mAP) for seed, mAP in ((0, 0.5), (1, 0.8), (2, 0.7))]
+    results += [made_up("oracle", seed, mAP) for seed, mAP in ((2, 0.8), (0, 0.53))] + [made_up("teacher", 3, 0.9)]
+    found = {(row["cell"], row["setting"]): row["values"]["mAP - both"] for row in table.rows(results)}
+    assert found["oracle", "beta 0.5"] == (pytest.approx(6.5), pytest.approx(24.5**0.5))
+    assert found["teacher", "feature"] is None and found["both", "beta 0.5"] is None
+    assert found["both", "fine"] == (pytest.approx(0), pytest.approx(0))
+    text = table.format_table(table.rows(results))
+    assert "| mAP         | mAP - both | Rank-1" in text and "| +6.5 ± 4.9 |" in text
+
+
 def test_the_sweep_takes_the_runs_that_differ_in_alpha_alone():
     results = [made_up("both", s, 0.5 + s / 10) for s in (0, 1)]
     results += [made_up("alpha_1", 0, 0.3), made_up("primary_only", 0, 0.2), made_up("fine_only", 0, 0.1)]
