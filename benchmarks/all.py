@@ -17,7 +17,7 @@ from pathlib import Path
 from utils import ROOT, UserError, pick_device, run_cli
 
 RANKING = "--only speed --queries 500 --gallery 5000 --repeats 3 --sample 20".split()
-GENERATE = "--backbone resnet10w16 --size 64 32 --count 256".split()
+GENERATE = "--backbone resnet10w16 --size 128 64 --count 128".split()
 
 
 def commands(device: str) -> dict[str, list[str]]:
@@ -78,16 +78,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=commands("cpu"), help="some of them")
     args = parser.parse_args()
     device = str(pick_device(args.device))
-    start = time.perf_counter()
+    start, failed = time.perf_counter(), []
     for module, options in commands(device).items():
         if args.only is None or module in args.only:
             command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--results", str(args.results)]
             if subprocess.run(command, cwd=ROOT).returncode:
-                raise UserError(f"benchmarks.{module}: failed; the other results are in {args.results}")
+                failed.append(f"benchmarks.{module}")
     rows = table(args.results)
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     print("\n".join(f"{name:{width}}  {figures}" for name, figures in rows))
     print(f"{time.perf_counter() - start:.0f} s in all; written to {args.results}")
+    if failed:
+        raise UserError(f"{', '.join(failed)}: failed, see above; the other results are in {args.results}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CPU
 
+from benchmarks import all as all_benchmarks
 from benchmarks import features, generate, loader
 from benchmarks.features import plain_features
 from benchmarks.loader import PlainPairs
@@ -159,7 +160,8 @@ def test_command_line_of_the_features(tmp_path, run_here, capsys):
 
 
 def test_speed_of_generating(tmp_path, monkeypatch):
-    options = ["--backbone", "resnet10w4", "--size", "96", "48", "--count", "3", "--device", "cpu", "--threads", "1"]
+    """In the size of `benchmarks.all`."""
+    options = [*all_benchmarks.GENERATE, "--count", "3", "--device", "cpu", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["generate", *options, "--results", str(tmp_path)])
     generate.main()
     found = json.loads((tmp_path / "generate-cpu.json").read_text())
@@ -167,3 +169,12 @@ def test_speed_of_generating(tmp_path, monkeypatch):
     assert 0 < command < nets and found["whole command / nets alone"] == round(command / nets, 3)
     assert found["count"] == 3 and "cores" in found["machine"]
     assert run("--count", "0", folder=tmp_path, name="generate").stderr == "error: --count 0: must be at least 1\n"
+
+
+def test_all_benchmarks_go_on_after_one_that_fails(tmp_path, run_here, monkeypatch, capfd):
+    monkeypatch.setattr(all_benchmarks, "RANKING", "--only speed --queries 5 --gallery 50 --dim 16 --sample 2".split())
+    monkeypatch.setattr(all_benchmarks, "GENERATE", ["--count", "0"])
+    assert run_here(all_benchmarks, "--only", "generate", "ranking") == 2
+    written = capfd.readouterr()
+    assert "ranking, good features" in written.out and "error: --count 0: must be at least 1" in written.err
+    assert f"error: benchmarks.generate: failed, see above; the other results are in {tmp_path}" in written.err
