@@ -202,12 +202,6 @@ class PairLoader:
             self.pixels = cached_images(images.paths, cache, height, width, limit_mb=cache_limit_mb)
 
     @property
-    def _ready(self) -> bool:
-        """Whether all images lie where they are needed, in the size that is."""
-        cached = self.pixels is not None and self.pixels.shape[2:] == (self.height, self.width)
-        return cached and self.device.type == "cpu"
-
-    @property
     def resized_by(self) -> str:
         """What resizes the images: "Pillow", or "PyTorch, DEVICE" from a cache at the files' size."""
         if self.pixels is None or self.pixels.shape[2:] == (self.height, self.width):
@@ -215,14 +209,11 @@ class PairLoader:
         return f"PyTorch, {self.device.type}"
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of iterations start, start + 1, ... without end, prepared ahead where that is worth it."""
+        """The batches of iterations start, start + 1, ... without end, prepared ahead in the background."""
         if start < 0:
             raise ValueError(f"start {start} is negative")
         if self.pixels is None and self.num_workers > 0:
             return self._batches_from_workers(start)
-        if self._ready:
-            # Cropping takes half a millisecond; to be handed what another thread has cropped took twice that.
-            return (self.batch(iteration) for iteration in count(start))
         return self._batches_from_thread(start)
 
     def batch(self, iteration: int) -> Batch:
@@ -253,7 +244,7 @@ class PairLoader:
         here = torch.arange(len(chosen))
         if self.pixels is None:
             pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
-        elif self._ready:
+        elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
             pixels, here = self.pixels, torch.from_numpy(chosen)
         else:
             pixels = self.pixels[torch.from_numpy(chosen)]
