@@ -103,8 +103,8 @@ class CommonConfig(Section):
     cache_images: Literal[False, True, "auto", "source", "resized"] = "auto"  # training images decoded, in memory
     cache_limit_mb: Count = 4096  # what does not fit is read from its files
     check_ranks_iter: Count = 500  # several processes: compare their weights every so many steps
-    deterministic: bool = False  # on a GPU too: the same numbers in every run; slower
     crop_padding: Annotated[int, Field(ge=0)] = 10  # pixels added on every side before the random crop
+    deterministic: bool = False  # on a GPU too: the same numbers in every run; slower
     keep_every: Annotated[int, Field(ge=0)] = (
         0  # with keep_last: keep those of every so many steps too (teacher: epochs)
     )

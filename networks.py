@@ -137,7 +137,9 @@ class ConvBlock(nn.Module):
         self.norm = make_norm(norm, c_out)
         self.activation = ACTIVATIONS[activ]()
         pad = dilation * (kernel // 2) if pad is None else pad
-        self.conv = Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=PADDING_MODES[pad_type])
+        # Padding by nothing would copy the image.
+        padding_mode = PADDING_MODES[pad_type] if pad else "zeros"
+        self.conv = Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=padding_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.norm(self.conv(x)))

@@ -54,16 +54,13 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     by_cell: dict[str, list[Result]] = {}
     for result in results:
         by_cell.setdefault(result["cell"], []).append(result)
+    both = {result["seed"]: read_mAP(result, BOTH) for result in by_cell.get("both", ())}
     for name in (name for name in CELLS if name in by_cell):
         labels = {CELLS[name].scored: CELLS[name].about} | OTHER_SCORES.get(name, {})
         for setting, label in labels.items():
-            pairs = [
-                (r, other) for r in by_cell[name] for other in by_cell.get("both", ()) if r["seed"] == other["seed"]
-            ]
-            gains = [
-                read_mAP(r, setting) - read_mAP(other, BOTH) for r, other in pairs if (name, setting) != ("both", BOTH)
-            ]
-            values = {"mAP": None, AGAINST_BOTH: mean_and_deviation(gains) if gains else None}
+            gains = [read_mAP(r, setting) - both[r["seed"]] for r in by_cell[name] if r["seed"] in both]
+            itself = (name, setting) == ("both", BOTH)
+            values = {"mAP": None, AGAINST_BOTH: mean_and_deviation(gains) if gains and not itself else None}
             for column, read in COLUMNS.items():
                 read_values = [read(result, setting) for result in by_cell[name]]
                 values[column] = None if None in read_values else mean_and_deviation(read_values)
