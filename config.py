@@ -164,7 +164,7 @@ class DGNetConfig(CommonConfig):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam
     lr_g: Rate = 0.0001  # Adam of encoder and decoder
     lr_d: Rate = 0.0001  # Adam of the discriminator
-    lr2: Rate = 0.002  # SGD of the id net's trunk; the heads get ten times as much
+    lr2: Rate = 0.002  # SGD of the id net's trunk; the heads get head_lr_factor times as much
     lr_policy: Literal["constant", "step", "multistep", "cosine"] = "multistep"  # cosine (added): to 0 at max_iter
     step_size: Count = 60000  # step and multistep
     gamma: Fraction = 0.1  # factor of each step, encoder, decoder and discriminator
@@ -183,6 +183,8 @@ class DGNetConfig(CommonConfig):
     accumulate: Count = 1  # parts of a batch whose gradients are added up, one in memory at a time
     joint_bn: bool = False  # id net passes of a step as one, with common BatchNorm statistics; changes the numbers
     recompute: bool = False  # make activations again in the backward instead of keeping them: less memory, slower
+    head_lr_factor: Rate = 10.0  # rate of the id net's heads, relative to its trunk's (lr2)
+    id_weight_decay: Weight | None = None  # of the id net's optimiser; none: weight_decay
     id_init: Literal["backbone", "teacher"] = "backbone"  # teacher: start the id net from the teacher
     id_freeze_iter: Annotated[int, Field(ge=0)] = 0  # steps at the start in which the id net is not updated
     vgg_weights: str | None = None  # file of torchvision's VGG-16 weights

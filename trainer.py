@@ -194,8 +194,10 @@ class DGNetTrainer:
         self.opt_gen = torch.optim.Adam(self.gen.parameters(), lr=cfg.lr_g, **adam)
         self.opt_dis = torch.optim.Adam(self.dis.parameters(), lr=cfg.lr_d, **adam)
         groups = [{"params": list(self.id_net.model.parameters()), "lr": cfg.lr2}]
-        groups += [{"params": list(head.parameters()), "lr": 10 * cfg.lr2} for head in self.id_net.heads()]
-        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
+        head_lr = cfg.head_lr_factor * cfg.lr2
+        groups += [{"params": list(head.parameters()), "lr": head_lr} for head in self.id_net.heads()]
+        decay = cfg.weight_decay if cfg.id_weight_decay is None else cfg.id_weight_decay
+        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
         for optimizer in self.optimizers().values():
             remember_initial_rates(optimizer)
         fp16 = cfg.precision == "fp16"

@@ -60,7 +60,7 @@ CELLS: dict[str, Cell] = {
 }
 # Trained as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
-# Settings that are read only where the id net is updated: until then, runs that differ in nothing else are one run.
+# Settings without effect in the `common_steps`: until their end, runs that differ in nothing else are one run.
 LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "detach_f"}
 
 
@@ -148,19 +148,28 @@ def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **chang
     if cell.task == "dgnet":
         values["teacher"] = f"teacher-{seed}"
     cfg = parse_config(values, f"cell {name}")
-    if name == "both" and cfg.id_freeze_iter:
+    if name == "both" and common_steps(cfg):
         # The runs that start from there need the snapshot of that step, also afterwards.
-        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if cfg.id_freeze_iter % n == 0)
-        cfg = cfg.model_copy(update={"keep_every": cfg.id_freeze_iter, "snapshot_save_iter": every})
+        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if common_steps(cfg) % n == 0)
+        cfg = cfg.model_copy(update={"keep_every": common_steps(cfg), "snapshot_save_iter": every})
     return cfg
 
 
+def common_steps(cfg: DGNetConfig) -> int:
+    """Steps at the start in which no generated image reaches the id net: it rests, or its teacher loss has weight 0."""
+    steps = max(cfg.id_freeze_iter, cfg.warm_teacher_iter if cfg.teacher_w == 0 else 0)
+    return steps if steps < cfg.max_iter else 0
+
+
 def starts_as_both(name: str, cfg: Config) -> bool:
-    """Whether a run is that of `both` until the id net's first update, at step `id_freeze_iter`."""
+    """Whether a run is that of `both` in the `common_steps`."""
     if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
         return False
-    # With the ramps of the reconstruction terms a live appearance code would already move the generator.
-    return 0 < cfg.id_freeze_iter <= min(cfg.warm_iter, cfg.max_iter - 1)
+    steps = common_steps(cfg)
+    if "detach_f" in CELLS[name].changes and steps > min(cfg.id_freeze_iter, cfg.warm_iter):
+        # Reconstruction moves an id net at work by a live code, and the ramped terms move the generator.
+        return False
+    return steps > 0
 
 
 def needs(name: str, cfg: Config, seed: int, first_seed: int) -> set[tuple[str, int]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import training
-from benchmarks.ablation_cells import CELLS, LONG, Preset, cell_config, score_settings, starts_as_both
+from benchmarks.ablation_cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
 from benchmarks.ablation_drawing import draw, drawing_processes
 from benchmarks.machine import clock_of
 from checkpoint import manifest_path, snapshots
@@ -253,12 +253,12 @@ def train_timed(session: training.Session) -> int:
 
 
 def copy_start(study: Study, run: Run, cfg: Config) -> None:
-    """Give a run that has not begun the snapshot of `both` from before the id net's first update."""
+    """Give a run that has not begun the snapshot of `both` at the end of the common steps."""
     folder, source = study.run(*run), study.run("both", run[1])
     if snapshots(folder.checkpoints, NETWORKS["dgnet"]):
         return
     make_run_folder(folder, cfg)
-    manifest = manifest_path(source.checkpoints, cfg.id_freeze_iter)
+    manifest = manifest_path(source.checkpoints, common_steps(cfg))
     if not manifest.is_file():
         raise UserError(f"{manifest}: the runs of this seed start from there; remove {source.path} to train it again")
     # The manifest comes last: it is what makes a snapshot complete.
@@ -267,7 +267,7 @@ def copy_start(study: Study, run: Run, cfg: Config) -> None:
         if not target.exists():
             place(source.checkpoints / name, target, copy=False)
     print(
-        f"{folder.name} begins with the first {cfg.id_freeze_iter} steps of {source.name}, in which they do not differ"
+        f"{folder.name} begins with the first {common_steps(cfg)} steps of {source.name}, in which they do not differ"
     )
 
 

@@ -18,7 +18,7 @@ from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 
 from benchmarks import ablation, ablation_runs
 from benchmarks import ablation_table as table
-from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, needs, starts_as_both
+from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, common_steps, needs, starts_as_both
 from benchmarks.ablation_drawing import drawing_processes
 from benchmarks.ablation_runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from data.folders import read_split
@@ -218,13 +218,11 @@ def test_data_without_factors_have_no_oracle(study):
 def test_every_cell_of_every_preset_has_a_configuration():
     for preset in PRESETS.values():
         configs = {n: cell_config(preset, n, 1, data_root="d", **extra(n)) for n in CELLS}
-        freeze = configs["both"].id_freeze_iter
-        assert freeze % configs["both"].snapshot_save_iter == 0 and configs["both"].keep_every == freeze
-        assert configs["both"].B_w == 0.2 and configs["both"].teacher == "teacher-1"
-        assert {n for n, cfg in configs.items() if cfg.task == "dgnet" and not starts_as_both(n, cfg)} == {
-            "both",
-            "no_fake_id",
-        }
+        both = configs["both"]
+        assert common_steps(both) % both.snapshot_save_iter == 0 and both.keep_every == common_steps(both) > 0
+        assert both.B_w == 0.2 and both.teacher == "teacher-1"
+        whole = {n for n, cfg in configs.items() if cfg.task == "dgnet" and not starts_as_both(n, cfg)}
+        assert whole == {"both", "no_fake_id"} | ({"live_f"} if both.id_freeze_iter == 0 else set())
         assert needs("alpha_1", configs["alpha_1"], 1, 0) == {("teacher", 0), ("teacher", 1), ("both", 1)}
         assert needs("teacher", configs["teacher"], 1, 0) == set()
 
@@ -248,9 +246,18 @@ def test_long_teachers_have_the_time_of_teacher_and_dgnet_together(study, tmp_pa
         long_epochs(other, 0, 8 * batches)
 
 
-def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, steps, monkeypatch):
-    """The weights of `live_f`, which uses every difference that starts with the id net's updates, bit for bit."""
-    run = ("live_f", 0)
+@pytest.mark.parametrize(
+    "cell, changes", [("live_f", {}), ("alpha_1", dict(id_freeze_iter=0)), ("style_2", dict(id_freeze_iter=0))]
+)
+def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, steps, monkeypatch, cell, changes):
+    """Its weights, bit for bit, where the id net rests in the common steps and where it learns in them."""
+    study = replace(study, preset=replace(study.preset, dgnet=study.preset.dgnet | changes))
+    if changes:  # another `both` to begin with
+        shutil.copytree(study.out / "models/teacher-0", tmp_path / "models/teacher-0")
+        study = replace(study, out=tmp_path)
+        assert train(study, ("both", 0)) == 0
+        steps.clear()
+    run = (cell, 0)
     assert train(study, run) == 0
     assert [t for _, t in steps] == [4, 5, 6, 7]
     weights = study.run(*run).checkpoints / "id_00000008.pt"

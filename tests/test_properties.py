@@ -263,9 +263,12 @@ def test_targets_carry_no_gradient() -> None:
     assert q.grad is None and p.grad is not None
 
 
-def test_the_fine_head_decays_at_teacher_weight_zero() -> None:
+@pytest.mark.parametrize(
+    "changes, factor, decay", [({}, 10, 0.0005), (dict(head_lr_factor=2.5, id_weight_decay=0.04), 2.5, 0.04)]
+)
+def test_the_fine_head_decays_at_teacher_weight_zero(changes: dict, factor: float, decay: float) -> None:
     """The fine-grained loss stays in the graph at weight 0: zero gradients, not none, so weight decay goes on."""
-    cfg = tiny_config(teacher_w=0, max_iter=5)
+    cfg = tiny_config(teacher_w=0, max_iter=5, **changes)
     trainer = tiny_trainer(cfg)
     before = copied_state(trainer.id_net)
     trainer.step(*random_batches(cfg), 0)
@@ -273,7 +276,7 @@ def test_the_fine_head_decays_at_teacher_weight_zero() -> None:
         assert p.grad is not None and p.grad.abs().max() == 0
         if p.abs().max() > 0:
             # The first step of Nesterov momentum 0.9 goes 1.9 times the gradient, here the decay alone.
-            expected = before[f"classifier2.{name}"] * (1 - 10 * cfg.lr2 * 1.9 * cfg.weight_decay)
+            expected = before[f"classifier2.{name}"] * (1 - factor * cfg.lr2 * 1.9 * decay)
             torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
             assert not torch.equal(p, before[f"classifier2.{name}"])
 
