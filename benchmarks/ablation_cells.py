@@ -136,9 +136,6 @@ PRESETS: dict[str, Preset] = {
             max_w=0.5,
             lr2=0.0005,
             erasing_p=0.0,
-            snapshot_save_iter=350,
-            image_save_iter=350,
-            image_display_iter=350,
         ),
         swaps=2048,
     ),
@@ -164,10 +161,10 @@ def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **chang
     if cell.task == "dgnet":
         values["teacher"] = f"teacher-{seed}"
     cfg = parse_config(values, f"cell {name}")
-    if name == "both" and common_steps(cfg):
+    if name == "both" and (steps := common_steps(cfg)):
         # The runs that start from there need the snapshot of that step, also afterwards.
-        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if common_steps(cfg) % n == 0)
-        cfg = cfg.model_copy(update={"keep_every": common_steps(cfg), "snapshot_save_iter": every})
+        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if steps % n == 0)
+        cfg = cfg.model_copy(update={"keep_every": steps, "snapshot_save_iter": every})
     return cfg
 
 
@@ -181,11 +178,9 @@ def starts_as_both(name: str, cfg: Config) -> bool:
     """Whether a run is that of `both` in the `common_steps`."""
     if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
         return False
-    steps = common_steps(cfg)
-    if "detach_f" in CELLS[name].changes and steps > min(cfg.id_freeze_iter, cfg.warm_iter):
-        # Reconstruction moves an id net at work by a live code, and the ramped terms move the generator.
-        return False
-    return steps > 0
+    # By a live code reconstruction moves an id net at work, and the ramped terms the generator.
+    same = min(cfg.id_freeze_iter, cfg.warm_iter) if "detach_f" in CELLS[name].changes else cfg.max_iter
+    return 0 < common_steps(cfg) <= same
 
 
 def needs(name: str, cfg: Config, seed: int, first_seed: int) -> set[tuple[str, int]]:

@@ -222,7 +222,14 @@ def test_every_cell_of_every_preset_has_a_configuration():
         assert common_steps(both) % both.snapshot_save_iter == 0 and both.keep_every == common_steps(both) > 0
         assert both.B_w == 0.2 and both.teacher == "teacher-1"
         whole = {n for n, cfg in configs.items() if cfg.task == "dgnet" and not starts_as_both(n, cfg)}
-        assert whole == {"both", "no_fake_id"} | ({"live_f"} if both.id_freeze_iter == 0 else set())
+        assert whole == {"both", "no_fake_id"}
+        # A live code has an effect as soon as the id net learns or a ramp begins.
+        for early in ("id_freeze_iter", "warm_iter"):
+            live = configs["live_f"].model_copy(
+                update={early: common_steps(both) - 1, "warm_teacher_iter": common_steps(both)}
+            )
+            assert common_steps(live) == common_steps(both) and not starts_as_both("live_f", live)
+            assert starts_as_both("alpha_1", live)
         assert needs("alpha_1", configs["alpha_1"], 1, 0) == {("teacher", 0), ("teacher", 1), ("both", 1)}
         assert needs("teacher", configs["teacher"], 1, 0) == set()
 
