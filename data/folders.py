@@ -180,7 +180,7 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
         raise UserError(f"split {split!r}: unknown; use one of {', '.join(SPLITS)}")
     root = Path(data_root).expanduser()
     if not root.is_dir():
-        raise UserError(f"data_root {root}: no such folder; set data_root to the data set's folder")
+        raise UserError(f"data_root {root}: no such folder; set data_root, or --test_dir, to the data set's folder")
 
     for base in (root / PREPARED_FOLDER, root):
         if (base / UNFINISHED_MARK).exists():
@@ -191,7 +191,7 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
         return read_archive(root / ARCHIVE_FOLDERS[split], split)
     raise UserError(
         f"data_root {root}: no {split}/, {PREPARED_FOLDER}/{split}/ or {ARCHIVE_FOLDERS[split]}/ in it; "
-        "set data_root to the data set's folder, or prepare it with prepare.py"
+        "set data_root, or --test_dir, to the data set's folder, or prepare it with prepare.py"
     )
 
 
