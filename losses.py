@@ -100,7 +100,8 @@ def discriminator_loss(
     terms = {"dis_a": 0.0, "dis_b": 0.0}
     for d_real, d_fake in zip(d_reals, map(full, dis(fake.detach())), strict=True):  # per scale
         judged = torch.sigmoid(d_real) if gan_type == "nsgan" else d_real
-        (grad,) = torch.autograd.grad(judged.sum(), real, create_graph=True)
+        with torch.autocast(real.device.type, enabled=False):
+            (grad,) = torch.autograd.grad(judged.sum(), real, create_graph=True)
         for name, r, f, g in zip(terms, d_real.chunk(2), d_fake.chunk(2), grad.chunk(2), strict=True):
             if gan_type == "lsgan":
                 loss = f.square().mean() + (r - 1).square().mean()

@@ -214,9 +214,6 @@ class DGNetTrainer:
     def scalers(self) -> dict[str, torch.amp.GradScaler]:
         return {"gen": self.scaler_gen, "dis": self.scaler_dis}
 
-    def learning_rates(self) -> dict[str, float]:
-        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers().items()}
-
     def structure_input(self, x: Tensor, rng: np.random.Generator | None = None, images: int | None = None) -> Tensor:
         """What the structure encoder sees of an image: (N, 1, H, W). `rng` and `images` are for edges."""
         return structure_input(x, self.cfg.single, rng, images)
@@ -231,25 +228,33 @@ class DGNetTrainer:
         live_encoder = rng.random() <= cfg.use_encoder_again
 
         self.set_learning_rates(t)
-        pairs = list(zip(split(a, cfg.accumulate), split(b, cfg.accumulate), strict=True))
-        draw = partial(self.draw, rng=rng, erasing=np.random.default_rng((cfg.seed, ERASING, t)), update_id=update_id)
-        if len(pairs) == 1:
-            drawn = [draw(a, b)]
+        draw = partial(self.draw, erasing=np.random.default_rng((cfg.seed, ERASING, t)), update_id=update_id)
+        if cfg.accumulate == 1:
+            drawn = [draw(a, b, rng=rng)]
             fakes = [(a, b, generated) for a, b, _, generated in drawn]
         else:
-            # One part's graph at a time: D sees the fakes of a first pass, which leaves nothing behind, G a second's.
-            fakes = (self.rehearse(a, b, rng) for a, b in pairs)
-            drawn = (draw(a, b) for a, b in pairs)
+            # One part's graph at a time: D sees the fakes of a first pass, which leaves nothing behind, G a second's,
+            # with the same noise.
+            pairs = list(zip(split(a, cfg.accumulate), split(b, cfg.accumulate), strict=True))
+            noise = partial(self.part_noise, t)
+            fakes = (self.rehearse(*pair, noise(i)) for i, pair in enumerate(pairs))
+            drawn = (draw(*pair, rng=noise(i)) for i, pair in enumerate(pairs))
         dis_terms = self.update_discriminator(fakes)
         gen_terms = self.update_generator_and_id(drawn, weights, live_encoder, update_id, rng)
         return dis_terms | gen_terms
+
+    def part_noise(self, t: int, part: int) -> Rng:
+        """The noise on the edges of a part of iteration `t`'s batch, the same at every call."""
+        return np.random.default_rng((self.cfg.seed, ENCODER, t, 1 + part))
 
     def draw(self, a: Batch, b: Batch, *, rng: Rng, erasing: Rng, update_id: bool) -> Drawn:
         """Points 2 to 4 for a pair of batches."""
         with autocast(self.device, self.cfg.precision):
             encoded = self.encode(a, b, rng, update_id)
             generated = self.compose(encoded)
-            if self.cfg.erasing_p > 0 and update_id:
+        if self.cfg.erasing_p > 0 and update_id:
+            # A context of its own: older PyTorch keeps what was cast under no_grad, without a graph, until one ends.
+            with autocast(self.device, self.cfg.precision):
                 self.classify_erased(a, b, encoded, erasing)
         return a, b, encoded, generated
 
@@ -260,10 +265,15 @@ class DGNetTrainer:
             return a, b, self.compose(self.encode(a, b, rng))
 
     def set_learning_rates(self, t: int) -> None:
+        for name, factor in self.lr_factors(t).items():
+            set_learning_rate(self.optimizers()[name], factor)
+
+    def lr_factors(self, t: int) -> dict[str, float]:
+        """What the rates of each optimiser are multiplied by at iteration `t`."""
         cfg = self.cfg
+        gammas = {"gen": cfg.gamma, "dis": cfg.gamma, "id": cfg.gamma2}
         schedule = dict(step_size=cfg.step_size, max_iter=cfg.max_iter)
-        for optimizer, gamma in ((self.opt_gen, cfg.gamma), (self.opt_dis, cfg.gamma), (self.opt_id, cfg.gamma2)):
-            set_learning_rate(optimizer, lr_factor(cfg.lr_policy, t, gamma=gamma, **schedule))
+        return {name: lr_factor(cfg.lr_policy, t, gamma=gamma, **schedule) for name, gamma in gammas.items()}
 
     def encode(self, a: Batch, b: Batch, rng: np.random.Generator, update_id: bool = True) -> Encoded:
         """Point 2."""
@@ -279,7 +289,7 @@ class DGNetTrainer:
         """Point 3. The decoder has no batch statistics, so its six passes are one."""
         s = torch.cat([e.s_b, e.s_a, e.s_a, e.s_b, e.s_a, e.s_b])
         f = torch.cat([e.f_a, e.f_b, e.f_a, e.f_b, e.fp_a, e.fp_b])
-        return Generated(*self.decode(s, f).chunk(6))
+        return Generated(*self.decode(s, f, batches=6).chunk(6))
 
     def classify_erased(self, a: Batch, b: Batch, e: Encoded, rng: Rng) -> None:
         """Point 4. Logits of the erased images replace those of the whole ones; erasing touches nothing else."""
@@ -339,7 +349,7 @@ class DGNetTrainer:
         update_id: bool,
         rng: np.random.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every term of section 7 with its weight; terms whose weight is 0 are left out, and so are their passes."""
+        """Every term of section 7 with its weight. What costs a pass of its own is left out while its weight is 0."""
         cfg = self.cfg
         weighted: list[Tensor] = []
         terms: dict[str, Tensor] = {}
@@ -381,7 +391,7 @@ class DGNetTrainer:
                 prim_a, prim_b = (L.split_heads(p, cfg.ID_style)[0] for p in (p_a, p_b))
                 add("recon_id", cfg.recon_id_w, L.cross_entropy(prim_a, a.y) + L.cross_entropy(prim_b, b.y))
             if w.recon_x_cyc_w > 0:
-                x_aba, x_bab = self.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
+                x_aba, x_bab = self.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b]), batches=2).chunk(2)
                 add("cyc_a", w.recon_x_cyc_w, L.l1(x_aba, a.x))
                 add("cyc_b", w.recon_x_cyc_w, L.l1(x_bab, b.x))
 
@@ -433,12 +443,11 @@ class DGNetTrainer:
     def encode_structure(self, g: Tensor, *, live: bool = True) -> Tensor:
         return self.recomputed(self.gen.enc_content, nullcontext if live else weights_frozen, g)
 
-    def decode(self, s: Tensor, f: Tensor) -> Tensor:
+    def decode(self, s: Tensor, f: Tensor, *, batches: int) -> Tensor:
         if not self.cfg.recompute:
             return self.gen.decode(s, f)
-        # A few images at a time, or the recomputed pass would fill the memory that it is to save.
-        n = math.ceil(len(s) / 6)
-        parts = zip(s.split(n), f.split(n), strict=True)
+        # A batch at a time, or the recomputed pass would fill the memory that it is to save.
+        parts = zip(s.chunk(batches), f.chunk(batches), strict=True)
         return torch.cat([checkpoint(self.gen.decode, *part, use_reentrant=False) for part in parts])
 
     def recomputed(self, net: nn.Module, again: Callable[[nn.Module], AbstractContextManager], x: Tensor) -> Any:
@@ -495,7 +504,8 @@ class TeacherTrainer:
         self.cfg, self.device, self.steps_per_epoch = cfg, device, steps_per_epoch
         self.max_iter = cfg.epochs * steps_per_epoch
         self.net: IdNet = build_teacher(num_classes, backbone=cfg.backbone, stride=cfg.stride, dropout=cfg.dropout)
-        self.net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+        fast = cfg.channels_last or device.type == "cpu"  # as the id net of DGNetTrainer
+        self.net.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
         self.net.train()
         groups = [
             {"params": list(self.net.model.parameters()), "lr": cfg.trunk_lr_factor * cfg.lr},
@@ -514,9 +524,6 @@ class TeacherTrainer:
 
     def scalers(self) -> dict[str, torch.amp.GradScaler]:
         return {"net": self.scaler}
-
-    def learning_rates(self) -> dict[str, float]:
-        return {"trunk": self.optimizer.param_groups[0]["lr"], "head": self.optimizer.param_groups[1]["lr"]}
 
     def lr_factor(self, t: int) -> float:
         """Linear warm-up, then a tenth after two thirds of the run, or a cosine to 0."""

@@ -204,6 +204,26 @@ def test_the_first_pass_of_a_part_leaves_no_trace() -> None:
     assert updates[1] == 2 * updates[0]
 
 
+def test_both_passes_of_a_part_draw_the_same_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from edges, whose noise is drawn anew in every pass."""
+    _, real = both(batch_size=4, accumulate=2, single="edge")
+    found: dict[str, list[torch.Tensor]] = {"rehearse": [], "draw": []}
+    for name, fakes in found.items():
+        method = getattr(real, name)
+
+        def noted(*args: Any, method: Any = method, fakes: list[torch.Tensor] = fakes, **kwargs: Any) -> Any:
+            made = method(*args, **kwargs)
+            fakes.append(made[-1].x_ba.detach())
+            return made
+
+        monkeypatch.setattr(real, name, noted)
+    real.step(*random_batches(real.cfg, dtype=torch.float64), 10)
+    assert len(found["rehearse"]) == len(found["draw"]) == 2
+    for first, second in zip(found["rehearse"], found["draw"], strict=True):
+        torch.testing.assert_close(first, second)
+    assert not torch.equal(*found["draw"])
+
+
 def test_joint_statistics_are_one_pass_for_all() -> None:
     """Where every image is the same, its statistics are those of any number of copies; elsewhere they differ."""
     counts = [one_step(dict(joint_bn=joint))[1]["model.bn1.num_batches_tracked"] for joint in (False, True)]
@@ -255,5 +275,5 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert variants["fp32"]["launches"] < variants["plain"]["launches"]
     for phase in train_step.PHASES:
         assert variants["fp32"]["phases"][phase] > 0, phase
-    ((_, first), *_) = rows = table(tmp_path)
+    ((_, first), *_) = rows = table(list(tmp_path.glob("*.json")))
     assert len(rows) == 4 and "1.00 times plain" in first
