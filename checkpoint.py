@@ -36,6 +36,7 @@ class Damaged(UserError):
 
 class Trainer(Protocol):
     cfg: BaseModel
+    device: torch.device
 
     def networks(self) -> dict[str, nn.Module]: ...
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
@@ -305,7 +306,7 @@ def save_snapshot(
     state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers().items()}
     state["scalers"] = {name: scaler.state_dict() for name, scaler in trainer.scalers().items()}
     state["rng"] = torch.get_rng_state()
-    state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state["cuda_rng"] = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
     state["iteration"] = iteration
     contents = [state, *({"a": net.state_dict()} for net in trainer.networks().values())]
     manifest, files = manifest_path(folder, iteration), _files(folder, list(trainer.networks()), iteration)
@@ -358,6 +359,39 @@ def prune_snapshots(folder: Path, networks: list[str], newest: int, *, keep_last
             continue
         except OSError as error:
             print(f"warning: {folder}: old snapshots cannot be removed ({error.strerror})", file=sys.stderr)
+
+
+def set_aside(folder: Path, networks: list[str], iteration: int) -> Path | None:
+    """Move our own snapshots of after `iteration` into a new folder beside them, and return it; None: there are none.
+
+    A run that goes on from an older snapshot makes them anew, and until then the newest is what is resumed. Raises
+    UserError for later ones of the release, which stay.
+    """
+    ours = {*_iterations(folder, "state_%08d.pt"), *_iterations(folder, "snapshot_%08d.json")}
+    foreign = [i for i in snapshots(folder, networks) if i > iteration and i not in ours]
+    if foreign:
+        raise UserError(
+            f"{folder}: holds later snapshots than {iteration}, which --resume would take next ({foreign[-1]}); move "
+            "them elsewhere"
+        )
+    later = sorted(i for i in ours if i > iteration)
+    if not later:
+        return None
+    taken = len(list(folder.glob(f"after_{iteration:08d}*")))
+    aside = folder / (f"after_{iteration:08d}" + (f"_{taken + 1}" if taken else ""))
+    try:
+        aside.mkdir()
+        for i in later:
+            state, *nets = _files(folder, networks, i)
+            # The manifest first: what is left in between is no snapshot. The state, by which it is ours, comes last.
+            for path in (manifest_path(folder, i), *nets, state):
+                if path.exists():
+                    path.rename(aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: later snapshots cannot be moved to {aside.name} ({error.strerror}); move them elsewhere"
+        ) from None
+    return aside
 
 
 def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None, *, fall_back: bool = False) -> int:
@@ -417,36 +451,33 @@ def load_state(state: Any, trainer: Trainer, source: Path) -> None:
     for name, optimizer in trainer.optimizers().items():
         if not isinstance(state, Mapping) or name not in state:
             raise UserError(f"{source}: no optimiser state '{name}' in it; replace the file")
-        # The file's rates are those of its last step; the schedule starts from the config's.
-        rates = [group["initial_lr"] for group in optimizer.param_groups]
+        # Rates, decay and momenta are the config's, which may have changed; the file's are those of its last step.
+        ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(state[name])
+            theirs = state[name]["param_groups"]
+            groups = [their | our for their, our in zip(theirs, ours, strict=True)]
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": groups})
             require_shapes(optimizer)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{source}: optimiser '{name}' does not fit the network ({reason}); replace the file"
             ) from None
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate
     try:
         for name, scaler in trainer.scalers().items():
             if state.get("scalers", {}).get(name):
                 scaler.load_state_dict(state["scalers"][name])
         if "rng" in state:
             torch.set_rng_state(state["rng"])
-        if state.get("cuda_rng") and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if state.get("cuda_rng") is not None and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{source}: not the scalers and random state of a run ({reason}); replace the file") from None
 
 
 def require_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the loaded state of a parameter is not of its shape, or a rate is no number."""
-    for group in optimizer.param_groups:
-        if not isinstance(group["lr"], (int, float)):
-            raise ValueError(f"its rate is {group['lr']!r}"[:80])
+    """Raise ValueError where the loaded state of a parameter is not of its shape."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from checkpoint import Trainer
 from utils import UserError
 
 T = TypeVar("T")
 BUCKET_BYTES = 32 * 2**20  # of gradients in one message: while it travels the next one is packed
-
-
-class Trainer(Protocol):
-    def networks(self) -> dict[str, nn.Module]: ...
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
 
 class ProcessLost(UserError):
@@ -122,29 +118,25 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process: a decision that all take alike, such as to stop after this step."""
-    return any(gather(flag))
-
-
 def wait_for_all() -> None:
     """Return when every process has come here."""
     gather(None)
 
 
 # ---------------------------------------------------------------------------------- slices of the batch
-def own_batch_size(batch_size: int, *, sync_bn: bool) -> int:
-    """How many images of a batch each process has. Raises UserError where they cannot be shared out."""
-    n, rest = divmod(batch_size, world_size())
+def own_batch_size(batch_size: int, *, sync_bn: bool, parts: int = 1) -> int:
+    """How many images of each of a batch's `parts` a process has. Raises UserError where they cannot be shared out."""
+    n, rest = divmod(batch_size, parts * world_size())
+    what = f"batch_size {batch_size}" + (f" in {parts} parts (accumulate)" if parts > 1 else "")
     if rest:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared out equally over {world_size()} processes; "
-            "batch_size counts the images of all: make it a multiple of the number of processes"
+            f"{what} cannot be shared out equally over {world_size()} processes; batch_size counts the images of all: "
+            f"make it a multiple of {parts * world_size()}"
         )
     if n == 1 and world_size() > 1 and not sync_bn:
         raise UserError(
-            f"batch_size {batch_size} over {world_size()} processes leaves one image in each, too few for the "
-            "statistics of BatchNorm; raise batch_size, use fewer processes or set sync_bn: true"
+            f"{what} over {world_size()} processes leaves one image in each, too few for the statistics of BatchNorm; "
+            "raise batch_size, use fewer processes or set sync_bn: true"
         )
     return n
 

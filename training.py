@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from checkpoint import (
     read_manifest,
     remove_parts,
     save_snapshot,
+    set_aside,
     snapshots,
 )
 from config import Config, DGNetConfig, TeacherConfig
@@ -45,7 +47,7 @@ from runs import (
     start_folder,
 )
 from runs import training_images as read_training_images
-from trainer import DGNetTrainer, TeacherTrainer, lr_factor
+from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, own_command, set_deterministic, write_whole
 from visual_tools.grid import paint_pairs
 
@@ -75,7 +77,7 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
     if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root))
     parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
-    own_batch_size = distributed.own_batch_size(cfg.batch_size // parts, sync_bn=cfg.sync_bn)
+    own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, parts=parts)
     images = read_training_images(cfg)
     classes = num_classes(cfg, images)
     common = dict(
@@ -127,7 +129,7 @@ def describe(s: Session) -> str:
     if isinstance(s.trainer, DGNetTrainer):
         x = torch.cat([batch.x, batch.x]).to(s.device)[:2]
         with torch.no_grad():
-            code = s.trainer.gen.encode(s.trainer.structure_input(x))
+            code = s.trainer.gen.encode(s.trainer.structure_input(x, np.random.default_rng(0)))
         lines.append(f"  structure code {tuple(code.shape[1:])}, appearance code ({s.trainer.id_net.code_dim},)")
     lines.append(
         f"  {s.max_iter} steps, {s.loaders[0].batches_per_epoch} per epoch, a snapshot every {s.snapshot_iter}"
@@ -142,11 +144,11 @@ def schedule(s: Session, t: int) -> dict[str, float]:
     """Learning rates and ramped weights at iteration `t`."""
     cfg = s.cfg
     if isinstance(cfg, DGNetConfig):
-        steps = dict(step_size=cfg.step_size, max_iter=cfg.max_iter)
+        factors = s.trainer.lr_factors(t)
         rates = {
-            "lr_g": cfg.lr_g * lr_factor(cfg.lr_policy, t, gamma=cfg.gamma, **steps),
-            "lr_d": cfg.lr_d * lr_factor(cfg.lr_policy, t, gamma=cfg.gamma, **steps),
-            "lr2": cfg.lr2 * lr_factor(cfg.lr_policy, t, gamma=cfg.gamma2, **steps) * (t >= cfg.id_freeze_iter),
+            "lr_g": cfg.lr_g * factors["gen"],
+            "lr_d": cfg.lr_d * factors["dis"],
+            "lr2": cfg.lr2 * factors["id"] * (t >= cfg.id_freeze_iter),
         }
         return rates | vars(loss_weights(cfg, t))
     factor = s.trainer.lr_factor(t)
@@ -213,6 +215,10 @@ def train(s: Session, *, resume: str | None) -> int:
     distributed.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
+    if resume is not None and resume.isdigit() and distributed.is_main():
+        aside = set_aside(run.checkpoints, NETWORKS[cfg.task], start)
+        if aside is not None:
+            print(f"the snapshots after {start} steps are now in {aside}")
     if start < s.max_iter:
         with ExitStack() as stack:
             board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None

@@ -36,6 +36,7 @@ from checkpoint import (
     read_tensors,
     remove_parts,
     save_snapshot,
+    set_aside,
     snapshots,
     write_atomically,
 )
@@ -204,7 +205,7 @@ def test_a_folder_of_the_release_is_resumed_as_it_is(
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     run = open_run(str(tmp_path), "E")
     cfg = run_config(run)
-    note, warning = capsys.readouterr().err.splitlines()
+    warning, note = capsys.readouterr().err.splitlines()
     assert note.startswith("note: ") and "use_decoder_again" in note
     assert warning.startswith("warning: ") and "image_dir" in warning and "gen.style_dim" in warning
     assert (cfg.ID_stride, cfg.erasing_p, cfg.T_w, cfg.lr_policy, cfg.apex) == (2, 0, 1, "constant", False)
@@ -549,8 +550,30 @@ def test_a_snapshot_restores_everything(two_snapshots: tuple[Path, DGNetTrainer]
     load_snapshot(folder, other)
     assert torch.equal(torch.get_rng_state(), states["rng"])
     assert states["iteration"] == 2
-    # The rates are the config's, not the file's: a run may go on with others.
+    # Rates, decay and momenta are the config's, not the file's: a run may go on with others.
     assert other.opt_gen.param_groups[0]["initial_lr"] == 0.5
+    other = tiny_trainer(tiny_config(beta1=0.9, weight_decay=0.25))
+    load_snapshot(folder, other)
+    for optimizer in other.optimizers().values():
+        assert all(group["weight_decay"] == 0.25 and group["fused"] for group in optimizer.param_groups)
+    assert other.opt_gen.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_later_snapshots_are_set_aside(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    before = {path.name: path.read_bytes() for path in folder.glob("*00000002*")}
+    aside = set_aside(folder, NETWORKS, 1)
+    assert aside == folder / "after_00000001" and snapshots(folder, NETWORKS) == [1]
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert set_aside(folder, NETWORKS, 1) is None
+    save_snapshot(folder, trainer, 2)
+    assert set_aside(folder, NETWORKS, 1) == folder / "after_00000001_2" and len(list(aside.iterdir())) == len(before)
+    # The release's stay where they are.
+    (folder / "optimizer.pt").write_bytes(b"")
+    for name in NETWORKS:
+        (folder / f"{name}_00000009.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="holds later snapshots than 1, which --resume would take next .9."):
+        set_aside(folder, NETWORKS, 1)
 
 
 def test_a_snapshot_of_other_networks_is_refused_in_words(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
@@ -698,7 +721,8 @@ def test_resuming_goes_on_with_the_ramps_and_rates(tmp_path: Path) -> None:
     other = tiny_trainer(cfg)
     load_snapshot(tmp_path, other)
     other.set_learning_rates(5)
-    assert other.learning_rates() == pytest.approx({"gen": cfg.lr_g / 4, "dis": cfg.lr_d / 4, "id": cfg.lr2 / 4})
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (other.opt_gen, other.opt_dis, other.opt_id)]
+    assert rates == pytest.approx([cfg.lr_g / 4, cfg.lr_d / 4, cfg.lr2 / 4])
 
 
 # ------------------------------------------------------------------------------------------- building

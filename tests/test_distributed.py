@@ -43,10 +43,11 @@ from visual_tools.curves import read_scalars
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 8  # identities of the tiny data set
 HEIGHT, WIDTH = 40, 20  # the smallest images that the networks take
-# A synchronised and a frozen BatchNorm, either encoder, gray and edges, every kind of dropout.
+# A synchronised and a frozen BatchNorm, either encoder, gray and edges, every kind of dropout, also drawn again.
 CASES = {
     "synchronised": dict(sync_bn=True, use_encoder_again=1, erasing_p=0.5),
     "edges": dict(sync_bn=True, use_encoder_again=-1, single="edge", detach_f=False, gen=dict(dropout=0.3)),
+    "recomputed": dict(sync_bn=True, use_encoder_again=-1, recompute=True, gen=dict(dropout=0.3)),
     "frozen BatchNorm": dict(train_bn=False, ID_style="PCB", erasing_p=0.5, dis=dict(gan_type="nsgan")),
     "channels last": dict(sync_bn=True, channels_last=True, joint_bn=True, gen=dict(dropout=0.3)),
 }
@@ -204,9 +205,10 @@ def twenty_steps(data: Path) -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     found = {}
-    for name, size, sync in (("unequal", 6 if distributed.world_size() == 4 else 5, True), ("one each", 4, False)):
+    n = distributed.world_size()
+    for name, size, sync, parts in (("unequal", n + 1, True, 1), ("one each", n, False, 1), ("parts", 2 * n, False, 2)):
         try:
-            distributed.own_batch_size(size, sync_bn=sync)
+            distributed.own_batch_size(size, sync_bn=sync, parts=parts)
         except UserError as error:
             found[name] = str(error)
     return found
@@ -229,7 +231,6 @@ def work(rank: int, size: int, port: int, data: Path, out: Path) -> None:
             "refusals": refusals(),
             "main": distributed.is_main(),
         }
-        found["any"] = [distributed.any_rank(flag) for flag in (False, rank == 1, True)]
         print(f"process {rank} prints")
         torch.save(found, out / f"{size}-{rank}.pt")
 
@@ -389,13 +390,13 @@ def test_differing_weights_are_found_and_named_everywhere(found: Any, size: int)
 def test_batches_that_cannot_be_shared_out_are_refused(found: Any, size: int) -> None:
     for own in found[size]:
         assert f"cannot be shared out equally over {size} processes" in own["refusals"]["unequal"]
-        assert ("one each" in own["refusals"]) == (size == 4)
+        assert "leaves one image in each" in own["refusals"]["one each"]
+        assert f"batch_size {2 * size} in 2 parts (accumulate) over" in own["refusals"]["parts"]
 
 
 @several
 def test_one_process_writes_and_all_decide_alike(found: Any, size: int) -> None:
     assert [own["main"] for own in found[size]] == [True] + [False] * (size - 1)
-    assert all(own["any"] == [False, True, True] for own in found[size])
 
 
 def test_own_rows_are_slices_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:

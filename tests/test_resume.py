@@ -247,6 +247,22 @@ def test_auto_starts_continues_and_is_done(light: Runs) -> None:
     runs.assert_same("whole", "parts")
 
 
+def test_from_an_older_snapshot_the_newest_is_what_was_done_since(light: Runs) -> None:
+    runs = light
+    hashes, name = runs.hashes("whole", 4), "whole"
+    outcome = runs.train(name, "--resume", "2", at=(2, send(signal.SIGTERM)))
+    aside = runs.run(name) / "checkpoints" / "after_00000002"
+    assert outcome.code == 143 and f"the snapshots after 2 steps are now in {aside}" in outcome.out
+    assert {path.name for path in aside.iterdir()} == {*hashes, "snapshot_00000004.json"}
+    assert "resumed whole after 3 of 4 steps" in clean(runs.train(name, "--resume", "auto")).out
+    assert runs.hashes(name, 4) == hashes
+
+
+def test_a_wrong_key_is_refused_also_when_resuming(light: Runs) -> None:
+    where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
+    assert "unknown key batch_sise; did you mean batch_size?" in light.script(*where, "--set", "batch_sise=4").error
+
+
 def test_auto_needs_the_name_only(light: Runs) -> None:
     outcome = light.script("train", "--resume", "auto", "--name", "whole", "--output_path", light.folder)
     assert "resumed whole after 4 of 4 steps" in clean(outcome).out
