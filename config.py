@@ -233,11 +233,25 @@ class DGNetConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
+    def _named_teacher(self) -> DGNetConfig:
+        if self.needs_teacher and not self.teachers:
+            raise ValueError("teacher names none; give the name of one under models/, or set max_teacher_w: 0")
+        return self
+
+    @model_validator(mode="after")
     def _parts_of_a_batch(self) -> DGNetConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate}: batch_size {self.batch_size} is not a multiple of it")
         if self.accumulate > 1 and self.dis.gan_type == "wgan":
             raise ValueError("accumulate needs dis.gan_type lsgan or nsgan: a loss of wgan is a sum over the batch")
+        if self.accumulate > 1 and self.gen.dropout > 0:
+            raise ValueError("accumulate needs gen.dropout 0: the fakes are made twice, and have to be the same")
+        if self.batch_size == self.accumulate:
+            parts = f" in {self.accumulate} parts (accumulate)" if self.accumulate > 1 else ""
+            raise ValueError(
+                f"batch_size {self.batch_size}{parts} is one pair at a time, too few for the statistics of BatchNorm; "
+                "use two or more"
+            )
         return self
 
     @property
@@ -257,7 +271,7 @@ class TeacherConfig(CommonConfig):
 
     task: Literal["teacher"]
     stride: Literal[1, 2] = 2  # stride of the trunk's last stage
-    batch_size: Count = 32  # images per step, of all processes together
+    batch_size: Annotated[int, Field(ge=2)] = 32  # images per step, of all processes together
     epochs: Count = 60  # passes over the training images
     warm_epochs: Annotated[int, Field(ge=0)] = 5  # linear warm-up of the rates
     lr: Rate = 0.05  # of the head; the trunk gets a tenth
@@ -383,12 +397,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) -> Config:
-    """Validate `values`; `source` names them in messages.
-
-    With `strict=False` (the config of a release's run folder) unknown keys are a warning and absent ones take the
-    release's fallbacks. Raises UserError that lists every problem in one line.
-    """
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validate `values`; `source` names them in messages. Raises UserError that lists every problem in one line."""
     dead = [key for key in DEAD_KEYS if key in values]
     if dead:
         print(f"note: {source}: {', '.join(dead)}: read by nothing, in the release and here", file=sys.stderr)
@@ -396,12 +406,6 @@ def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) ->
     model = _schema(values)
     if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
         print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)
-    if not strict:
-        values = (
-            (RELEASE_FALLBACKS if model is DGNetConfig else {})
-            | {"data_root": ""}
-            | _drop_unknown(values, model, source)
-        )
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -409,11 +413,15 @@ def parse_config(values: dict[str, Any], source: str, *, strict: bool = True) ->
         raise UserError(f"{source}: " + "; ".join(problems)) from None
 
 
-def _drop_unknown(values: dict[str, Any], model: type[BaseModel], source: str) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+def of_another_version(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A run folder's values with the release's fallbacks and without unknown keys, which are named in a warning."""
+    model = _schema(values)
+    kept: dict[str, Any] = (RELEASE_FALLBACKS if model is DGNetConfig else {}) | {"data_root": ""}
     unknown = []
     for key, value in values.items():
-        if key not in model.model_fields:
+        if key in DEAD_KEYS:
+            kept[key] = value
+        elif key not in model.model_fields:
             unknown.append(key)
         elif isinstance(value, dict) and key in ("gen", "dis"):
             known = _section(model, (key,)).model_fields
@@ -427,8 +435,14 @@ def _drop_unknown(values: dict[str, Any], model: type[BaseModel], source: str) -
 
 
 def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = True) -> Config:
-    """The configuration in a YAML file with `--set` overrides applied."""
-    return parse_config(set_values(read_yaml(Path(path)), list(settings)), str(path), strict=strict)
+    """The configuration in a YAML file with `--set` overrides applied.
+
+    strict  False: the file may be a release's run folder's or another version's (`of_another_version`)
+    """
+    values = read_yaml(Path(path))
+    if not strict:
+        values = of_another_version(values, str(path))
+    return parse_config(set_values(values, list(settings)), str(path))
 
 
 def flat_settings(values: dict[str, Any]) -> dict[str, Any]:

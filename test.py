@@ -52,11 +52,14 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     from data.folders import check_test_set, data_set_name
     from distributed import is_main
     from reid_eval.evaluate import format_comparison
+    from reid_eval.features import check_feature_file
     from runs import open_net, resolve_data_root
     from visual_tools.rank_figure import check_count
 
     if args.rank_figure is not None:
         check_count(args.rank_figure)
+    if args.save_features:
+        check_feature_file(args.save_features)
     tested = open_net(args, device)
     roots = {data_set_name(root): root for root in map(resolve_data_root, args.test_dir or [tested.data_root])}
     if args.test_dir and len(roots) < len(args.test_dir):

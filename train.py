@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     """The config with its overrides, and the run's name. A resumed run may take its folder's config."""
-    from config import load_config, parse_config
+    from config import load_config
     from runs import open_run
     from utils import ROOT
 
@@ -49,11 +52,8 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     name = args.name or file.stem
     # A folder that the release wrote carries keys of other versions.
     own_folder = args.resume and file == open_run(args.output_path, name).config_file
-    cfg = load_config(file, args.set, strict=not own_folder)
-    if args.backbone_weights:
-        values = cfg.model_dump(exclude_unset=True) | {"task": cfg.task, "backbone_weights": args.backbone_weights}
-        cfg = parse_config(values, str(file))
-    return cfg, name
+    weights = [f"backbone_weights={json.dumps(args.backbone_weights)}"] if args.backbone_weights else []
+    return load_config(file, args.set + weights, strict=not own_folder), name
 
 
 def main() -> int:
@@ -64,7 +64,8 @@ def main() -> int:
     gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
     processes = launch.count_processes(args.processes, gpu_ids)
     if processes > 1 and not launch.started():
-        read_config(args)  # what is wrong with it is said before anything starts
+        with contextlib.redirect_stderr(io.StringIO()):  # its notes are process 0's to print
+            read_config(args)  # what is wrong with it is said before anything starts
         return launch.launch(processes, args.device, gpu_ids)
     with launch.process_group(args.device, gpu_ids) as device:
         return run_training(args, device)

@@ -64,7 +64,7 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of scripts that use an id net, a run's or a teacher's; `runs.open_net` loads it."""
     parser.add_argument("--name", help="run under outputs/ (default: latest)")
     parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
-    parser.add_argument("--which_epoch", default="last", help="iteration of the snapshot (default: the newest)")
+    parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
     add_machine_arguments(parser)
 
 
@@ -83,9 +83,11 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_net_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for both a run and a teacher."""
+    """Raise UserError for both a run and a teacher, and for a snapshot of a teacher, of which one file is kept."""
     if args.name and args.teacher:
         raise UserError("--name and --teacher: give one of the two")
+    if args.teacher and args.which_epoch:
+        raise UserError("--which_epoch: is for runs; a teacher is its last epoch's weights")
 
 
 def pick_device(name: str | None = None) -> torch.device:

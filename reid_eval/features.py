@@ -149,6 +149,12 @@ def _embed_in_parts(net: nn.Module, x: Tensor, size: int, precision: str) -> np.
         return None
 
 
+def check_feature_file(path: Path | str) -> None:
+    """Raise UserError for a name that `save_features` has no format for."""
+    if Path(path).suffix not in (".npz", ".mat"):
+        raise UserError(f"{path}: feature files end in .npz or .mat")
+
+
 def save_features(path: Path | str, query: Features, gallery: Features, multi: Features | None = None) -> list[Path]:
     """Write a feature file and return what was written; each file is replaced whole or not at all.
 
@@ -159,6 +165,7 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
     Raises:
         UserError: another ending, or a folder that cannot be written.
     """
+    check_feature_file(path)
     path = Path(path)
     sides = {"query": query, "gallery": gallery} | ({} if multi is None else {"multi": multi})
     if path.suffix == ".npz":
@@ -166,18 +173,16 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
         for field, side in sides.items():
             arrays |= _arrays(field, side, side.features)
         return [write_whole(path, lambda file: np.savez(file, **arrays))]
-    if path.suffix == ".mat":
-        from scipy.io import savemat
+    from scipy.io import savemat
 
-        flat = {f: _arrays(f, side, side.features.reshape(len(side), -1)) for f, side in sides.items()}
-        for arrays in flat.values():
-            arrays["heads"] = np.array(query.features.shape[1])
-        written = [write_whole(path, lambda file: savemat(file, flat["gallery"] | flat["query"]))]
-        if multi is not None:
-            second = path.with_name("multi_query.mat")
-            written.append(write_whole(second, lambda file: savemat(file, flat["multi"])))
-        return written
-    raise UserError(f"{path}: feature files end in .npz or .mat")
+    flat = {f: _arrays(f, side, side.features.reshape(len(side), -1)) for f, side in sides.items()}
+    for arrays in flat.values():
+        arrays["heads"] = np.array(query.features.shape[1])
+    written = [write_whole(path, lambda file: savemat(file, flat["gallery"] | flat["query"]))]
+    if multi is not None:
+        second = path.with_name("multi_query.mat")
+        written.append(write_whole(second, lambda file: savemat(file, flat["multi"])))
+    return written
 
 
 def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:

@@ -108,31 +108,13 @@ def rank(
     """
     q_pids, g_pids = np.asarray(q_pids), np.asarray(g_pids)
     if gallery is None:
-        scores = np.asarray(query)
-        if scores.shape != (len(q_pids), len(g_pids)):
-            raise UserError(f"scores have shape {scores.shape}, but the labels say {len(q_pids)} x {len(g_pids)}")
-        _check_sides(q_pids, g_pids)
-        scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
-        _check_finite(scores, "score matrix")
+        scores = _checked_scores(query, q_pids, g_pids)
         heads, settings = 1, {"scores": (1.0,)}
     else:
-        _check_sides(query, gallery)
-        query, gallery = _as_heads(query, "query"), _as_heads(gallery, "gallery")
-        if query.shape[1:] != gallery.shape[1:]:
-            raise UserError(
-                f"query features are {_shape(query)} but gallery features are {_shape(gallery)}; "
-                "extract both with the same model"
-            )
-        _check_finite(query, "query features")
-        _check_finite(gallery, "gallery features")
+        query, gallery = _checked_features(query, gallery)
         heads = query.shape[1]
         settings = default_settings(heads) if settings is None else settings
-        for name, weights in settings.items():
-            if len(weights) != heads:
-                raise UserError(f"score setting {name!r} has {len(weights)} weights; the features have {heads} heads")
-            if not any(weights):
-                raise UserError(f"score setting {name!r} has only weights of 0, which rank nothing")
-
+        _check_settings(settings, heads)
     for what, labels, n in (("query", (q_pids, q_camids, q_keys), len(query)),) + (
         () if gallery is None else (("gallery", (g_pids, g_camids, g_keys), len(gallery)),)
     ):
@@ -166,6 +148,37 @@ def rank(
         name: {convention: summarise(found, convention, max_rank=max_rank) for convention in CONVENTIONS}
         for name, found in ranks.items()
     }
+
+
+def _checked_scores(scores: np.ndarray, q_pids: np.ndarray, g_pids: np.ndarray) -> np.ndarray:
+    scores = np.asarray(scores)
+    if scores.shape != (len(q_pids), len(g_pids)):
+        raise UserError(f"scores have shape {scores.shape}, but the labels say {len(q_pids)} x {len(g_pids)}")
+    _check_sides(q_pids, g_pids)
+    scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
+    _check_finite(scores, "score matrix")
+    return scores
+
+
+def _checked_features(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    _check_sides(query, gallery)
+    query, gallery = _as_heads(query, "query"), _as_heads(gallery, "gallery")
+    if query.shape[1:] != gallery.shape[1:]:
+        raise UserError(
+            f"query features are {_shape(query)} but gallery features are {_shape(gallery)}; "
+            "extract both with the same model"
+        )
+    _check_finite(query, "query features")
+    _check_finite(gallery, "gallery features")
+    return query, gallery
+
+
+def _check_settings(settings: Mapping[str, Sequence[float]], heads: int) -> None:
+    for name, weights in settings.items():
+        if len(weights) != heads:
+            raise UserError(f"score setting {name!r} has {len(weights)} weights; the features have {heads} heads")
+        if not any(weights):
+            raise UserError(f"score setting {name!r} has only weights of 0, which rank nothing")
 
 
 def summarise(found: MatchRanks, convention: str, *, max_rank: int = 50) -> Ranking:

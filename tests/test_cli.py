@@ -294,6 +294,8 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
         "teacher_w",
     ):
         assert words in out, words
+    where = ("--name", "dry", "--output_path", trained.folder, "--dry-run")
+    clean(script("train", "--config", trained.config(), *where, "--set", "single=edge"))
     teacher = trained.folder / "tiny-teacher.yaml"
     out = clean(script("train", "--config", teacher, "--output_path", trained.folder, "--dry-run"))
     assert "run tiny-teacher: teacher on" in out and f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
@@ -590,6 +592,8 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
         (["--name", "tiny", "--precision", "fp16"], "needs a CUDA GPU"),
         (["--name", "tiny", "--test_dir", "/nowhere"], "data_root /nowhere: no such folder"),
         (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
+        (["--teacher", "tutor", "--which_epoch", "3"], "--which_epoch: is for runs"),
+        (["--name", "tiny", "--save-features", "f.txt"], "f.txt: feature files end in .npz or .mat"),
         (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
     ],
 )

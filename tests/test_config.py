@@ -9,7 +9,16 @@ import pytest
 import yaml
 from conftest import CPU, tiny_config
 
-from config import DEAD_KEYS, DGNetConfig, TeacherConfig, dump_config, load_config, parse_config, set_values
+from config import (
+    DEAD_KEYS,
+    DGNetConfig,
+    TeacherConfig,
+    dump_config,
+    load_config,
+    of_another_version,
+    parse_config,
+    set_values,
+)
 from losses import loss_weights, ramp
 from networks import Generator
 from reIDmodel import build_id_net
@@ -314,6 +323,15 @@ def test_parts_of_a_batch() -> None:
     assert parse(accumulate=4).accumulate == 4
     assert "accumulate 3: batch_size 8 is not a multiple of it" in refusal(accumulate=3)
     assert "lsgan or nsgan" in refusal(accumulate=2, dis=dict(gan_type="wgan"))
+    assert "accumulate needs gen.dropout 0" in refusal(accumulate=2, gen=dict(dropout=0.1))
+    assert "batch_size 8 in 8 parts (accumulate) is one pair at a time" in refusal(accumulate=8)
+    assert "batch_size 1 is one pair at a time" in refusal(batch_size=1)
+    assert "batch_size" in refusal(task="teacher", batch_size=1)
+
+
+def test_a_teacher_has_a_name() -> None:
+    assert "teacher names none" in refusal(teacher=" , ", max_iter=40000)
+    assert parse(teacher="", max_teacher_w=0).teachers == []
 
 
 def test_a_normalisation_needs_two_numbers() -> None:
@@ -343,17 +361,17 @@ def test_configs_are_frozen() -> None:
 # -------------------------------------------------------------------------- folders of the release
 def test_the_config_of_a_release_folder_is_read_leniently(capsys: pytest.CaptureFixture) -> None:
     values = dict(batch_size=4, ID_class=702, image_dir="x", gen=dict(dim=8, style_dim=3), sqrt=False)
-    cfg = parse_config(values, "run/config.yaml", strict=False)
+    cfg = parse_config(of_another_version(values, "run/config.yaml"), "run/config.yaml")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["note", "warning"]
-    assert "image_dir" in lines[1] and "gen.style_dim" in lines[1]
+    assert [line.partition(":")[0] for line in lines] == ["warning", "note"]
+    assert "image_dir" in lines[0] and "gen.style_dim" in lines[0]
     assert (cfg.batch_size, cfg.ID_class, cfg.gen.dim) == (4, 702, 8)
     assert (cfg.ID_stride, cfg.apex, cfg.erasing_p, cfg.T_w, cfg.lr_policy) == (2, False, 0, 1, "constant")
 
 
 def test_fallbacks_give_way_to_the_folders_own_values(capsys: pytest.CaptureFixture) -> None:
     own = dict(data_root="x", ID_stride=1, apex=True, erasing_p=0.25, T_w=2, lr_policy="step")
-    cfg = parse_config(own, "run/config.yaml", strict=False)
+    cfg = parse_config(of_another_version(own, "run/config.yaml"), "run/config.yaml")
     assert capsys.readouterr().err == ""
     assert {key: getattr(cfg, key) for key in own} == own
     assert cfg.precision == "fp16"
@@ -361,7 +379,7 @@ def test_fallbacks_give_way_to_the_folders_own_values(capsys: pytest.CaptureFixt
 
 def test_a_wrong_type_is_refused_in_a_release_folder_too() -> None:
     with pytest.raises(UserError, match="batch_size"):
-        parse_config(dict(batch_size="many"), "run/config.yaml", strict=False)
+        parse_config(of_another_version(dict(batch_size="many"), "run/config.yaml"), "run/config.yaml")
 
 
 def test_the_strict_reading_has_no_fallbacks() -> None:
