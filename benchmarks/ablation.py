@@ -96,7 +96,7 @@ def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
 
 
 def needed(study: Study, run: Run) -> set[Run]:
-    return needs(run[0], study.config(*run), run[1], first_seed=0)
+    return needs(run[0], study.config(*run), run[1])
 
 
 def result_file(study: Study, run: Run, where: str) -> Path:
@@ -195,7 +195,7 @@ def make(study: Study, run: Run, where: str) -> int:
         print(f"{run[0]}-{run[1]} is not finished; the same command of benchmarks.ablation continues", file=sys.stderr)
         return status
     gc.collect()  # the trainer's memory
-    result = score(study, run, where, first_seed=0)
+    result = score(study, run, where)
     if where == "test":
         # Before the result, and in a folder of its own: removing a run's folder does not make its test unseen.
         times = [*test_dates(study, run), date.today().isoformat()]

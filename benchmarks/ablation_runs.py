@@ -291,7 +291,7 @@ def generate(study: Study, seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ scores
-def score(study: Study, run: Run, where: str, first_seed: int) -> dict[str, Any]:
+def score(study: Study, run: Run, where: str) -> dict[str, Any]:
     """Everything that is measured of a trained run on the held-out (val) or the test identities."""
     name, folder = run[0], study.run(*run)
     dgnet = CELLS[name].task == "dgnet"
@@ -303,7 +303,7 @@ def score(study: Study, run: Run, where: str, first_seed: int) -> dict[str, Any]
     result |= {"B_w": cfg.B_w} if dgnet else {}
     result["reid"] = score_reid(tested.net, root, tested.size, study.device)
     if dgnet and study.factors is not None:
-        result["generation"] = score_generation(study, folder, root, first_seed)
+        result["generation"] = score_generation(study, folder, root)
     return result
 
 
@@ -321,14 +321,14 @@ def score_reid(net: nn.Module, root: Path, size: tuple[int, int], device: torch.
     }
 
 
-def score_generation(study: Study, folder: RunFolder, root: Path, first_seed: int) -> dict[str, float]:
+def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, float]:
     """Swaps of query images against the renderer's.
 
     changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
     reduction      1 - changed / copy
     ssim           with the true swaps
     rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
-    fid, fid_of_true      to the real images of query and gallery, by the pooled trunk of the first seed's teacher
+    fid, fid_of_true      to the real images of query and gallery, by the pooled trunk of seed 0's teacher
     """
     model, count = load_swapper(folder, study.device), study.preset.swaps
     swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
@@ -339,7 +339,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path, first_seed: in
     for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
         found[key] = recognised[row]["official"]["rank1"]
 
-    network = pooled_trunk(load_teacher(f"teacher-{first_seed}", study.out).to(study.device))
+    network = pooled_trunk(load_teacher("teacher-0", study.out).to(study.device))
     sides = [read_split(root, split) for split in ("query", "gallery")]
     people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
     real = torch.cat([image_features(images, network, Protocol(model.size), study.device) for images in people])

@@ -32,10 +32,10 @@ def commands(device: str) -> dict[str, list[str]]:
     }
 
 
-def table(folder: Path) -> list[tuple[str, str]]:
+def table(files: list[Path]) -> list[tuple[str, str]]:
     """What each result says in a line or two."""
     rows = []
-    for path in sorted(folder.glob("*.json")):
+    for path in files:
         found = json.loads(path.read_text())
         if path.stem.startswith("train_step"):
             for name, variant in found["variants"].items():
@@ -67,6 +67,11 @@ def table(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
+def written(folder: Path) -> dict[Path, int]:
+    """The results in a folder, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("*.json"))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks.all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,13 +83,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=commands("cpu"), help="some of them")
     args = parser.parse_args()
     device = str(pick_device(args.device))
-    start, failed = time.perf_counter(), []
+    start, failed, before = time.perf_counter(), [], written(args.results)
     for module, options in commands(device).items():
         if args.only is None or module in args.only:
             command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--results", str(args.results)]
             if subprocess.run(command, cwd=ROOT).returncode:
                 failed.append(f"benchmarks.{module}")
-    rows = table(args.results)
+    # A folder that was there before may hold figures of another day.
+    rows = table([path for path, when in written(args.results).items() if before.get(path) != when])
     width = max((len(name) for name, _ in rows), default=0)
     print("\n".join(f"{name:{width}}  {figures}" for name, figures in rows))
     print(f"{time.perf_counter() - start:.0f} s in all; written to {args.results}")

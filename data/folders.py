@@ -375,11 +375,6 @@ def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool 
         raise UserError(f"{data_root}: no query has a match of another {what} in the gallery; {remedy}")
 
 
-def count_identities(data_root: str | Path) -> int:
-    """Number of identities in `train_all`, for `ID_class: auto`."""
-    return read_split(data_root, "train_all", need_names=False).num_classes
-
-
 def check_images(
     paths: Sequence[Path],
     *,

@@ -467,9 +467,10 @@ def main(argv: list[str] | None = None) -> int:
         "--difficulty", type=float, default=1.0, help=f"factor on {', '.join(DIFFICULTY_KEYS)} (%(default)s)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (%(default)s)")
+    demo = make_settings()
     for key in dataclasses.fields(Settings):
         kind = int if key.type == "int" else float
-        note = f"{key.metadata['help']} (demo: {key.default})"
+        note = f"{key.metadata['help']} (demo: {getattr(demo, key.name)})"
         parser.add_argument(f"--{key.name.replace('_', '-')}", type=kind, help=note)
     options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     make_dataset(**options)

@@ -174,6 +174,7 @@ def test_speed_of_generating(tmp_path, monkeypatch):
 def test_all_benchmarks_go_on_after_one_that_fails(tmp_path, run_here, monkeypatch, capfd):
     monkeypatch.setattr(all_benchmarks, "RANKING", "--only speed --queries 5 --gallery 50 --dim 16 --sample 2".split())
     monkeypatch.setattr(all_benchmarks, "GENERATE", ["--count", "0"])
+    (tmp_path / "loader.json").write_text('{"speed": "of another day"}')
     assert run_here(all_benchmarks, "--only", "generate", "ranking") == 2
     written = capfd.readouterr()
     assert "ranking, good features" in written.out and "error: --count 0: must be at least 1" in written.err
