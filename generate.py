@@ -78,7 +78,7 @@ def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageL
     from data.folders import check_images, is_data_set, read_people
     from runs import resolve_data_root
 
-    root = resolve_data_root(args.input or cfg.data_root).expanduser()
+    root = resolve_data_root(args.input or cfg.data_root)
     images = read_people(root, cfg.train_split if is_data_set(root) else None)
     return root, images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
 
@@ -142,7 +142,9 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     own = len(devices) == 1 or world_size() > 1
     nets = Nets(names, device if own else pick_device("cpu"))
     if args.batch_size is None:
-        args.batch_size = min(gather(choose_batch_size(nets if own else Nets(names, devices[0]), Path(args.out))))
+        trial, sharing = (nets, 1) if own else (Nets(names, devices[0]), devices.count(devices[0]))
+        args.batch_size = min(gather(choose_batch_size(trial, Path(args.out), sharing)))
+        del trial  # its memory is for the processes that do the work
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}

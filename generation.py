@@ -48,7 +48,7 @@ from distributed import gather, is_main, rank, world_size
 from reIDmodel import enlarge
 from runs import RunFolder, load_teacher
 from trainer import autocast
-from utils import UserError, make_folder, part_of, set_threads, write_json
+from utils import UserError, is_part, make_folder, part_of, set_threads, write_json
 from visual_tools.swapper import Swapper, load_swapper
 
 # Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
@@ -177,10 +177,10 @@ def pass_size(device: torch.device, batch_size: int) -> int:
     return CPU_PASS if device.type == "cpu" else batch_size
 
 
-def choose_batch_size(nets: Nets, out: Path) -> int:
+def choose_batch_size(nets: Nets, out: Path, sharing: int = 1) -> int:
     """`--batch_size auto`: that with which a generation in `out` was begun; 32 on a CPU; or what a GPU can hold.
 
-    The last is found by trying, 256 first, then half of it.
+    The last is found by trying, 256 first, then half of it; each of the processes `sharing` the GPU has its part.
     """
     if nets.device.type == "cpu":
         return CPU_BATCH
@@ -196,7 +196,8 @@ def choose_batch_size(nets: Nets, out: Path) -> int:
             raise UserError("the GPU's memory is too small for one image; use --precision bf16 or --device cpu")
         size //= 2
         torch.cuda.empty_cache()
-    return size
+    torch.cuda.empty_cache()  # what the trial has taken is for the processes that do the work
+    return max(1, size // sharing)
 
 
 def fits(nets: Nets, size: int) -> bool:
@@ -334,7 +335,6 @@ def generate(job: Job, nets: Nets, devices: list[torch.device], settings: dict[s
             present = {row.file for row in rows}
             batches = missing_batches(job, devices[0], present)
             if batches:
-                (out / UNFINISHED_MARK).touch()
                 for folder in {(out / row.file).parent for row in job.rows}:
                     folder.mkdir(parents=True, exist_ok=True)
             gather(batches)
@@ -368,8 +368,9 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
         path = out / SETTINGS
         if path.exists():
             compare_settings(path, settings)
-        elif others := sorted(p.name for p in out.iterdir() if p.name != f".{SETTINGS}.part"):
+        elif others := sorted(p.name for p in out.iterdir() if not is_part(p, path) and p.name != UNFINISHED_MARK):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
+        (out / UNFINISHED_MARK).touch()
         write_json(path, settings)
         yield
     finally:

@@ -23,7 +23,7 @@ from data.folders import ImageList, check_images, read_split, require_identities
 from networks import Generator
 from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError, part_of, set_threads, write_text
+from utils import ROOT, UserError, is_part, set_threads, write_text
 
 NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
 TEACHER_FILES = ("net_last.pth", "opts.yaml")
@@ -78,7 +78,7 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
     if resume:
         if not run.path.is_dir():
             raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
-    elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
+    elif present or (run.path.is_dir() and any(not is_part(path, run.config_file) for path in run.path.iterdir())):
         holder = present[0].parent if present else run.path
         raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
     make_run_folder(run, cfg)
@@ -114,7 +114,7 @@ def generator_config(run: RunFolder) -> DGNetConfig:
 # ------------------------------------------------------------------------------------------------ data
 def resolve_data_root(data_root: str) -> Path:
     """A relative data_root is looked for from here, then from the project's folder."""
-    path = Path(data_root)
+    path = Path(data_root).expanduser()
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
@@ -275,7 +275,7 @@ def pick_epoch(run: RunFolder, task: str, which: str | None) -> int:
         raise UserError(f"{run.checkpoints}: no checkpoint in it; train the run first")
     if which in (None, "last"):
         return found[-1]
-    if not which.isdigit() or int(which) not in found:
+    if not which.isdecimal() or int(which) not in found:
         raise UserError(f"--which_epoch {which}: no such snapshot; there are {', '.join(map(str, found))}")
     return int(which)
 
@@ -355,4 +355,4 @@ def load_teacher_for_test(run: RunFolder, device: torch.device) -> TestNet:
     """A teacher under models/."""
     files = find_teacher(run.name, run.output_path)
     net = load_teacher(run.name, run.output_path).to(device)
-    return TestNet(net, (files.height, files.width), files.data_root, None, run.model, f"teacher {run.name}")
+    return TestNet(net, (files.height, files.width), files.data_root, None, files.folder, f"teacher {run.name}")

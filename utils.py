@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shlex
 import sys
 import warnings
@@ -167,17 +168,24 @@ def check_zip(path: Path, *, growth: int, checksums: bool = False) -> None:
             raise ValueError(f"the checksum of {bad} is wrong")
 
 
-def part_of(path: Path) -> Path:
-    """The temporary name under which a file is written before it takes its own."""
-    return path.with_name(f".{path.name}.part")
+def part_of(path: Path, writer: str = "") -> Path:
+    """The temporary name under which a file is written before it takes its own; `writer` tells several apart."""
+    return path.with_name(f".{path.name}.{writer}{'.' if writer else ''}part")
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+def is_part(file: Path, path: Path) -> bool:
+    """Whether `file` is a `part_of` `path`, left by a writer that was killed."""
+    return file.name.startswith(f".{path.name}.") and file.name.endswith(".part")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, part: Path | None = None) -> Path:
     """Let `write` fill a temporary file, sync it, then rename it to `path`: there is the whole file or none.
+
+    Of several processes that write `path` at once the last one's file stays. `part`: the temporary file's name.
 
     Raises UserError where it cannot be written.
     """
-    part = part_of(path)
+    part = part_of(path, secrets.token_hex(4)) if part is None else part
     try:
         with open(part, "wb") as file:
             write(file)
@@ -200,12 +208,12 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and its folder, whole or not at all. Raises UserError where it cannot be written."""
+def write_text(path: Path, text: str, *, part: Path | None = None) -> None:
+    """Write a text file and its folder, as `write_whole`. Raises UserError where it cannot be written."""
     make_folder(path.parent)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()), part=part)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all. Raises UserError where it cannot be written."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: Any, *, part: Path | None = None) -> None:
+    """Write JSON, as `write_whole`. Raises UserError where it cannot be written."""
+    write_text(path, json.dumps(content, indent=1) + "\n", part=part)

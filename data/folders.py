@@ -17,7 +17,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
 
     for base in (root / PREPARED_FOLDER, root):
         if (base / UNFINISHED_MARK).exists():
-            raise UserError(f"{base}: its preparation was interrupted; run the same prepare command again")
+            raise UserError(f"{base}: its making was interrupted; run the same command again")
         if (base / split).is_dir():
             return _read_prepared(base / split, split, need_names)
     if (root / ARCHIVE_FOLDERS[split]).is_dir():
@@ -201,13 +201,17 @@ def is_data_set(root: Path) -> bool:
     return any((base / name).is_dir() for base in (root, root / PREPARED_FOLDER) for name in names)
 
 
-def read_people(source: str | Path, split: str | None = None, *, option: str = "--input") -> ImageList:
+def read_people(
+    source: str | Path, split: str | None = None, *, option: str = "--input", generated: bool = False
+) -> ImageList:
     """Images of people to generate from or to score, wherever they lie, sorted by name.
 
     source  a data set, of which `split` is read (`query` by default) without junk and distractors; or a folder with
             one sub-folder per person, one split's folder for instance; or a folder with images of any names. There,
             the identities come from the names if all have one; otherwise every image counts as another person.
     option  where `source` came from, for the errors
+    generated  the images may be those of generate.py: a data set of train_all alone, and of identity 0 throughout,
+            where every image counts as another person
 
     Raises UserError for a missing folder, one without images, and a `split` of what is no data set.
     """
@@ -215,7 +219,8 @@ def read_people(source: str | Path, split: str | None = None, *, option: str = "
     if not root.is_dir():
         raise UserError(f"{option} {root}: no such folder; give a data set or a folder of images")
     if is_data_set(root):
-        images = read_split(root, split or "query", need_names=False)
+        default = "train_all" if generated and (root / "train_all").is_dir() else "query"
+        images = read_split(root, split or default, need_names=False)
     elif split is not None:
         raise UserError(f"--split {split}: {root} is a folder of images, not a data set; leave --split out")
     elif loose := list_images(root):
@@ -231,6 +236,8 @@ def read_people(source: str | Path, split: str | None = None, *, option: str = "
                 f"{option} {root}: neither a data set nor a folder of images; looked for {_suffixes()} files there "
                 "and in one sub-folder per person"
             ) from None
+    if generated and not images.pids.any():
+        return replace(images, pids=np.arange(1, len(images) + 1), tokens=None)
     people = images.select(images.pids > 0)
     if not len(people):
         raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")
@@ -349,16 +356,30 @@ def data_set_root(data_root: str | Path) -> Path:
     return root.parent if root.name == PREPARED_FOLDER else root
 
 
-def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool = True) -> None:
+def have_cameras(*sides: ImageList) -> bool:
+    """Whether images of more than one camera are among these, so that something can be left out by camera."""
+    return len(np.unique(np.concatenate([side.camids for side in sides]))) > 1
+
+
+def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool | None = True) -> None:
     """Read the lists of query and gallery, and of multi-query images with `multi`, before hours are spent on them.
 
-    cameras  False: images of one camera count as matches, and the query image itself alone does not.
+    cameras  False: images of one camera count as matches, and the query image itself alone does not. None: as the
+             images have it (`have_cameras`).
 
-    Raises UserError as `read_split`, and when no query has a match in the gallery.
+    Raises UserError as `read_split`, and when no query has a match in the gallery, or one no multi-query image.
     """
     query, gallery = read_split(data_root, "query"), read_split(data_root, "gallery")
+    cameras = have_cameras(query, gallery) if cameras is None else cameras
     if multi:
-        read_split(data_root, "multi-query")
+        views = read_split(data_root, "multi-query")
+        there = set(zip(views.pids.tolist(), views.camids.tolist(), strict=True))
+        for pid, camid in zip(query.pids.tolist(), query.camids.tolist(), strict=True):
+            if (pid, camid) not in there:
+                raise UserError(
+                    f"data_root {data_root}: no multi-query image of identity {pid} in camera {camid}; the multi-query "
+                    "folder must hold every query's identity and camera"
+                )
     q_views, g_views = (side.camids.tolist() if cameras else [p.name for p in side.paths] for side in (query, gallery))
     seen: dict[int, set[int | str]] = {}
     for pid, view in zip(gallery.pids.tolist(), g_views, strict=True):

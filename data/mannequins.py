@@ -25,6 +25,7 @@ from PIL import Image
 
 if not __package__:  # started as a file: the repository root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.folders import UNFINISHED_MARK
 from data.mannequin_drawing import (
     BAGS,
     CAMERAS,
@@ -421,6 +422,7 @@ def make_dataset(
             old, new = getattr(found.settings, key.name), getattr(settings, key.name)
             if old != new:
                 raise UserError(f"{out}: holds a data set with {key.name}={old}, not {new}; choose another folder")
+        (out / UNFINISHED_MARK).unlink(missing_ok=True)
         print(f"{out}: complete already, {len(found.images)} images")
         return
     if out.exists() and not out.is_dir():
@@ -434,6 +436,7 @@ def make_dataset(
 
     out.mkdir(parents=True, exist_ok=True)
     part.write_text(text, encoding="utf-8")
+    (out / UNFINISHED_MARK).touch()
     for folder in (TRAIN, TEST, QUERY, GT):
         (out / folder).mkdir(exist_ok=True)
     entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
@@ -454,6 +457,7 @@ def make_dataset(
         # Another process drew the same files at the same time and was first to say so.
         if not done.is_file():
             raise
+    (out / UNFINISHED_MARK).unlink(missing_ok=True)
     print(f"{out}: {len(factors.images)} images")
 
 

@@ -141,7 +141,7 @@ def prepare(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
             place(source, target, copy)
     if identities is not None:
         part = prepared / f".{IDENTITIES_FILE}.part"
-        part.write_text(identities, encoding="utf-8")
+        part.write_text(identities, encoding="utf-8", errors="surrogateescape")  # names of folders may be any bytes
         os.replace(part, prepared / IDENTITIES_FILE)
     if mark.exists():
         mark.unlink()
@@ -207,7 +207,7 @@ def _identities(prepared: Path, task: Task) -> str | None:
 
     Raises UserError for a table that says otherwise; new identities may be added to it.
     """
-    if all(name.isdigit() and int(name) == number for name, number in (task.numbers or {}).items()):
+    if all(name.isdecimal() and int(name) == number for name, number in (task.numbers or {}).items()):
         return None
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows(
@@ -215,7 +215,7 @@ def _identities(prepared: Path, task: Task) -> str | None:
     )
     file, text = prepared / IDENTITIES_FILE, lines.getvalue()
     if file.exists():
-        there = file.read_text(encoding="utf-8")
+        there = file.read_text(encoding="utf-8", errors="surrogateescape")
         if not set(there.splitlines()) <= set(text.splitlines()):
             raise UserError(f"{file}: gives identities other numbers; move {prepared} away, then run again")
         if there == text:

@@ -152,6 +152,8 @@ def main() -> None:
         given = getattr(args, key)
         if given is not None and given < value:
             raise UserError(f"--{key} {given}: must be at least {value}")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed}: must be below 2**32")
     if min(args.size) < 32:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: both must be at least 32")
     if args.fake is None and not args.real_vs_real:
@@ -168,7 +170,7 @@ def main() -> None:
     device = pick_device(args.device)
     set_threads(args.threads)
     real = read_people(args.real, args.split, option="--real")
-    fake = read_people(args.fake, option="--fake") if args.fake else None
+    fake = read_people(args.fake, option="--fake", generated=True) if args.fake else None
     check_images([*real.paths, *(fake.paths if fake else [])], skip_bad=False, remedy="remove them")
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
     result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=weights)

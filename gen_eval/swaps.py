@@ -20,6 +20,7 @@ from data.mannequins import Factors
 from gen_eval.similarity import ssim
 from reid_eval.evaluate import report
 from reid_eval.features import Features, embed_images
+from reid_eval.top import main_setting
 from reIDmodel import enlarge
 from utils import UserError
 from visual_tools.grid import to_uint8
@@ -175,8 +176,7 @@ def recognise(
         source = swaps.structure if row == "reconstruction" else swaps.appearance
         queries = Features(np.concatenate(parts), images.pids[source], images.camids[source])
         table = report(queries, gallery)["tables"]["single query"]
-        # Of a net with several heads, the setting that it is used with.
-        found[row] = table["both (beta 0.5)" if "both (beta 0.5)" in table else next(iter(table))]
+        found[row] = table[main_setting(queries.features.shape[1])[0]]
     return found
 
 

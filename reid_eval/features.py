@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.folders import read_split
-from utils import UserError, check_zip, write_whole
+from utils import UserError, check_zip, make_folder, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +167,7 @@ def save_features(path: Path | str, query: Features, gallery: Features, multi: F
     """
     check_feature_file(path)
     path = Path(path)
+    make_folder(path.parent)
     sides = {"query": query, "gallery": gallery} | ({} if multi is None else {"multi": multi})
     if path.suffix == ".npz":
         arrays: dict[str, np.ndarray] = {}

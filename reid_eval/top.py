@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reid_eval.features import Features
-from reid_eval.ranking import JUNK, default_settings
+from reid_eval.ranking import BOTH, JUNK, default_settings
 
 _CHUNK_BYTES = 64 << 20
 
@@ -26,7 +26,7 @@ class Entry:
 def main_setting(heads: int) -> tuple[str, tuple[float, ...]]:
     """The score setting that a net with so many heads is used with: both heads with beta 0.5, or all alike."""
     settings = default_settings(heads)
-    name = "both (beta 0.5)" if heads == 2 else next(iter(settings))
+    name = BOTH if heads == 2 else next(iter(settings))
     return name, settings[name]
 
 

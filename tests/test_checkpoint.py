@@ -9,7 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ from runs import (
     training_images,
 )
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError, seed_everything
+from utils import ROOT, UserError, seed_everything, write_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS = ["gen", "id", "dis"]
@@ -623,6 +623,19 @@ def test_writing_leaves_no_part(two_snapshots: tuple[Path, DGNetTrainer]) -> Non
     names = {f"{name}_0000000{i}.pt" for name in (*NETWORKS, "state") for i in (1, 2)}
     names |= {f"snapshot_0000000{i}.json" for i in (1, 2)}
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    """Whoever comes last has the file; neither sees the other's part."""
+    path = tmp_path / "a.json"
+
+    def first(file: BinaryIO) -> None:
+        file.write(b"first")
+        write_whole(path, lambda other: other.write(b"second, longer"))
+        assert path.read_bytes() == b"second, longer"
+
+    write_whole(path, first)
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 
 import generation
 from checkpoint import save_snapshot
-from data.folders import read_people, read_split
+from data.folders import UNFINISHED_MARK, read_people, read_split
 from data.generated import (
     MANIFEST,
     SETTINGS,
@@ -137,6 +137,7 @@ def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert generation.choose_batch_size(Nets(), tmp_path) == 64 and tried == [256, 128, 64, 32]
     (tmp_path / SETTINGS).write_text("[]")
     assert generation.choose_batch_size(Nets(), tmp_path) == 32
+    assert generation.choose_batch_size(Nets(), tmp_path, 3) == 10  # three processes on one GPU
     most = 0
     with pytest.raises(UserError, match="too small for one image"):
         generation.choose_batch_size(Nets(), tmp_path / "new")
@@ -465,6 +466,26 @@ def test_without_labels_and_teacher(generate: Generate, tmp_path: Path, tiny_dat
     assert all((tiny_data / "bounding_box_train" / row.structure).is_file() for row in rows)
     images = read_split(out, "train_all")
     assert set(images.pids) == {0} and len(images) == 9
+    # To score them every image counts as another person.
+    for source in (out, out / "train_all"):
+        assert read_people(source, generated=True).pids.tolist() == list(range(1, 10))
+
+
+def test_it_is_unfinished_from_the_first_change_on(
+    generate: Generate, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    count = len(read_manifest(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "recover_rows", killed)
+        assert generate(out, "--count", count + 1).code == 130
+    assert (out / UNFINISHED_MARK).exists()
+    assert generate(out, "--count", count + 1).code == 0 and not (out / UNFINISHED_MARK).exists()
+    assert len(read_people(out, generated=True)) == count + 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import mannequins
+from data.folders import UNFINISHED_MARK, read_split
 from data.mannequins import (
     BAGS,
     GT,
@@ -174,12 +176,30 @@ def test_an_interrupted_folder_is_finished(folder: Path, tmp_path: Path) -> None
     out = tmp_path / "half"
     shutil.copytree(folder, out)
     (out / "factors.json").rename(out / "factors.json.part")
+    (out / UNFINISHED_MARK).touch()
     for file in load_factors(folder).names(TRAIN)[::2]:
         (out / TRAIN / file).write_bytes(b"cut short")
+    with pytest.raises(UserError, match="half: its making was interrupted"):
+        read_split(out, "train_all")
     with pytest.raises(UserError, match="half"):
         make_dataset(out, seed=4, preset="tiny", occluders=0.3)
     make_dataset(out, seed=3, preset="tiny", occluders=0.3)
     assert contents(out) == contents(folder)
+    (out / UNFINISHED_MARK).touch()  # killed between the last two steps
+    make_dataset(out, seed=3, preset="tiny", occluders=0.3)
+    assert contents(out) == contents(folder)
+
+
+def test_while_it_is_drawn_it_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(out: Path, entries: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mannequins, "_write_images", killed)
+        make_dataset(tmp_path / "new", preset="tiny")
+    assert (tmp_path / "new" / UNFINISHED_MARK).exists()
+    make_dataset(tmp_path / "new", preset="tiny")
+    assert not (tmp_path / "new" / UNFINISHED_MARK).exists()
 
 
 def test_foreign_folders_are_refused_untouched(folder: Path, tmp_path: Path) -> None:

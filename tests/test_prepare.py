@@ -94,7 +94,7 @@ def test_prepare_goes_on_after_an_interruption(archive: Path, monkeypatch: pytes
 
     monkeypatch.setattr(shutil, "copyfile", interrupted)
     assert main(["--data_root", str(archive), "--copy"], dataset="market1501") == 130
-    with pytest.raises(UserError, match="interrupted; run the same prepare command again"):
+    with pytest.raises(UserError, match="interrupted; run the same command again"):
         read_split(archive, "train_all")
     monkeypatch.setattr(shutil, "copyfile", copyfile)
     prepare_market(archive, copy=True)
@@ -181,7 +181,7 @@ def assert_repeatable(script: Script, root: Path, *arguments: object) -> None:
     for path in sorted((root / "pytorch").rglob("*.*g"))[::2]:
         path.unlink()
     (root / "pytorch" / folders.UNFINISHED_MARK).touch()
-    with pytest.raises(UserError, match="interrupted; run the same prepare command again"):
+    with pytest.raises(UserError, match="interrupted; run the same command again"):
         read_split(root, "query")
     assert script("prepare", *arguments, "--copy").code == 0
     assert listing(root / "pytorch") == prepared
@@ -402,6 +402,15 @@ def test_a_folder_per_identity(script: Script, tmp_path: Path) -> None:
         assert script("prepare", *options, "--seed", seed).code == 0
         others.append(lists(root))
     assert any(other != found for other in others)
+
+
+def test_names_of_people_may_be_anything(script: Script, tmp_path: Path) -> None:
+    odd = ("1", "2", "\u00b2", os.fsdecode(b"b\xff"))
+    root = people(tmp_path / "people", dict.fromkeys(odd, 2))
+    for _ in range(2):
+        assert script("prepare", "--dataset", "folder", "--data_root", root).code == 0
+    rows = os.fsdecode((root / "pytorch" / "identities.csv").read_bytes()).splitlines()[1:]
+    assert {row.partition(",")[2] for row in rows} == set(odd)
 
 
 def test_fractions_of_a_folder(script: Script, tmp_path: Path) -> None:
