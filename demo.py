@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import ROOT, run_cli
+from utils import ROOT, UserError, run_cli
 
 TEACHER = "demo-teacher"
 DATA = "datasets/mannequins"
@@ -55,11 +55,24 @@ def call(title: str, *command: str) -> None:
 def train(
     title: str, config: str, run: Path, name: str, finished: bool, common: list[str], settings: list[str]
 ) -> None:
-    """Train, continue an interrupted training, or say that it is done."""
+    """Train, continue an interrupted training, or say that it is done; raises UserError if it had other settings."""
     if finished:
+        check_settings(run, settings)
         print(f"\n== {title}: done already, in {run}", flush=True)
         return
     call(title, "train.py", "--config", config, "--name", name, "--resume", "auto", *common, "--set", *settings)
+
+
+def check_settings(run: Path, settings: list[str]) -> None:
+    """Raise UserError where a finished run was made with others than these `key=value`."""
+    from config import read_yaml
+
+    made = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    for key, _, value in (setting.partition("=") for setting in settings):
+        if str(made.get(key, value)) != value:
+            raise UserError(
+                f"{run}: is there already, with {key} {made[key]}, not {value}; give other --name and --teacher"
+            )
 
 
 def results_table(teacher: dict, run: dict) -> str:
@@ -125,13 +138,14 @@ def main() -> None:
         + ", ".join(f"{label} {100 * swaps['recognised'][row]['official']['rank1']:.1f}" for label, row in seen.items())
     )
     print(f"\nswap grid (rows: appearance, columns: structure): {grid}")
+    elsewhere = f" --output_path {output}" if args.output_path else ""
     print(f"the run: {run}\neverything on one page: {run / 'report.html'}")
     print(
         "\nnext:\n"
-        f"  tensorboard --logdir logs\n"
-        f"  python test.py --name {args.name} --multi --rerank\n"
-        f"  python visual_tools/show_rainbow.py --name {args.name} --seed 1\n"
-        "  python train.py --config configs/mannequins.yaml --dry-run\n"
+        f"  tensorboard --logdir {output / 'logs' if args.output_path else 'logs'}\n"
+        f"  python test.py --name {args.name} --multi --rerank{elsewhere}\n"
+        f"  python visual_tools/show_rainbow.py --name {args.name} --seed 1{elsewhere}\n"
+        f"  python train.py --config configs/demo.yaml --name look --dry-run{elsewhere}\n"
         "  python train.py --config configs/latest.yaml     # Market-1501, see README.md"
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 import distributed
-from data.folders import read_split
+from data.folders import have_cameras, read_split
 from data.mannequins import is_embedded, load_factors
 from reid_eval.evaluate import report
 from reid_eval.features import extract_data_set
@@ -41,7 +41,9 @@ def evaluate(s: Session, done: int) -> dict[str, float]:
         )
         setting, _ = main_setting(sides.query.features.shape[1])
         found = {}
-        for convention, values in report(sides.query, sides.gallery)["tables"]["single query"][setting].items():
+        cameras = have_cameras(sides.query, sides.gallery)
+        tables = report(sides.query, sides.gallery, remove_same_camera=cameras)["tables"]
+        for convention, values in tables["single query"][setting].items():
             found |= {f"eval/reid_{key}_{convention}": values[key] for key in ("mAP", "rank1")}
         if not (distributed.is_main() and is_embedded(root)):
             return found

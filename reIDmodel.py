@@ -112,14 +112,9 @@ def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
 
 def first_line(error: Exception) -> str:
     """The first informative line of an exception's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        lines[1]
-        if len(lines) > 1 and lines[0].startswith("Error(s) in loading")
-        else lines[0]
-        if lines
-        else repr(error)
-    )[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    heading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
+    return lines[1 if heading else 0][:200]
 
 
 def feature_map(trunk: ResNet, x: Tensor) -> Tensor:

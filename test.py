@@ -89,9 +89,6 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     how = dict(batch_size=args.batchsize, precision=args.precision, device=device)
     sets = extract_data_set(tested.net, data_root, size=size, multi=args.multi, **how)
     query, gallery = sets.query, sets.gallery
-    if args.save_features and is_main():
-        for path in save_features(args.save_features, query, gallery, sets.multi):
-            print(f"features written to {path}")
     ranked = rankings(query, gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=cameras)
     result = summary(ranked, query, gallery, remove_same_camera=cameras)
     if not is_main():
@@ -109,6 +106,9 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     file = tested.folder / f"reid{suffix}.json"
     write_json(file, header | result)
     print(f"written to {file}")
+    if args.save_features:
+        for path in save_features(args.save_features, query, gallery, sets.multi):
+            print(f"features written to {path}")
     if args.rank_figure is not None:
         main = ranked["single query"][main_setting(query.features.shape[1])[0]]
         asked = dict(count=args.rank_figure, title=title, remove_same_camera=cameras)

@@ -75,7 +75,7 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
     """Check the data and build loaders and trainer; nothing is written."""
     set_deterministic(cfg.deterministic)
     if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
-        check_test_set(resolve_data_root(cfg.data_root))
+        check_test_set(resolve_data_root(cfg.data_root), cameras=None)
     parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
     own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, parts=parts)
     images = read_training_images(cfg)
@@ -204,7 +204,7 @@ def train(s: Session, *, resume: str | None) -> int:
     Returns the exit status: 0, or 128 and the number of the signal.
     """
     cfg, run = s.cfg, s.run
-    if resume not in (None, "last", "auto") and not resume.isdigit():
+    if resume not in (None, "last", "auto") and not resume.isdecimal():
         raise UserError(
             f"--resume {resume}: not an iteration; there are {snapshots(run.checkpoints, NETWORKS[cfg.task])}"
         )
@@ -215,7 +215,7 @@ def train(s: Session, *, resume: str | None) -> int:
     distributed.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
-    if resume is not None and resume.isdigit() and distributed.is_main():
+    if resume is not None and resume.isdecimal() and distributed.is_main():
         aside = set_aside(run.checkpoints, NETWORKS[cfg.task], start)
         if aside is not None:
             print(f"the snapshots after {start} steps are now in {aside}")
@@ -246,10 +246,10 @@ def train(s: Session, *, resume: str | None) -> int:
 def restore(s: Session, resume: str) -> int:
     """Continue from a snapshot, or begin where there is none yet; returns the number of finished steps."""
     cfg, run, networks = s.cfg, s.run, NETWORKS[s.cfg.task]
-    if not resume.isdigit() and nothing_saved(run.checkpoints, networks):
+    if not resume.isdecimal() and nothing_saved(run.checkpoints, networks):
         print(f"{run.name} has no snapshot yet: starting from the beginning")
         return 0
-    iteration = int(resume) if resume.isdigit() else None
+    iteration = int(resume) if resume.isdecimal() else None
     start = load_snapshot(run.checkpoints, s.trainer, iteration, fall_back=resume == "auto")
     print(f"resumed {run.name} after {start} of {s.max_iter} steps")
     manifest = read_manifest(run.checkpoints, start)

@@ -90,7 +90,7 @@ def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path
         data = out / "data" / "all"
         make_dataset(data, **preset.data)
     else:
-        data = resolve_data_root(data_root).expanduser().resolve()
+        data = resolve_data_root(data_root).resolve()
     factors = load_factors(data) if is_embedded(data) else None
     held = out / "data" / "held-out"
     hold_out(data, held, factors, preset.held_out)

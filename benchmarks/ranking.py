@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
 from reid_eval.features import Features, without_junk
-from reid_eval.ranking import SETTINGS, rank
+from reid_eval.ranking import BOTH, SETTINGS, rank
 from utils import ROOT, UserError, run_cli
 
 PARTS = ("speed", "memory", "rerank")
@@ -107,7 +107,7 @@ def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> d
                 "bare product": lambda flat=flat: flat[0] @ flat[1].T,
                 "ranking": lambda query=query, gallery=gallery: rank_sides(query, gallery),
                 "plain reference, one setting, sample": lambda some=some, gallery=gallery: plain_reference(
-                    some, gallery, SETTINGS["both (beta 0.5)"]
+                    some, gallery, SETTINGS[BOTH]
                 ),
             },
             repeats,
@@ -153,7 +153,7 @@ def measure_rerank(nq: int, ng: int, dim: int) -> dict:
     seconds = time.perf_counter() - start
     labels = query.pids, gallery.pids, query.camids, gallery.camids
     mAP = {
-        "before": rank_sides(query, gallery)["both (beta 0.5)"]["official"].mAP,
+        "before": rank_sides(query, gallery)[BOTH]["official"].mAP,
         "after": rank(-distances, None, *labels)["scores"]["official"].mAP,
     }
     return {"images": nq + ng, "seconds": seconds, "peak": _peak(), "mAP": mAP}

@@ -21,9 +21,12 @@ import yaml
 from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, merged
 from PIL import Image
 
+import demo
 from config import load_config
+from data.folders import check_test_set
+from data.mannequins import make_dataset
 from reIDmodel import build_teacher
-from utils import ROOT
+from utils import ROOT, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
@@ -616,6 +619,10 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
         return outcome.error
 
     assert "no multi-query/, pytorch/multi-query/ or gt_bbox/ in it" in refused("--multi")
+    shutil.copytree(query, data / "gt_bbox")
+    first = min((data / "gt_bbox").glob("0*"))
+    first.unlink()
+    assert f"no multi-query image of identity {int(first.name[:4])} in camera" in refused("--multi")
     person = next(query.iterdir())
     stranger = person.rename(query / f"anna_{person.name}")
     assert f"{query}: anna_{person.name}: no identity and camera in the file name; rename it" in refused()
@@ -683,6 +690,7 @@ def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, scr
     assert "for data without cameras use --no-cameras" in script("test", *where).error
     out = clean(script("test", *where, "--no-cameras"))
     report = json.loads((trained.run / "reid-people.json").read_text())
+    check_test_set(root, cameras=None)  # as `eval_iter` does
     assert report["queries"] == 4 and report["without_match"] == 0 and "no cameras" in out
     (trained.run / "reid-people.json").unlink()
     start = ("train", "--config", trained.config(), "--output_path", trained.folder, "--name", "new", "--dry-run")
@@ -732,6 +740,21 @@ def test_the_swap_grid_of_a_folder_of_images(copied: Runs, script: Script, tmp_p
         Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
     clean(shell(tmp_path, "visual_tools/show_rainbow", *where))
     assert out.is_file()
+
+
+def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "others", preset="tiny", seed=5)
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 4, "--threads", 1, "--device", "cpu")
+    clean(shell(tmp_path, "gen_eval/against_truth", *where, "--data_root", tmp_path / "others"))
+    assert json.loads((copied.run / "swaps-others.json").read_text())["tested_on"] == "others"
+    assert not (copied.run / "swaps.json").exists()
+
+
+def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
+    demo.check_settings(trained.run, ["seed=0", "teacher=tutor"])
+    with pytest.raises(UserError, match="with seed 0, not 3; give other --name and --teacher"):
+        demo.check_settings(trained.run, ["teacher=tutor", "seed=3"])
+    demo.check_settings(trained.run / "gone", ["seed=3"])
 
 
 def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:

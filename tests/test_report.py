@@ -285,6 +285,8 @@ def test_a_teachers_report(place: Place, script: Any, tmp_path: Path) -> None:
         read = Reader((run.path / "report.html").read_text())
         pages.append([a["src"] for tag, a in read.tags if tag == "img"])
     assert pages[0] == pages[1] and len(pages[0]) > 8 * 5
+    refused: Outcome = script("visual_tools/report", "--name", "tutor", "--which_epoch", 7, *where)
+    assert "--which_epoch: tutor is a teacher's run" in refused.error
     assert "Swaps" not in read.text and "Best" in read.text
 
 
@@ -296,6 +298,7 @@ def test_a_teachers_report(place: Place, script: Any, tmp_path: Path) -> None:
         (("--count", 1), "--count 1: must be between 2 and 12"),
         (("--input", "nowhere"), "nowhere"),
         (("--features", "nothing.npz"), "nothing.npz: no such file"),
+        (("--features", "f.npz", "--no-retrievals"), "--features and --no-retrievals: give one of the two"),
         (("--out", "page.txt"), "--out page.txt: must end in .html"),
         (("--out", "mine.html"), "mine.html exists; give another --out or --force"),
     ],

@@ -56,7 +56,7 @@ def input_folder(args: argparse.Namespace, model: Swapper) -> Path:
     """The folder that `--input` names, or the run's data set."""
     from runs import resolve_data_root
 
-    return resolve_data_root(os.path.expanduser(args.input or model.cfg.data_root))
+    return resolve_data_root(args.input or model.cfg.data_root)
 
 
 def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import ROOT, UserError, own_command, run_cli, write_whole
+from utils import ROOT, UserError, make_folder, own_command, run_cli, write_whole
 from visual_tools.figure import add_figure_arguments, check_arguments, new_file
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     scalars, trained_by = read_log(run.logs)
     tables = attempt("reid", lambda: reid_tables(run, cfg)) or []
     generation = (attempt("generation", lambda: generation_tables(run)) or []) if generates else []
-    swaps = None if "generation" in missing else next((r for _, r in results(run.path, "reduction")), None)
+    found = {} if "generation" in missing else {path.name: result for path, result in results(run.path, "reduction")}
+    swaps = found.get("swaps.json")
     rates = scalars.get("images_per_second")
     model = pictures = lists = None
     if generates:
@@ -183,14 +184,22 @@ def render(context: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_args()
     check_arguments(args, count=(2, 12))
+    if args.features and args.no_retrievals:
+        raise UserError("--features and --no-retrievals: give one of the two")
 
+    from config import TeacherConfig
     from runs import open_run, run_config
     from utils import set_threads
 
     run = open_run(args.output_path, args.name)
     cfg = run_config(run)
+    if isinstance(cfg, TeacherConfig):
+        given = [key for key in ("which_epoch", "input", "split", "count") if getattr(args, key) is not None]
+        if given:
+            raise UserError(f"--{given[0]}: {run.name} is a teacher's run, of which no swaps are shown; leave it out")
     set_threads(args.threads)
     out = new_file(Path(args.out), suffix=".html", force=args.force) if args.out else run.path / "report.html"
+    make_folder(out.parent)
     page = render(gather(args, run, cfg)).encode("utf-8", "replace")
     write_whole(out, lambda file: file.write(page))
     print(f"report written to {out} ({len(page) / 1e6:.1f} MB)")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from config import Config
-from data.folders import read_split
+from data.folders import have_cameras, read_split
 from data.images import load_image
 from reid_eval.evaluate import rankings
 from reid_eval.features import Features, extract_data_set, load_features
@@ -104,9 +104,10 @@ class RankedList:
 def ranked_lists(query: Features, gallery: Features) -> tuple[str, list[RankedList]]:
     """The worst and the best queries by `standard` AP, and which score ranks them. Raises as `rank`."""
     setting, _ = main_setting(query.features.shape[1])
-    ranking = rankings(query, gallery)["single query"][setting]["standard"]
+    cameras = have_cameras(query, gallery)
+    ranking = rankings(query, gallery, remove_same_camera=cameras)["single query"][setting]["standard"]
     chosen = [(kind, i) for kind, i in choose_queries(ranking, LISTS) if kind != "random"]
-    lists = first_entries(query, gallery)
+    lists = first_entries(query, gallery, remove_same_camera=cameras)
     return setting, [
         RankedList(
             kind,

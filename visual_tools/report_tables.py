@@ -13,6 +13,7 @@ from gen_eval.against_truth import swap_table
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PUBLISHED_NOTE, score_cells
 from reid_eval.evaluate import COLUMNS, ROW_LABELS
+from reid_eval.ranking import BOTH
 from runs import RunFolder, find_teacher
 from utils import UserError
 
@@ -135,7 +136,7 @@ def reid_table(data_set: str, title: str, nets: list[Tested]) -> Table:
         for net in nets:
             for head, values in net.values[convention].items():
                 gain = None if net.is_teacher or teacher is None else values["mAP"] - teacher
-                if head == "both (beta 0.5)":
+                if head == BOTH:
                     strong.add(len(rows))
                 label = "one head" if head == "feature" else ROW_LABELS.get(head, head)
                 rows.append(
@@ -149,21 +150,27 @@ def reid_table(data_set: str, title: str, nets: list[Tested]) -> Table:
     return Table(caption, heads, rows, 3, notes, frozenset(strong))
 
 
+def swaps_table(result: dict[str, Any]) -> Table:
+    """What `gen_eval.against_truth` has written."""
+    heads, rows = swap_table(result)
+    caption = (
+        f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
+        f"{result['iteration']} steps"
+    )
+    note = (
+        f"Error on the pixels that the true swap changes: generated {result['generated']:.1f} grey levels, copying "
+        f"the structure image {result['copy']:.1f}, that is {100 * result['reduction']:.1f} % below. Rank-1, mAP: "
+        "does the teacher find the owner of the clothes; top-1: does its classifier say so, for training images."
+    )
+    cells = [[words(label), *map(number, row)] for label, row in rows.items()]
+    return Table(caption, ["images", *heads], cells, 1, [note], frozenset({0}))
+
+
 def generation_tables(run: RunFolder) -> list[Table]:
     """What `gen_eval` has left in the run's folder."""
     tables = []
     for path, result in results(run.path, "reduction"):
-        heads, rows = as_expected(path, lambda result=result: swap_table(result))
-        caption = (
-            f"Swaps against the renderer's own, {result['pairs']} swaps of test images, {result['iteration']} steps"
-        )
-        note = (
-            f"Error on the pixels that the true swap changes: generated {result['generated']:.1f} grey levels, copying "
-            f"the structure image {result['copy']:.1f}, that is {100 * result['reduction']:.1f} % below. Rank-1, mAP: "
-            "does the teacher find the owner of the clothes; top-1: does its classifier say so, for training images."
-        )
-        cells = [[words(label), *map(number, row)] for label, row in rows.items()]
-        tables.append(Table(caption, ["images", *heads], cells, 1, [note], frozenset({0})))
+        tables.append(as_expected(path, lambda result=result: swaps_table(result)))
     for path, result in results(run.path, "scores"):
 
         def build(result: dict[str, Any] = result) -> tuple[dict[str, list[str]], list[str]]:
