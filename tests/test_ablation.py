@@ -230,8 +230,8 @@ def test_every_cell_of_every_preset_has_a_configuration():
             )
             assert common_steps(live) == common_steps(both) and not starts_as_both("live_f", live)
             assert starts_as_both("alpha_1", live)
-        assert needs("alpha_1", configs["alpha_1"], 1, 0) == {("teacher", 0), ("teacher", 1), ("both", 1)}
-        assert needs("teacher", configs["teacher"], 1, 0) == set()
+        assert needs("alpha_1", configs["alpha_1"], 1) == {("teacher", 0), ("teacher", 1), ("both", 1)}
+        assert needs("teacher", configs["teacher"], 1) == set()
 
 
 def extra(name: str) -> dict[str, str]:
