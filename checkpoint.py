@@ -323,8 +323,7 @@ def save_snapshot(
             written[path.name] = write_atomically(path, content)
         sync_folder(folder)
         listing = {"iteration": iteration, "files": written, "config": config, "circumstances": circumstances}
-        listing["fingerprint"] = fingerprint(config, circumstances)
-        write_json(manifest, listing, part=part_of(manifest))  # the mark itself becomes the manifest
+        write_json(manifest, listing | {"fingerprint": fingerprint(config, circumstances)})
         sync_folder(folder)
     except (OSError, UserError) as error:
         with contextlib.suppress(OSError):

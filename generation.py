@@ -48,7 +48,7 @@ from distributed import gather, is_main, rank, world_size
 from reIDmodel import enlarge
 from runs import RunFolder, load_teacher
 from trainer import autocast
-from utils import UserError, is_part, make_folder, part_of, set_threads, write_json
+from utils import UserError, make_folder, part_of, set_threads, write_json
 from visual_tools.swapper import Swapper, load_swapper
 
 # Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
@@ -368,7 +368,7 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
         path = out / SETTINGS
         if path.exists():
             compare_settings(path, settings)
-        elif others := sorted(p.name for p in out.iterdir() if not is_part(p, path) and p.name != UNFINISHED_MARK):
+        elif others := sorted(p.name for p in out.iterdir() if p not in (part_of(path), out / UNFINISHED_MARK)):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         (out / UNFINISHED_MARK).touch()
         write_json(path, settings)

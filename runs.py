@@ -23,7 +23,7 @@ from data.folders import ImageList, check_images, read_split, require_identities
 from networks import Generator
 from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError, is_part, set_threads, write_text
+from utils import ROOT, UserError, part_of, set_threads, write_text
 
 NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
 TEACHER_FILES = ("net_last.pth", "opts.yaml")
@@ -78,7 +78,7 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
     if resume:
         if not run.path.is_dir():
             raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
-    elif present or (run.path.is_dir() and any(not is_part(path, run.config_file) for path in run.path.iterdir())):
+    elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
         holder = present[0].parent if present else run.path
         raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
     make_run_folder(run, cfg)

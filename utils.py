@@ -6,11 +6,10 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -168,33 +167,49 @@ def check_zip(path: Path, *, growth: int, checksums: bool = False) -> None:
             raise ValueError(f"the checksum of {bad} is wrong")
 
 
-def part_of(path: Path, writer: str = "") -> Path:
-    """The temporary name under which a file is written before it takes its own; `writer` tells several apart."""
-    return path.with_name(f".{path.name}.{writer}{'.' if writer else ''}part")
+def part_of(path: Path) -> Path:
+    """The temporary name under which a file is written before it takes its own."""
+    return path.with_name(f".{path.name}.part")
 
 
-def is_part(file: Path, path: Path) -> bool:
-    """Whether `file` is a `part_of` `path`, left by a writer that was killed."""
-    return file.name.startswith(f".{path.name}.") and file.name.endswith(".part")
+@contextlib.contextmanager
+def own_part(path: Path) -> Iterator[BinaryIO]:
+    """The empty temporary file of `path`, for this writer alone; others wait until it is done with it."""
+    import fcntl
+
+    part = part_of(path)
+    while True:
+        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "wb") as file:
+            with contextlib.suppress(OSError):  # file systems without locks: several writers may then mix
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # While this one waited, the file may have been renamed: then it is no temporary file any more.
+            try:
+                renamed = not os.path.samestat(os.fstat(file.fileno()), part.stat())
+            except FileNotFoundError:
+                renamed = True
+            if not renamed:
+                file.truncate()
+                yield file
+                return
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], *, part: Path | None = None) -> Path:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Let `write` fill a temporary file, sync it, then rename it to `path`: there is the whole file or none.
 
-    Of several processes that write `path` at once the last one's file stays. `part`: the temporary file's name.
-
-    Raises UserError where it cannot be written.
+    Of several processes that write `path` at once the last one's file stays. Raises UserError where it cannot be
+    written.
     """
-    part = part_of(path, secrets.token_hex(4)) if part is None else part
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with own_part(path) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(part_of(path), path)
+            except OSError:
+                part_of(path).unlink(missing_ok=True)
+                raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
 
@@ -208,12 +223,12 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str, *, part: Path | None = None) -> None:
-    """Write a text file and its folder, as `write_whole`. Raises UserError where it cannot be written."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and its folder, whole or not at all. Raises UserError where it cannot be written."""
     make_folder(path.parent)
-    write_whole(path, lambda file: file.write(text.encode()), part=part)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_json(path: Path, content: Any, *, part: Path | None = None) -> None:
-    """Write JSON, as `write_whole`. Raises UserError where it cannot be written."""
-    write_text(path, json.dumps(content, indent=1) + "\n", part=part)
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all. Raises UserError where it cannot be written."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

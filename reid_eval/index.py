@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import digest_weights
 from data.folders import check_images, find_images
 from reid_eval.top import main_setting
-from utils import UserError, check_zip, is_part, make_folder, write_whole
+from utils import UserError, check_zip, make_folder, part_of, write_whole
 
 INDEX_FILE = "index.npz"
 FORMAT = 1
@@ -243,7 +243,7 @@ def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebu
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--index {folder}: not a folder; name one that holds an index or does not exist yet")
         # A process that was killed while it wrote its first index leaves the temporary file.
-        if folder.is_dir() and any(not is_part(file, path) for file in folder.iterdir()):
+        if folder.is_dir() and any(file != part_of(path) for file in folder.iterdir()):
             raise UserError(f"--index {folder}: holds other files and no index; name an empty or a new folder")
         return index
     about, vectors = _read(path)  # also before it is rebuilt: what is no index is not ours to replace

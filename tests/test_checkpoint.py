@@ -8,8 +8,9 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -625,17 +626,19 @@ def test_writing_leaves_no_part(two_snapshots: tuple[Path, DGNetTrainer]) -> Non
     assert {path.name for path in folder.iterdir()} == names
 
 
-def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
-    """Whoever comes last has the file; neither sees the other's part."""
-    path = tmp_path / "a.json"
+def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path, seen = tmp_path / "a", set()
+    (tmp_path / ".a.part").write_bytes(b"a killed writer's, longer than all of the others' together" * 10000)
 
-    def first(file: BinaryIO) -> None:
-        file.write(b"first")
-        write_whole(path, lambda other: other.write(b"second, longer"))
-        assert path.read_bytes() == b"second, longer"
+    def write(letter: bytes) -> None:
+        for _ in range(20):
+            write_whole(path, lambda file: [file.write(letter * 1000) for _ in range(100)])
+            seen.add(path.read_bytes())
 
-    write_whole(path, first)
-    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, (b"1", b"2", b"3", b"4")))
+    assert seen <= {letter * 100_000 for letter in (b"1", b"2", b"3", b"4")}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
