@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -377,8 +378,8 @@ def set_aside(folder: Path, networks: list[str], iteration: int) -> Path | None:
     later = sorted(i for i in ours if i > iteration)
     if not later:
         return None
-    taken = len(list(folder.glob(f"after_{iteration:08d}*")))
-    aside = folder / (f"after_{iteration:08d}" + (f"_{taken + 1}" if taken else ""))
+    names = (f"after_{iteration:08d}" + f"_{n}" * (n > 1) for n in itertools.count(1))
+    aside = next(folder / name for name in names if not (folder / name).exists())
     try:
         aside.mkdir()
         for i in later:

@@ -77,7 +77,7 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
 
 def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Evaluate on one data set, print and write what is asked for; returns the report."""
-    from data.folders import data_set_name, data_set_root
+    from data.folders import data_set_name, other_data_set
     from distributed import is_main
     from reid_eval.evaluate import format_table, rankings, summary
     from reid_eval.features import extract_data_set, save_features
@@ -95,9 +95,8 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
         return result  # one writes
     own, name = resolve_data_root(tested.data_root), data_set_name(data_root)
     # reid.json is always about the data set that the config names.
-    transferred = data_set_root(data_root) != data_set_root(own)
-    suffix = f"-{name}" if transferred else ""
-    trained = f", trained on {data_set_name(own)}" if transferred else ""
+    suffix = other_data_set(data_root, own)
+    trained = f", trained on {data_set_name(own)}" if suffix else ""
     title = f"{tested.title}{trained}, tested on {name} ({data_root})"
     print(f"{title}\n{format_table(result)}")
     header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration}

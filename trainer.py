@@ -146,6 +146,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype)
 
 
+def place(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The net on the device, channels-last where asked; on a CPU a ResNet is always, which is a fifth faster."""
+    if channels_last or (isinstance(net, IdNet) and device.type == "cpu"):
+        return net.to(device, memory_format=torch.channels_last)
+    return net.to(device)
+
+
 def check_precision(device: torch.device, precision: str) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 (apex: true) needs a CUDA GPU; on a CPU use precision: bf16 or fp32")
@@ -180,15 +187,10 @@ class DGNetTrainer:
         )
         self.gen = Generator(code_dim=self.id_net.code_dim, **cfg.gen.model_dump())
         self.dis = Discriminator(**cfg.dis.model_dump(exclude={"LAMBDA"}))
-        self.teachers = [teacher.to(device).eval() for teacher in teachers]
+        self.teachers = [place(teacher, device, cfg.channels_last).eval() for teacher in teachers]
         self.vgg = vgg.to(device).eval() if vgg is not None else None
-        layout = torch.channels_last if cfg.channels_last else torch.preserve_format
         for net in self.networks().values():
-            net.to(device, memory_format=layout)
-            net.train()
-        if device.type == "cpu":  # a ResNet is a fifth faster so, in any precision
-            for net in [self.id_net, *self.teachers]:
-                net.to(memory_format=torch.channels_last)
+            place(net, device, cfg.channels_last).train()
 
         adam = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
         self.opt_gen = torch.optim.Adam(self.gen.parameters(), lr=cfg.lr_g, **adam)
@@ -504,9 +506,7 @@ class TeacherTrainer:
         self.cfg, self.device, self.steps_per_epoch = cfg, device, steps_per_epoch
         self.max_iter = cfg.epochs * steps_per_epoch
         self.net: IdNet = build_teacher(num_classes, backbone=cfg.backbone, stride=cfg.stride, dropout=cfg.dropout)
-        fast = cfg.channels_last or device.type == "cpu"  # as the id net of DGNetTrainer
-        self.net.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
-        self.net.train()
+        place(self.net, device, cfg.channels_last).train()
         groups = [
             {"params": list(self.net.model.parameters()), "lr": cfg.trunk_lr_factor * cfg.lr},
             {"params": list(self.net.classifier.parameters()), "lr": cfg.lr},

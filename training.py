@@ -215,10 +215,6 @@ def train(s: Session, *, resume: str | None) -> int:
     distributed.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
-    if resume is not None and resume.isdecimal() and distributed.is_main():
-        aside = set_aside(run.checkpoints, NETWORKS[cfg.task], start)
-        if aside is not None:
-            print(f"the snapshots after {start} steps are now in {aside}")
     if start < s.max_iter:
         with ExitStack() as stack:
             board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None
@@ -252,6 +248,8 @@ def restore(s: Session, resume: str) -> int:
     iteration = int(resume) if resume.isdecimal() else None
     start = load_snapshot(run.checkpoints, s.trainer, iteration, fall_back=resume == "auto")
     print(f"resumed {run.name} after {start} of {s.max_iter} steps")
+    if iteration is not None and distributed.is_main() and (aside := set_aside(run.checkpoints, networks, start)):
+        print(f"the snapshots after {start} steps are now in {aside}")
     manifest = read_manifest(run.checkpoints, start)
     changed = changed_settings(manifest, cfg, circumstances(s)) if manifest else {}
     if changed and start < s.max_iter:

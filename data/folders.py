@@ -219,7 +219,7 @@ def read_people(
     if not root.is_dir():
         raise UserError(f"{option} {root}: no such folder; give a data set or a folder of images")
     if is_data_set(root):
-        default = "train_all" if generated and (root / "train_all").is_dir() else "query"
+        default = "train_all" if generated and not (root / "query").is_dir() else "query"
         images = read_split(root, split or default, need_names=False)
     elif split is not None:
         raise UserError(f"--split {split}: {root} is a folder of images, not a data set; leave --split out")
@@ -356,6 +356,11 @@ def data_set_root(data_root: str | Path) -> Path:
     return root.parent if root.name == PREPARED_FOLDER else root
 
 
+def other_data_set(data_root: str | Path, own: str | Path) -> str:
+    """What results on `data_root` have in their files' names: nothing on `own`, the run's data set, -NAME elsewhere."""
+    return "" if data_set_root(data_root) == data_set_root(own) else f"-{data_set_name(data_root)}"
+
+
 def have_cameras(*sides: ImageList) -> bool:
     """Whether images of more than one camera are among these, so that something can be left out by camera."""
     return len(np.unique(np.concatenate([side.camids for side in sides]))) > 1
@@ -372,14 +377,13 @@ def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool 
     query, gallery = read_split(data_root, "query"), read_split(data_root, "gallery")
     cameras = have_cameras(query, gallery) if cameras is None else cameras
     if multi:
-        views = read_split(data_root, "multi-query")
-        there = set(zip(views.pids.tolist(), views.camids.tolist(), strict=True))
-        for pid, camid in zip(query.pids.tolist(), query.camids.tolist(), strict=True):
-            if (pid, camid) not in there:
-                raise UserError(
-                    f"data_root {data_root}: no multi-query image of identity {pid} in camera {camid}; the multi-query "
-                    "folder must hold every query's identity and camera"
-                )
+        sides = (query, read_split(data_root, "multi-query"))
+        asked, there = (set(zip(side.pids.tolist(), side.camids.tolist(), strict=True)) for side in sides)
+        if absent := sorted(asked - there):
+            raise UserError(
+                f"data_root {data_root}: no multi-query image of identity {absent[0][0]} in camera {absent[0][1]}; the "
+                "multi-query folder must hold every query's identity and camera"
+            )
     q_views, g_views = (side.camids.tolist() if cameras else [p.name for p in side.paths] for side in (query, gallery))
     seen: dict[int, set[int | str]] = {}
     for pid, view in zip(gallery.pids.tolist(), g_views, strict=True):

@@ -408,21 +408,20 @@ def make_dataset(
     """Write the data set that `make_settings(seed, preset, difficulty, **changes)` describes into `out`.
 
     Does nothing when it is there already, finishes it when it was interrupted, and refuses a folder that
-    holds anything else. The factors are kept in factors.json.part while images are written and renamed to
+    holds anything else. The factors are the mark of an unfinished data set while images are written, and become
     factors.json at the end, so a folder with that name is complete.
     """
     out = Path(out)
     if workers < 1:
         raise UserError(f"workers={workers}: must be at least 1")
     settings = make_settings(seed, preset, difficulty, **changes)
-    done, part = out / "factors.json", out / "factors.json.part"
+    done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
         found = load_factors(done)
         for key in dataclasses.fields(Settings):
             old, new = getattr(found.settings, key.name), getattr(settings, key.name)
             if old != new:
                 raise UserError(f"{out}: holds a data set with {key.name}={old}, not {new}; choose another folder")
-        (out / UNFINISHED_MARK).unlink(missing_ok=True)
         print(f"{out}: complete already, {len(found.images)} images")
         return
     if out.exists() and not out.is_dir():
@@ -436,7 +435,6 @@ def make_dataset(
 
     out.mkdir(parents=True, exist_ok=True)
     part.write_text(text, encoding="utf-8")
-    (out / UNFINISHED_MARK).touch()
     for folder in (TRAIN, TEST, QUERY, GT):
         (out / folder).mkdir(exist_ok=True)
     entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
@@ -457,7 +455,6 @@ def make_dataset(
         # Another process drew the same files at the same time and was first to say so.
         if not done.is_file():
             raise
-    (out / UNFINISHED_MARK).unlink(missing_ok=True)
     print(f"{out}: {len(factors.images)} images")
 
 

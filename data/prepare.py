@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import archives
 from data.archives import Splits
 from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, list_images
-from utils import UserError
+from utils import UserError, write_whole
 
 DATASETS = ("market1501", "msmt17", "cuhk03-np", "dukemtmc-reid", "veri776", "folder", "csv")
 IDENTITIES_FILE = "identities.csv"
@@ -140,9 +140,8 @@ def prepare(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
         for source, target in tqdm(missing, "prepare", unit=" images", disable=None):
             place(source, target, copy)
     if identities is not None:
-        part = prepared / f".{IDENTITIES_FILE}.part"
-        part.write_text(identities, encoding="utf-8", errors="surrogateescape")  # names of folders may be any bytes
-        os.replace(part, prepared / IDENTITIES_FILE)
+        text = identities.encode(errors="surrogateescape")  # names of folders may be any bytes
+        write_whole(prepared / IDENTITIES_FILE, lambda file: file.write(text))
     if mark.exists():
         mark.unlink()
     return {split: _count(images) for split, images in task.splits.items()}

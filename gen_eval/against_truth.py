@@ -105,7 +105,7 @@ def main() -> None:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be at least 0")
 
-    from data.folders import data_set_name, data_set_root, read_split
+    from data.folders import data_set_name, other_data_set, read_split
     from data.mannequins import load_factors
     from gen_eval.swaps import draw_swaps, measure_swaps
     from runs import resolve_data_root
@@ -120,11 +120,10 @@ def main() -> None:
     )
     rows = measure_swaps(swaps)
     generated, copy = rows["generated"]["changed"], rows["copy"]["changed"]
-    own, name = resolve_data_root(model.cfg.data_root), data_set_name(root)
     result = {
         "name": run.name,
         "iteration": model.iteration,
-        "tested_on": name,
+        "tested_on": data_set_name(root),
         "seed": args.seed,
         "pairs": len(swaps.appearance),
         "generated": generated,
@@ -149,7 +148,7 @@ def main() -> None:
             "(official convention); top-1: its classes, swaps of training images"
         )
     # swaps.json is always about the data set that the config names.
-    file = run.path / ("swaps.json" if data_set_root(root) == data_set_root(own) else f"swaps-{name}.json")
+    file = run.path / f"swaps{other_data_set(root, resolve_data_root(model.cfg.data_root))}.json"
     write_json(file, result)
     print(f"written to {file}")
 

@@ -469,6 +469,8 @@ def test_without_labels_and_teacher(generate: Generate, tmp_path: Path, tiny_dat
     # To score them every image counts as another person.
     for source in (out, out / "train_all"):
         assert read_people(source, generated=True).pids.tolist() == list(range(1, 10))
+    shutil.copytree(tiny_data / "query", out / "query")  # with queries it is a data set as any other
+    assert read_people(out, generated=True).paths == read_people(out).paths
 
 
 def test_it_is_unfinished_from_the_first_change_on(

@@ -122,8 +122,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     scalars, trained_by = read_log(run.logs)
     tables = attempt("reid", lambda: reid_tables(run, cfg)) or []
     generation = (attempt("generation", lambda: generation_tables(run)) or []) if generates else []
-    found = {} if "generation" in missing else {path.name: result for path, result in results(run.path, "reduction")}
-    swaps = found.get("swaps.json")
+    swaps = None if "generation" in missing else dict(results(run.path, "reduction")).get(run.path / "swaps.json")
     rates = scalars.get("images_per_second")
     model = pictures = lists = None
     if generates:
