@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Activation = Literal["lrelu", "relu", "prelu", "selu", "tanh", "none"]
 Padding = Literal["reflect", "replicate", "zero"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 # Keys that the release's files carry and nothing reads, there or here.
 DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
@@ -98,7 +98,7 @@ class CommonConfig(Section):
     backbone: str = "resnet50"  # trunk: a ResNet of torchvision, or resnet10 / resnet10w32 for CPUs
     backbone_weights: str | None = None  # file of ImageNet weights instead of torchvision's cache
     pretrained: bool = True  # start the trunk from ImageNet weights
-    precision: Precision = "fp32"  # arithmetic of the passes
+    precision: Precision = "fp32"  # arithmetic of the passes; auto: bf16 on a device that has it, fp32 elsewhere
     channels_last: bool = False  # memory format; faster in bf16 on CPUs and in fp16 on GPUs
     cache_images: Literal[False, True, "auto", "source", "resized"] = "auto"  # training images decoded, in memory
     cache_limit_mb: Count = 4096  # what does not fit is read from its files

@@ -123,10 +123,10 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     from distributed import gather, world_size
     from generation import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
     from runs import generator_config, open_run, pick_epoch
-    from trainer import check_precision
+    from trainer import pick_precision
 
     devices = choose_devices(args, device)
-    check_precision(devices[0], args.precision)
+    pick_precision(devices[0], args.precision)  # refuses what it cannot do
     if args.threads is None and len(devices) > 1 and world_size() == 1:
         args.threads = max(1, (os.cpu_count() or 1) // len(devices))
     set_threads(args.threads)

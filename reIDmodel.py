@@ -31,6 +31,18 @@ PARTS = 4  # horizontal strips of the body that the appearance code keeps apart
 
 
 # ------------------------------------------------------------------------------------------------ trunk
+class Shortcut(nn.Conv2d):
+    """A 1x1 convolution with a stride, as a plain one of the pixels that it sees.
+
+    With fewer than 8 input channels, channels-last, the weight gradient of oneDNN's strided one writes past its memory
+    on CPUs that have AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or go on with other numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
+
+
 class NarrowResNet(ResNet):
     """ResNet with one basic block per stage and `width` channels in the first: for CPUs."""
 
@@ -41,7 +53,10 @@ class NarrowResNet(ResNet):
         self.bn1 = nn.BatchNorm2d(width)
         for stage in range(4):
             stride = 1 if stage == 0 else 2
-            setattr(self, f"layer{stage + 1}", self._make_layer(BasicBlock, width * 2**stage, 1, stride))
+            layer = self._make_layer(BasicBlock, width * 2**stage, 1, stride)
+            if stage > 0 and (c_in := width * 2 ** (stage - 1)) < 8:
+                layer[0].downsample[0] = Shortcut(c_in, width * 2**stage, 1, stride=stride, bias=False)
+            setattr(self, f"layer{stage + 1}", layer)
         self.fc = nn.Linear(8 * width, 1)  # unused, as in every trunk here
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

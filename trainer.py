@@ -7,10 +7,11 @@ of b, appearance of a). All images are (N, 3, H, W), normalised.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import losses as L
 from config import DGNetConfig, TeacherConfig
 from data.pairs import Batch
-from distributed import average_gradients, own_rows, world_size
+from distributed import average_gradients, is_main, own_rows, world_size
 from networks import Discriminator, Generator, weights_frozen
 from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen, same_statistics
 from structure_input import structure_input
@@ -153,9 +154,34 @@ def place(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Modul
     return net.to(device)
 
 
-def check_precision(device: torch.device, precision: str) -> None:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 by itself.
+
+    Without, PyTorch imitates it: on a CPU with AVX2 alone a step takes eight times as long as in fp32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def pick_precision(device: torch.device, precision: str) -> str:
+    """fp32, fp16 or bf16: `precision` itself, and for `auto` bf16 where the device has it, otherwise fp32.
+
+    Raises UserError for fp16 on a CPU, and says so where bf16 is only imitated.
+    """
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 (apex: true) needs a CUDA GPU; on a CPU use precision: bf16 or fp32")
+    if precision == "bf16" and not has_bf16(device) and is_main():
+        say_once("note: precision bf16: this device can only imitate it, slowly; fp32 is faster here")
+    return precision
+
+
+@cache
+def say_once(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------- DG-Net
@@ -174,8 +200,8 @@ class DGNetTrainer:
         teachers: list[nn.Module] = (),
         vgg: nn.Module | None = None,
     ) -> None:
-        check_precision(device, cfg.precision)
         self.cfg, self.num_classes, self.device = cfg, num_classes, device
+        self.precision = pick_precision(device, cfg.precision)
         self.id_net = build_id_net(
             cfg.ID_style,
             num_classes,
@@ -202,7 +228,7 @@ class DGNetTrainer:
         self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
         for optimizer in self.optimizers().values():
             remember_initial_rates(optimizer)
-        fp16 = cfg.precision == "fp16"
+        fp16 = self.precision == "fp16"
         # Encoder, decoder and id net share one backward, so they share a loss scale.
         self.scaler_gen = torch.amp.GradScaler(device.type, enabled=fp16)
         self.scaler_dis = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -251,19 +277,19 @@ class DGNetTrainer:
 
     def draw(self, a: Batch, b: Batch, *, rng: Rng, erasing: Rng, update_id: bool) -> Drawn:
         """Points 2 to 4 for a pair of batches."""
-        with autocast(self.device, self.cfg.precision):
+        with autocast(self.device, self.precision):
             encoded = self.encode(a, b, rng, update_id)
             generated = self.compose(encoded)
         if self.cfg.erasing_p > 0 and update_id:
             # A context of its own: older PyTorch keeps what was cast under no_grad, without a graph, until one ends.
-            with autocast(self.device, self.cfg.precision):
+            with autocast(self.device, self.precision):
                 self.classify_erased(a, b, encoded, erasing)
         return a, b, encoded, generated
 
     @torch.no_grad()
     def rehearse(self, a: Batch, b: Batch, rng: Rng) -> tuple[Batch, Batch, Generated]:
         """Points 2 and 3 without a graph and without a trace in the running statistics."""
-        with autocast(self.device, self.cfg.precision), same_statistics(self.id_net):
+        with autocast(self.device, self.precision), same_statistics(self.id_net):
             return a, b, self.compose(self.encode(a, b, rng))
 
     def set_learning_rates(self, t: int) -> None:
@@ -303,7 +329,7 @@ class DGNetTrainer:
         cfg, found = self.cfg, []
         self.opt_dis.zero_grad()
         for a, b, g in fakes:
-            with autocast(self.device, cfg.precision):
+            with autocast(self.device, self.precision):
                 real, fake, dis = torch.cat([a.x, b.x]), torch.cat([g.x_ba, g.x_ab]), cfg.dis
                 loss, terms = L.discriminator_loss(self.dis, real, fake, gan_type=dis.gan_type, penalty=dis.LAMBDA)
             total = cfg.gan_w * loss
@@ -327,7 +353,7 @@ class DGNetTrainer:
         self.opt_gen.zero_grad()
         self.opt_id.zero_grad()
         for a, b, encoded, generated in drawn:
-            with autocast(self.device, self.cfg.precision):
+            with autocast(self.device, self.precision):
                 total, terms = self.generator_and_id_loss(
                     a, b, encoded, generated, weights, live_encoder, update_id, rng
                 )
@@ -480,7 +506,7 @@ class DGNetTrainer:
             net.eval()
         rng = np.random.default_rng(0)
         try:
-            with autocast(self.device, self.cfg.precision):
+            with autocast(self.device, self.precision):
                 s_a, s_b = self.gen.encode(self.structure_input(torch.cat([x_a, x_b]), rng)).chunk(2)
                 f_a, f_b = self.id_net(enlarge(torch.cat([x_a, x_b])))[0].chunk(2)
                 decoded = self.gen.decode(torch.cat([s_a, s_b, s_b, s_a]), torch.cat([f_a, f_b, f_a, f_b]))
@@ -502,8 +528,8 @@ class TeacherTrainer:
     """A one-head ResNet trained on identities: the teacher's recipe, and the baseline."""
 
     def __init__(self, cfg: TeacherConfig, num_classes: int, device: torch.device, *, steps_per_epoch: int) -> None:
-        check_precision(device, cfg.precision)
         self.cfg, self.device, self.steps_per_epoch = cfg, device, steps_per_epoch
+        self.precision = pick_precision(device, cfg.precision)
         self.max_iter = cfg.epochs * steps_per_epoch
         self.net: IdNet = build_teacher(num_classes, backbone=cfg.backbone, stride=cfg.stride, dropout=cfg.dropout)
         place(self.net, device, cfg.channels_last).train()
@@ -514,7 +540,7 @@ class TeacherTrainer:
         self.optimizer = remember_initial_rates(
             torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
 
     def networks(self) -> dict[str, nn.Module]:
         return {"net": self.net}
@@ -543,7 +569,7 @@ class TeacherTrainer:
         x = enlarge(batch.x)
         if self.cfg.erasing_p > 0:
             x = random_erase(x, self.cfg.erasing_p, np.random.default_rng((self.cfg.seed, ERASING, t)))
-        with autocast(self.device, self.cfg.precision):
+        with autocast(self.device, self.precision):
             _, p = self.net(x)
             loss = L.cross_entropy(p, batch.y if batch.q is None else batch.q)
         self.optimizer.zero_grad()

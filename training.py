@@ -47,7 +47,7 @@ from runs import (
     start_folder,
 )
 from runs import training_images as read_training_images
-from trainer import DGNetTrainer, TeacherTrainer
+from trainer import DGNetTrainer, TeacherTrainer, pick_precision
 from utils import ROOT, UserError, own_command, set_deterministic, write_whole
 from visual_tools.grid import paint_pairs
 
@@ -74,6 +74,9 @@ class Session:
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
     set_deterministic(cfg.deterministic)
+    if cfg.precision == "auto":
+        # The run's folder keeps what it is; of several processes the first decides.
+        cfg = cfg.model_copy(update={"precision": distributed.gather(pick_precision(device, "auto"))[0]})
     if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
     parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
@@ -118,7 +121,8 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
 
 def describe(s: Session) -> str:
     """What `--dry-run` prints: sizes of networks, shapes of a batch, the schedule."""
-    where = f"{s.device}" + (f", one of {n} processes" if (n := distributed.world_size()) > 1 else "")
+    where = f"{s.device} in {s.cfg.precision}"
+    where += f", one of {n} processes" if (n := distributed.world_size()) > 1 else ""
     lines = [f"run {s.run.name}: {s.cfg.task} on {where}, {len(s.images)} images of {s.classes} identities"]
     for name, net in s.trainer.networks().items():
         lines.append(

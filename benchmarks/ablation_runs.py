@@ -46,7 +46,7 @@ from runs import (
     make_run_folder,
     resolve_data_root,
 )
-from trainer import Generated
+from trainer import Generated, pick_precision
 from utils import ROOT, UserError, seed_everything, write_json
 from visual_tools.swapper import load_swapper
 
@@ -77,7 +77,8 @@ class Study:
     def config(self, name: str, seed: int) -> Config:
         """A run's configuration, but for the length of a run that is to be as long as others (`final_config`)."""
         changes = {"extra_data": str(self.generated(seed))} if name == "offline" else {}
-        return cell_config(self.preset, name, seed, data_root=str(self.held), **changes)
+        cfg = cell_config(self.preset, name, seed, data_root=str(self.held), **changes)
+        return cfg.model_copy(update={"precision": pick_precision(self.device, cfg.precision)})
 
     def generated(self, seed: int) -> Path:
         return self.out / "generated" / f"both-{seed}"

@@ -232,7 +232,7 @@ def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool)
         found["launches"] = launches(steps)
         found["flops"] = flops(steps)
         torch.backends.cuda.matmul.allow_tf32 = name != "plain"  # the rate of what its convolutions are done in
-        rate = matrix_rate(device, AUTOCAST[steps.trainer.cfg.precision] or torch.float32)
+        rate = matrix_rate(device, AUTOCAST[steps.trainer.precision] or torch.float32)
         found["share_of_matrix_rate"] = found["flops"] / found["median"] / rate
     return result
 

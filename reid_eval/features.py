@@ -115,10 +115,10 @@ def extract_features(
 
     from data.images import iter_images
     from distributed import gather, rank, world_size
-    from trainer import check_precision
+    from trainer import pick_precision
 
     device = torch.device(device)
-    check_precision(device, precision)
+    precision = pick_precision(device, precision)
     most = fitting = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
     starts = range(0, len(paths), max(1, most))[rank() :: world_size()]
     own = [path for start in starts for path in paths[start : start + most]]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 
+import trainer
 from benchmarks import ablation, ablation_runs
 from benchmarks import ablation_table as table
 from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, common_steps, needs, starts_as_both
@@ -49,13 +50,13 @@ def command(out: Path, *options: str) -> int:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The steps that are made from now on: (teacher or dgnet, iteration)."""
     made: list[tuple[str, int]] = []
-    for task, trainer in (("teacher", TeacherTrainer), ("dgnet", DGNetTrainer)):
+    for task, kind in (("teacher", TeacherTrainer), ("dgnet", DGNetTrainer)):
 
-        def step(self, *arguments, task=task, own=trainer.step):
+        def step(self, *arguments, task=task, own=kind.step):
             made.append((task, arguments[-1]))
             return own(self, *arguments)
 
-        monkeypatch.setattr(trainer, "step", step)
+        monkeypatch.setattr(kind, "step", step)
     return made
 
 
@@ -86,6 +87,14 @@ def study(finished: Path) -> Study:
     assert command(finished, "--cells", "both") == 0
     data, held, factors = prepare_data(PRESETS["tiny"], None, finished)
     return Study(PRESETS["tiny"], finished, data, held, factors, CPU, 1)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    """So that a run which goes on is compared with what it was started with."""
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    whole = replace(study, preset=PRESETS["small"])
+    assert {whole.config(name, 0).precision for name in ("teacher", "both")} == {"bf16" if has else "fp32"}
 
 
 def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps, capsys):

@@ -22,6 +22,7 @@ from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, merged
 from PIL import Image
 
 import demo
+import trainer
 from config import load_config
 from data.folders import check_test_set
 from data.mannequins import make_dataset
@@ -303,6 +304,25 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
     out = clean(script("train", "--config", teacher, "--output_path", trained.folder, "--dry-run"))
     assert "run tiny-teacher: teacher on" in out and f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
     assert contents(trained.folder) == before
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_keeps_the_precision_that_auto_was(
+    trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: bool
+) -> None:
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    common = ("--name", "auto", "--output_path", tmp_path, "--device", "cpu")
+    settings = ("--set", "precision=auto", "teacher_style=3", "snapshot_save_iter=1")
+    out = clean(script("train", "--config", trained.config(), *common, *settings, "--dry-run"))
+    assert f"on cpu in {'bf16' if has else 'fp32'}, " in out
+    clean(script("train", "--config", trained.config(), *common, *settings, "max_iter=1"))
+    assert load_config(tmp_path / "outputs/auto/config.yaml").precision == ("bf16" if has else "fp32")
+    # Elsewhere the folder's own config goes on as it was, `auto` with a note of what is different.
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    own = script("train", *common, "--resume", "--set", "max_iter=2")
+    assert own.code == 0 and "precision was" not in own.err
+    auto = script("train", "--config", trained.config(), *common, "--resume", *settings, "max_iter=3")
+    assert auto.code == 0 and ("precision was fp32, is bf16" in auto.err) == (not has)
 
 
 def test_a_run_is_never_overwritten(trained: Runs, script: Script) -> None:

@@ -15,11 +15,12 @@ from conftest import ALL_LOSSES, CPU, HEIGHT, WIDTH, random_batches, tiny_config
 from torch import Tensor
 
 import losses as L
+import trainer as trainer_module
 from data.pairs import Batch
 from guards import FiniteWatch
 from networks import Discriminator, Generator, SelfAttention
-from reIDmodel import build_id_net, build_teacher, enlarge, frozen
-from trainer import DGNetTrainer, TeacherTrainer, autocast, random_erase
+from reIDmodel import Shortcut, build_id_net, build_teacher, build_trunk, enlarge, frozen
+from trainer import DGNetTrainer, TeacherTrainer, autocast, has_bf16, random_erase
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -788,3 +789,54 @@ def test_fp16_is_refused_on_a_cpu() -> None:
             DGNetTrainer(cfg, 4, CPU)
     with pytest.raises(UserError, match="fp16 .*needs a CUDA GPU"):
         TeacherTrainer(tiny_teacher_config(precision="fp16"), 4, CPU, steps_per_epoch=1)
+
+
+def test_bf16_only_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    nets = [lambda p: DGNetTrainer(tiny_config(precision=p), 4, CPU)]
+    nets.append(lambda p: TeacherTrainer(tiny_teacher_config(precision=p), 4, CPU, steps_per_epoch=1))
+    for has, taken in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(trainer_module, "has_bf16", lambda device, has=has: has)
+        trainer_module.say_once.cache_clear()
+        assert {build("auto").precision for build in nets} == {taken}
+        assert capsys.readouterr().err == ""  # never picks what it would warn of
+        assert {build("bf16").precision for build in nets} == {"bf16"}
+        assert capsys.readouterr().err.count("can only imitate it") == (0 if has else 1)
+
+
+@pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16", None])
+def test_what_a_processor_says_of_bf16(monkeypatch: pytest.MonkeyPatch, units: str | None) -> None:
+    known = dict(avx2=True, avx512_f=True, avx512_bf16=False, amx_bf16=False) | ({units: True} if units else {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bf16(CPU) == (units is not None)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # PyTorch of before 2026
+    assert not has_bf16(CPU)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shortcut_is_the_strided_convolution(layout: torch.memory_format) -> None:
+    plain = nn.Conv2d(4, 8, 1, stride=2, bias=False).double()
+    own = Shortcut(4, 8, 1, stride=2, bias=False).double()
+    own.load_state_dict(plain.state_dict())
+    found = []
+    for net in (plain, own):
+        x = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = x.to(memory_format=layout).requires_grad_()
+        y = net(x)
+        y.square().sum().backward()
+        found.append((y, x.grad, net.weight.grad))
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_shortcuts_of_a_narrow_trunk() -> None:
+    """Only where a convolution of fewer than 8 channels would be strided; names and strides as in every trunk."""
+    kinds = {
+        width: [type(getattr(build_trunk(f"resnet10w{width}", last_stride=1), f"layer{n}")[0].downsample[0])
+                for n in (2, 3, 4)]
+        for width in (2, 4, 8)
+    }  # fmt: skip
+    plain = nn.Conv2d
+    assert kinds == {2: [Shortcut, Shortcut, plain], 4: [Shortcut, plain, plain], 8: [plain] * 3}
+    narrow, wide = (build_trunk(name, last_stride=1) for name in ("resnet10w2", "resnet10"))
+    assert list(narrow.state_dict()) == list(wide.state_dict())
+    assert narrow.layer4[0].downsample[0].stride == (1, 1) and narrow.layer3[0].downsample[0].stride == (2, 2)
