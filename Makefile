@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
-THREADS ?= 1
+THREADS ?=
 JOBS ?= 2
 PY := $(VENV)/bin/python
 
@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## embedded data, teacher, DG-Net, evaluation, swap grid, report
-	$(PY) demo.py --threads $(THREADS)
+	$(PY) demo.py $(if $(THREADS),--threads $(THREADS))
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from utils import ROOT, UserError, run_cli
 
 TEACHER = "demo-teacher"
 DATA = "datasets/mannequins"
+MOST_THREADS = 4  # networks as small as these gain nothing from more
 ROWS = {
     "primary": "DG-Net, primary (beta 0)",
     "both (beta 0.5)": "DG-Net, both (beta 0.5)",
@@ -33,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default=DATA, help=f"embedded data set, drawn if absent (default: {DATA})")
     parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (default: 1; more are slower where cores are shared)"
+        "--threads", type=int, help=f"CPU threads (default: cores that are free now, at most {MOST_THREADS})"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     return parser.parse_args()
@@ -94,7 +96,8 @@ def main() -> None:
     output = Path(args.output_path).resolve() if args.output_path else ROOT
     data = Path(args.data) if Path(args.data).is_absolute() else ROOT / args.data
     teacher, run = output / "models" / args.teacher, output / "outputs" / args.name
-    where = ["--threads", str(args.threads)] + (["--device", args.device] if args.device else [])
+    threads = free_cores(MOST_THREADS) if args.threads is None else args.threads
+    where = ["--threads", str(threads)] + (["--device", args.device] if args.device else [])
     common = ["--output_path", str(output), *where]
     settings = [f"seed={args.seed}", f"data_root={args.data}"]
     max_iter = demo_length()
@@ -148,6 +151,12 @@ def main() -> None:
         f"  python train.py --config configs/demo.yaml --name look --dry-run{elsewhere}\n"
         "  python train.py --config configs/latest.yaml     # Market-1501, see README.md"
     )
+
+
+def free_cores(most: int) -> int:
+    """Cores that other programs have left free in the last minute: threads on busy ones are slower than none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, max(1, round(cores - os.getloadavg()[0])))
 
 
 def demo_length() -> int:

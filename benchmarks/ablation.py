@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ablation_cells import CELLS, PRESETS, needs, starts_as_both
+from benchmarks.ablation_cells import CELLS, PRESETS, is_both, needs, starts_as_both
 from utils import ROOT, UserError, make_folder, pick_device, run_cli, set_threads, write_json, write_text
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ def check_args(args: argparse.Namespace) -> None:
 def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
     """The asked-for runs and those that they need, seed by seed: after the first, the whole table stands."""
     chosen = list(names or CELLS)
+    for name in chosen:
+        if is_both(study.preset, name):
+            print(f"{name} is both: that is the preset's own setting")
+            chosen = [other for other in chosen if other not in (name, "both")] + ["both"]
     if study.factors is None and "oracle" in chosen:
         if names:
             raise UserError("--cells oracle: needs embedded data, whose true swaps can be drawn; leave it out")

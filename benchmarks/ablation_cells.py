@@ -53,13 +53,26 @@ CELLS: dict[str, Cell] = {
     "style_4": Cell("dgnet", BOTH, {"teacher_style": 4}, "teacher style 4: of the two identities alone"),
     # ---- gradient through the appearance code
     "live_f": Cell("dgnet", BOTH, {"detach_f": False}, "gradient through the appearance code"),
-    # ---- Figure 8; alpha 0 is `primary_only`, 0.2 is `both`
+    # ---- Figure 8; alpha 0 is `primary_only`, the preset's own is `both`
     "alpha_0.1": Cell("dgnet", BOTH, {"B_w": 0.1}, "alpha 0.1"),
+    "alpha_0.2": Cell("dgnet", BOTH, {"B_w": 0.2}, "alpha 0.2"),
     "alpha_0.5": Cell("dgnet", BOTH, {"B_w": 0.5}, "alpha 0.5"),
     "alpha_1": Cell("dgnet", BOTH, {"B_w": 1.0}, "alpha 1"),
 }
 # Trained as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
+# What an id net that learns from nothing needs to be finished in minutes (docs/effect.md).
+FROM_SCRATCH = dict(
+    id_init="backbone",
+    id_freeze_iter=0,
+    id_weight_decay=0.04,
+    head_lr_factor=1.0,
+    lr2=0.015,
+    joint_bn=True,
+    B_w=1.0,  # with 0.2 that decay empties the fine-grained head
+    warm_iter=400,
+    warm_teacher_iter=400,
+)
 # Settings without effect in the `common_steps`: until their end, runs that differ in nothing else are one run.
 LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "detach_f"}
 
@@ -119,6 +132,15 @@ PRESETS: dict[str, Preset] = {
         swaps=512,
         held_out=1 / 3,
     ),
+    "scratch": Preset(
+        "small, but an id net from scratch and the fine-grained head at full weight; twice as long, on data of its own",
+        dict(seed=8, preset="demo", train_ids=144),
+        "configs/demo-teacher.yaml",
+        "configs/demo.yaml",
+        dgnet=FROM_SCRATCH | dict(max_iter=2000, snapshot_save_iter=400),
+        swaps=512,
+        held_out=1 / 3,
+    ),
     "large": Preset(
         "ResNet-18 at 128 x 64: 396 identities to train on, 66 to validate, 200 to test; for a GPU",
         dict(seed=7, preset="large", train_ids=462),
@@ -143,6 +165,12 @@ PRESETS: dict[str, Preset] = {
 
 
 read_base = cache(read_yaml)  # the preset's file, for every run
+
+
+def is_both(preset: Preset, name: str) -> bool:
+    """Whether what a cell changes is the preset's own setting, so that `both` is this cell."""
+    changes, own = CELLS[name].changes, cell_config(preset, "both", 0, data_root="").model_dump()
+    return CELLS[name].task == "dgnet" and bool(changes) and changes.items() <= own.items()
 
 
 def score_settings(heads: int) -> dict[str, tuple[float, ...]]:

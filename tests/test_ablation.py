@@ -19,7 +19,7 @@ from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 import trainer
 from benchmarks import ablation, ablation_runs
 from benchmarks import ablation_table as table
-from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, common_steps, needs, starts_as_both
+from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, common_steps, is_both, needs, starts_as_both
 from benchmarks.ablation_drawing import drawing_processes
 from benchmarks.ablation_runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from data.folders import read_split
@@ -87,14 +87,6 @@ def study(finished: Path) -> Study:
     assert command(finished, "--cells", "both") == 0
     data, held, factors = prepare_data(PRESETS["tiny"], None, finished)
     return Study(PRESETS["tiny"], finished, data, held, factors, CPU, 1)
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    """So that a run which goes on is compared with what it was started with."""
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
-    whole = replace(study, preset=PRESETS["small"])
-    assert {whole.config(name, 0).precision for name in ("teacher", "both")} == {"bf16" if has else "fp32"}
 
 
 def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps, capsys):
@@ -218,7 +210,7 @@ def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):
 
 def test_data_without_factors_have_no_oracle(study):
     other = replace(study, factors=None)
-    assert {name for name, _ in ablation.choose_runs(other, None, 1)} == set(CELLS) - {"oracle"}
+    assert {name for name, _ in ablation.choose_runs(other, None, 1)} == set(CELLS) - {"oracle", "alpha_0.2"}
     with pytest.raises(UserError, match="--cells oracle: needs embedded data"):
         ablation.choose_runs(other, ["oracle"], 1)
 
@@ -229,9 +221,9 @@ def test_every_cell_of_every_preset_has_a_configuration():
         configs = {n: cell_config(preset, n, 1, data_root="d", **extra(n)) for n in CELLS}
         both = configs["both"]
         assert common_steps(both) % both.snapshot_save_iter == 0 and both.keep_every == common_steps(both) > 0
-        assert both.B_w == 0.2 and both.teacher == "teacher-1"
+        assert both.teacher == "teacher-1"
         whole = {n for n, cfg in configs.items() if cfg.task == "dgnet" and not starts_as_both(n, cfg)}
-        assert whole == {"both", "no_fake_id"}
+        assert whole == {"both", "no_fake_id"} | (set() if both.id_freeze_iter else {"live_f"})
         # A live code has an effect as soon as the id net learns or a ramp begins.
         for early in ("id_freeze_iter", "warm_iter"):
             live = configs["live_f"].model_copy(
@@ -241,6 +233,22 @@ def test_every_cell_of_every_preset_has_a_configuration():
             assert starts_as_both("alpha_1", live)
         assert needs("alpha_1", configs["alpha_1"], 1) == {("teacher", 0), ("teacher", 1), ("both", 1)}
         assert needs("teacher", configs["teacher"], 1) == set()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    """So that a run which goes on is compared with what it was started with."""
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    whole = replace(study, preset=PRESETS["small"])
+    assert {whole.config(name, 0).precision for name in ("teacher", "both")} == {"bf16" if has else "fp32"}
+
+
+def test_a_setting_that_both_has_is_not_trained_twice(study, capsys):
+    for name, own in (("small", "alpha_0.2"), ("scratch", "alpha_1")):
+        assert {cell for cell in CELLS if is_both(PRESETS[name], cell)} == {own}
+    runs = ablation.choose_runs(study, ["alpha_0.2", "alpha_1"], 1)
+    assert runs == [("teacher", 0), ("both", 0), ("alpha_1", 0)]
+    assert capsys.readouterr().out == "alpha_0.2 is both: that is the preset's own setting\n"
 
 
 def extra(name: str) -> dict[str, str]:

@@ -770,6 +770,13 @@ def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, 
     assert not (copied.run / "swaps.json").exists()
 
 
+@pytest.mark.parametrize("load,threads", [(0.0, 4), (0.4, 4), (5.6, 2), (7.4, 1), (30.0, 1)])
+def test_the_demo_takes_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch, load: float, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    assert demo.free_cores(4) == threads
+
+
 def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
     demo.check_settings(trained.run, ["seed=0", "teacher=tutor"])
     with pytest.raises(UserError, match="with seed 0, not 3; give other --name and --teacher"):
