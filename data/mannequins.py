@@ -95,6 +95,7 @@ class Settings:
     test_ids: int = _key(96, "identities to test on", 1, 4000)
     cameras: int = _key(6, "cameras", 2, CAMERAS)
     min_cameras: int = _key(3, "every identity is seen by at least this many of them", 2, CAMERAS)
+    train_cameras: int = _key(CAMERAS, "training identities are seen by at most this many of them", 1, CAMERAS)
     images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
     distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
     junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
@@ -284,6 +285,8 @@ def _plan(settings: Settings) -> Factors:
 
     for key, person in people.items():
         seen_by = int(rng.integers(settings.min_cameras, n + 1))
+        if person.split == "train":
+            seen_by = min(seen_by, settings.train_cameras)
         for camera in sorted(1 + rng.permutation(n)[:seen_by]):
             frames[camera] += int(rng.integers(40, 200))
             for box in range(1, settings.images_per_camera + 1):

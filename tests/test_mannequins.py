@@ -83,6 +83,19 @@ def test_folders_hold_the_named_images_and_the_counts_asked_for(folder: Path, fa
         assert image.size == (64, 128) and image.mode == "RGB"
 
 
+@pytest.mark.parametrize("few", [1, 2])
+def test_training_identities_seen_by_few_cameras(factors: Factors, few: int) -> None:
+    plain, limited = factors, mannequins._plan(make_settings(seed=3, preset="tiny", train_cameras=few))
+    seen, before = defaultdict(set), defaultdict(set)
+    for names, found in ((limited.names(TRAIN), seen), (plain.names(TRAIN), before)):
+        for person, camera in (NAME.fullmatch(file).group(1, 2) for file in names):
+            found[person].add(camera)
+    assert {len(cameras) for cameras in seen.values()} == {few} and set(seen) == set(before)
+    everywhere = {NAME.fullmatch(file)[2] for file in limited.names(TEST) if not file.startswith(("0000", "-1"))}
+    assert len(everywhere) > few  # who is tested on is seen by as many cameras as ever
+    assert limited.people == plain.people
+
+
 def test_every_query_is_alone_in_its_camera_and_has_matches_elsewhere(factors: Factors) -> None:
     gallery = [NAME.fullmatch(file).group(1, 2) for file in factors.names(TEST)]
     boxes = Counter(NAME.fullmatch(file).group(1, 2) for file in factors.names(GT))
@@ -119,10 +132,8 @@ def test_swap_changes_garments_and_leaves_the_background(factors: Factors) -> No
 
 
 def test_groups_share_colours_and_differ_in_structure() -> None:
-    from data.mannequins import _plan
-
     settings = make_settings(seed=1, preset="demo", train_ids=24, group_size=4, test_ids=36, test_group_size=12)
-    people = _plan(settings).people.values()
+    people = mannequins._plan(settings).people.values()
     groups, pairs = defaultdict(list), defaultdict(set)
     for person in people:
         if person.split != "stranger":
@@ -150,10 +161,8 @@ def test_any_size_body_and_occluder_can_be_drawn(factors: Factors) -> None:
 
 
 def test_knobs_reach_the_shots() -> None:
-    from data.mannequins import _plan
-
     def shots(**changes: float) -> list:
-        return [s.shot for s in _plan(make_settings(preset="tiny", **changes)).images.values()]
+        return [s.shot for s in mannequins._plan(make_settings(preset="tiny", **changes)).images.values()]
 
     plain = shots(difficulty=0.0)
     assert {(s.tint, s.noise, s.occluder) for s in plain} == {((1.0, 1.0, 1.0), 0.0, "none")}
