@@ -160,9 +160,16 @@ def has_bf16(device: torch.device) -> bool:
     Without, PyTorch imitates it: on a CPU with AVX2 alone a step takes eight times as long as in fp32.
     """
     if device.type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        if not torch.cuda.is_available():
+            return False
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
+        tests = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
+        return any(test() for test in tests)
+    found = torch.cpu.get_capabilities()
+    on_arm = found.get("bf16", False) and torch.backends.mkldnn.is_available()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or on_arm)
 
 
 def pick_precision(device: torch.device, precision: str) -> str:

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ablation_cells import CELLS, PRESETS, is_both, needs, starts_as_both
+from benchmarks.ablation_cells import CELLS, PRESETS, cell_config, is_both, needs, starts_as_both
 from utils import ROOT, UserError, make_folder, pick_device, run_cli, set_threads, write_json, write_text
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
     chosen = list(names or CELLS)
     for name in chosen:
         if is_both(study.preset, name):
-            print(f"{name} is both: that is the preset's own setting")
+            if names:
+                print(f"{name} is both: that is the preset's own setting")
             chosen = [other for other in chosen if other not in (name, "both")] + ["both"]
     if study.factors is None and "oracle" in chosen:
         if names:
@@ -242,6 +243,7 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
     rows, sweep = table.rows(results), table.sweep(results)
     found = table.claims(rows)
     about = {"preset": args.preset, "evaluated_on": where, "device": str(study.device), "data": study.preset.data}
+    about["precision"] = study.config("both", 0).precision
     if args.data_root is not None:
         about["data"] = study.data.name
     content: dict[str, Any] = about | {"machine": describe_machine(), "runs": results, "table": rows}
@@ -264,12 +266,14 @@ def main() -> int:
     check_args(args)
 
     from benchmarks.ablation_runs import Study, prepare_data
+    from trainer import pick_precision
 
     set_threads(args.threads)
     device, preset = pick_device(args.device), PRESETS[args.preset]
     out = make_folder((args.out or ROOT / "outputs" / "ablation" / args.preset).expanduser().resolve())
     with locked(out, wait=True):
-        same_study(out, args)
+        precision = pick_precision(device, cell_config(preset, "both", 0, data_root="").precision)
+        same_study(out, {"preset": args.preset, "data_root": args.data_root, "precision": precision})
         data, held, factors = prepare_data(preset, args.data_root, out)
     study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
     runs = choose_runs(study, args.cells, args.seeds)
@@ -281,16 +285,16 @@ def main() -> int:
     return status
 
 
-def same_study(out: Path, args: argparse.Namespace) -> None:
-    """Remember what a folder is for. Raises UserError for one of another preset or data set, or of other things."""
-    path, own = out / "ablation.json", {"preset": args.preset, "data_root": args.data_root}
+def same_study(out: Path, own: dict[str, str | None]) -> None:
+    """Remember what a folder is for. Raises UserError for one begun with other values of `own`, or of other things."""
+    path = out / "ablation.json"
     if not path.is_file():
         if others := sorted(p.name for p in out.iterdir()):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         write_json(path, own)
     for key, value in json.loads(path.read_text()).items():
         if own.get(key) != value:
-            raise UserError(f"--out {out}: was begun with --{key} {value}, not {own.get(key)}; choose another --out")
+            raise UserError(f"--out {out}: was begun with {key} {value}, not {own.get(key)}; choose another --out")
 
 
 if __name__ == "__main__":

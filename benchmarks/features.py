@@ -34,6 +34,7 @@ from reid_eval.evaluate import report
 from reid_eval.features import extract_data_set, extract_features
 from reIDmodel import build_id_net, enlarge
 from runs import open_net, resolve_data_root
+from trainer import has_bf16
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -93,9 +94,8 @@ def measure_speed(name: str, images: list[Path], device: torch.device, *, count:
     torch.manual_seed(0)
     net = build_id_net("AB", 751, backbone=backbone).eval().to(device)
     ours = partial(extract_features, net, paths, height=height, width=width, device=device, progress=False)
-    precisions = ["fp32", "bf16"] + (["fp16"] if device.type == "cuda" else [])
     ways: dict[str, Callable[[], object]] = {"plain": lambda: plain_features(net, paths, height, width, device)}
-    ways |= {precision: partial(ours, batch_size=None, precision=precision) for precision in precisions}
+    ways |= {precision: partial(ours, batch_size=None, precision=precision) for precision in precisions(device)}
     first = {way: extract() for way, extract in ways.items()}  # sets things up
     finish(device)
     seconds = alternate(ways, repeats, clock_of(device))
@@ -110,12 +110,17 @@ def measure_speed(name: str, images: list[Path], device: torch.device, *, count:
     }
 
 
+def precisions(device: torch.device) -> list[str]:
+    """Those that the device computes in; bf16 is slow where it is only imitated."""
+    return ["fp32", *["bf16"] * has_bf16(device), *["fp16"] * (device.type == "cuda")]
+
+
 def measure_precision(args: argparse.Namespace, device: torch.device) -> dict:
     """mAP and Rank-1 of a trained net in every precision that the device has, on its own data set."""
     tested = open_net(args, device)
     root = resolve_data_root(args.data or tested.data_root)
     found = {}
-    for precision in ["fp32", "bf16"] + (["fp16"] if device.type == "cuda" else []):
+    for precision in precisions(device):
         how = dict(size=tested.size, batch_size=None, device=device, precision=precision, progress=False)
         sets = extract_data_set(tested.net, root, **how)
         rows = report(sets.query, sets.gallery)["tables"]["single query"]

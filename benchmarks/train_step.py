@@ -5,9 +5,9 @@ Whole steps of configs/latest.yaml with every loss active (ramps at their end, e
 plain       section 6 of the specification line by line (benchmarks/plain.py), in fp32 without TF32
 plain tf32  the same with TF32, on CUDA alone
 fp32        the real step as configured by default
-bf16        precision: bf16, channels_last: true
+bf16        precision: bf16, channels_last: true, where the device computes in it
 fp16        precision: fp16, channels_last: true, on CUDA alone
-recompute   bf16 with recompute: true; not with --short
+recompute   recompute: true, in bf16 where possible; not with --short
 
 Of each: seconds (median of the rounds; processor time on a CPU), the ratio to the plain step (median of the rounds'
 ratios), real images/s, greatest memory above what lay there before the step, and without --short: operations or
@@ -37,7 +37,7 @@ from benchmarks.plain import PlainTrainer
 from config import DGNetConfig, load_config
 from data.pairs import Batch
 from reIDmodel import build_teacher
-from trainer import AUTOCAST, DGNetTrainer
+from trainer import AUTOCAST, DGNetTrainer, has_bf16, pick_precision
 from training import to_device
 from utils import ROOT, UserError, pick_device, run_cli, set_threads
 
@@ -49,14 +49,17 @@ FAST = dict(channels_last=True)
 
 def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
     """Name to trainer and changes of the config; the first is the plain one."""
-    found = {"plain": (PlainTrainer, {})}
+    full, half = {"precision": "fp32"}, FAST | {"precision": pick_precision(device, "auto")}
+    found = {"plain": (PlainTrainer, full)}
     if device.type == "cuda":
-        found["plain tf32"] = (PlainTrainer, {})
-    found |= {"fp32": (DGNetTrainer, {}), "bf16": (DGNetTrainer, FAST | {"precision": "bf16"})}
+        found["plain tf32"] = (PlainTrainer, full)
+    found["fp32"] = (DGNetTrainer, full)
+    if has_bf16(device):
+        found["bf16"] = (DGNetTrainer, half)
     if device.type == "cuda":
         found["fp16"] = (DGNetTrainer, FAST | {"precision": "fp16"})
     if not short:
-        found["recompute"] = (DGNetTrainer, FAST | {"precision": "bf16", "recompute": True})
+        found["recompute"] = (DGNetTrainer, half | {"recompute": True})
     return found
 
 

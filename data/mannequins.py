@@ -95,7 +95,9 @@ class Settings:
     test_ids: int = _key(96, "identities to test on", 1, 4000)
     cameras: int = _key(6, "cameras", 2, CAMERAS)
     min_cameras: int = _key(3, "every identity is seen by at least this many of them", 2, CAMERAS)
-    train_cameras: int = _key(CAMERAS, "training identities are seen by at most this many of them", 1, CAMERAS)
+    train_cameras: int = _key(
+        CAMERAS, "training identities are seen by no more of them, not even min_cameras", 1, CAMERAS
+    )
     images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
     distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
     junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)

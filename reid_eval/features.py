@@ -104,7 +104,7 @@ def extract_features(
         height, width: size the images are read at, in pixels.
         batch_size: images per pass. None: 32 on a CPU, and on a GPU as many as fit in its memory, at most 512; they are
             found by halving.
-        precision: of the net, "fp32", "bf16" or "fp16".
+        precision: of the net, "fp32", "bf16", "fp16" or "auto" (`trainer.pick_precision`).
         progress: a progress bar on stderr, where that is a terminal.
 
     Raises:

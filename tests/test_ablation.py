@@ -142,7 +142,7 @@ def test_refusals_are_one_line(study, tmp_path, capsys):
     (tmp_path / "mine.txt").touch()
     for options, error in (
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--preset", "small"], f"--out {study.out}: was begun with --preset tiny, not small; choose another --out"),
+        (["--preset", "small"], f"--out {study.out}: was begun with preset tiny, not small; choose another --out"),
         (["--out", str(tmp_path)], f"--out {tmp_path}: holds other files (mine.txt); choose a new or empty folder"),
     ):
         capsys.readouterr()
@@ -243,9 +243,25 @@ def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPat
     assert {whole.config(name, 0).precision for name in ("teacher", "both")} == {"bf16" if has else "fp32"}
 
 
+def test_a_folder_is_of_one_precision(tmp_path, monkeypatch, capsys):
+    """Runs of another machine would stand in the same table otherwise."""
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dgnet={}, teacher={}))  # auto, as the files say
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    ablation.same_study(out, dict(preset="tiny", data_root=None, precision="bf16"))
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    assert command(out) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: --out {out}: was begun with precision bf16, not fp32; choose another --out\n"
+    )
+
+
 def test_a_setting_that_both_has_is_not_trained_twice(study, capsys):
     for name, own in (("small", "alpha_0.2"), ("scratch", "alpha_1")):
         assert {cell for cell in CELLS if is_both(PRESETS[name], cell)} == {own}
+    assert ablation.choose_runs(study, None, 1) and capsys.readouterr().out == ""
     runs = ablation.choose_runs(study, ["alpha_0.2", "alpha_1"], 1)
     assert runs == [("teacher", 0), ("both", 0), ("alpha_1", 0)]
     assert capsys.readouterr().out == "alpha_0.2 is both: that is the preset's own setting\n"

@@ -22,6 +22,7 @@ from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, merged
 from PIL import Image
 
 import demo
+import distributed
 import trainer
 from config import load_config
 from data.folders import check_test_set
@@ -323,6 +324,15 @@ def test_a_run_keeps_the_precision_that_auto_was(
     assert own.code == 0 and "precision was" not in own.err
     auto = script("train", "--config", trained.config(), *common, "--resume", *settings, "max_iter=3")
     assert auto.code == 0 and ("precision was fp32, is bf16" in auto.err) == (not has)
+
+
+def test_of_several_processes_the_first_decides_what_auto_is(
+    trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    monkeypatch.setattr(distributed, "gather", lambda value: ["bf16", value])  # as the second of two
+    where = ("--name", "auto", "--output_path", trained.folder, "--dry-run", "--set", "precision=auto")
+    assert "on cpu in bf16, " in clean(script("train", "--config", trained.config(), *where))
 
 
 def test_a_run_is_never_overwritten(trained: Runs, script: Script) -> None:
@@ -770,11 +780,33 @@ def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, 
     assert not (copied.run / "swaps.json").exists()
 
 
-@pytest.mark.parametrize("load,threads", [(0.0, 4), (0.4, 4), (5.6, 2), (7.4, 1), (30.0, 1)])
-def test_the_demo_takes_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch, load: float, threads: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
-    assert demo.free_cores(4) == threads
+@pytest.mark.parametrize(
+    "seconds,best",
+    [([4, 2.2, 2.1, 1], 4), ([4, 2.2, 2.1, 2.0], 2), ([4, 3.9, 8, 9], 1)],
+    ids=["free cores", "two are free", "busy cores"],
+)
+def test_the_demo_takes_the_threads_that_are_quickest(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], best: int
+) -> None:
+    clock, threads = [0.0], [1]
+
+    def now() -> float:
+        clock[0] += seconds[threads[0] - 1] / 2
+        return clock[0]
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+    monkeypatch.setattr(demo.time, "perf_counter", now)
+    assert demo.quickest_threads(4) == best and threads == [4]
+
+
+def test_the_demo_goes_on_with_the_threads_it_had(copied: Runs) -> None:
+    assert demo.threads_before(copied.run) == 1
+    assert demo.threads_before(copied.folder / "outputs" / "tutor") == 1
+    assert demo.threads_before(copied.folder / "outputs" / "other") is None
+    for path in (copied.run / "checkpoints").glob("snapshot_*.json"):
+        path.write_text("{")
+    assert demo.threads_before(copied.run) is None
 
 
 def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:

@@ -803,13 +803,30 @@ def test_bf16_only_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch, caps
         assert capsys.readouterr().err.count("can only imitate it") == (0 if has else 1)
 
 
-@pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16", None])
-def test_what_a_processor_says_of_bf16(monkeypatch: pytest.MonkeyPatch, units: str | None) -> None:
-    known = dict(avx2=True, avx512_f=True, avx512_bf16=False, amx_bf16=False) | ({units: True} if units else {})
+@pytest.mark.parametrize(
+    "units,onednn,has",
+    [
+        ("avx512_bf16", True, True),
+        ("amx_bf16", True, True),
+        ("bf16", True, True),
+        ("bf16", False, False),
+        ("", True, False),
+    ],
+    ids=["Zen 4", "Sapphire Rapids", "ARM", "ARM without oneDNN", "AVX2"],
+)
+def test_what_a_processor_says_of_bf16(monkeypatch: pytest.MonkeyPatch, units: str, onednn: bool, has: bool) -> None:
+    known = dict.fromkeys(("avx2", "avx512_f", units), True) | {"amx_tile": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert has_bf16(CPU) == has
+
+
+@pytest.mark.parametrize("units", ["avx512_bf16", "amx_tile", None])
+def test_older_pytorch_has_a_question_for_each_unit(monkeypatch: pytest.MonkeyPatch, units: str | None) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == units, raising=False)
     assert has_bf16(CPU) == (units is not None)
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # PyTorch of before 2026
-    assert not has_bf16(CPU)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
