@@ -147,7 +147,10 @@ def test_command_line_of_the_loader(tmp_path, run_here, capsys):
     assert capsys.readouterr().err == "error: --batches 0: must be at least 1\n"
 
 
-def test_command_line_of_the_features(tmp_path, run_here, capsys):
+def test_command_line_of_the_features(tmp_path, run_here, monkeypatch, capsys):
+    monkeypatch.setattr(features, "has_bf16", lambda device: False)
+    assert features.precisions(CPU) == ["fp32"]
+    monkeypatch.setattr(features, "has_bf16", lambda device: True)
     assert run_here(features, "--quick", "--images", "4", "--repeats", "1") == 0
     result = json.loads((tmp_path / "features.json").read_text())
     assert {"date", "cpu", "cores", "load"} <= set(result["machine"]) and result["device"] == "cpu"

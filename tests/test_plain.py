@@ -13,6 +13,7 @@ import yaml
 from conftest import ALL_LOSSES, CPU, TINY_DGNET, random_batches, tiny_config, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainer
 from benchmarks import train_step
 from benchmarks.all import table
 from benchmarks.plain import PLAIN, PlainTrainer, make_plain
@@ -262,6 +263,12 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
 def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY_DGNET | ALL_LOSSES))
+    for has in (False, True):
+        for module in (train_step, trainer):
+            monkeypatch.setattr(module, "has_bf16", lambda device, has=has: has)
+        names = ["plain", "fp32", *["bf16"] * has, "recompute"]
+        assert list(train_step.variants(CPU, short=False)) == names
+        assert train_step.variants(CPU, short=False)["recompute"][1]["precision"] == ("bf16" if has else "fp32")
     monkeypatch.setattr(sys, "argv", ["train_step", "--config", str(config), "--rounds", "1", "--device", "cpu"])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(tmp_path)])
     train_step.main()
