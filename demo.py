@@ -22,7 +22,7 @@ from utils import ROOT, UserError, run_cli
 
 TEACHER = "demo-teacher"
 DATA = "datasets/mannequins"
-MOST_THREADS = 4  # networks as small as these gain nothing from more
+MOST_THREADS = 4  # more have not been tried
 ROWS = {
     "primary": "DG-Net, primary (beta 0)",
     "both (beta 0.5)": "DG-Net, both (beta 0.5)",
