@@ -28,6 +28,16 @@ LABELS = {
     "appearance": "the appearance image itself",
 }
 
+# Columns of the table by the keys of `image_errors`, with their decimals.
+ERRORS = {
+    "changed": ("L1 changed", 1),
+    "brightness": ("brightness", 1),
+    "colour": ("colour", 1),
+    "l1": ("L1", 1),
+    "psnr": ("PSNR dB", 1),
+    "ssim": ("SSIM", 3),
+}
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generated swaps against the renderer's own drawing (embedded data).")
@@ -71,15 +81,11 @@ def ask_teacher(
 def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     """The table of `swaps.json`: heads of the columns, and the cells of each row by its label, "-" where empty."""
     asked = "recognised" in result
-    heads = ["L1 changed", "L1", "PSNR dB", "SSIM"] + (["Rank-1", "mAP", "top-1"] if asked else [])
+    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
     rows = {}
     for row, label in LABELS.items():
-        errors = result["images"].get(row)
-        cells = (
-            [f"{errors[key]:.{3 if key == 'ssim' else 1}f}" for key in ("changed", "l1", "psnr", "ssim")]
-            if errors
-            else ["-"] * 4
-        )
+        errors = result["images"].get(row, {})  # in a file of an earlier version without some
+        cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
         if asked:
             official = result["recognised"][row]["official"]
             top1 = result["top1"].get(row)

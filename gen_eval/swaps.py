@@ -110,14 +110,23 @@ def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> 
     """Errors (n,) of n images against their truths, both (n, H, W, 3) uint8; `changed` (n, H, W) bool.
 
     "changed" and "l1": mean absolute difference in grey levels (0..255), on those pixels (0 where there is none) and
-    on all; "psnr" in dB, at most MOST_PSNR; "ssim" with a Gaussian window of 11 pixels, mean over the channels.
+    on all. "brightness" and "colour", on those pixels: of the channels' mean, which is what the structure encoder sees
+    of a gray image, and of what is left without it. "psnr" in dB, at most MOST_PSNR; "ssim" with a Gaussian window of
+    11 pixels, mean over the channels.
     """
-    difference = np.abs(images.astype(np.float64) - truth)
+    signed = images.astype(np.float64) - truth
+    difference, gray = np.abs(signed), signed.mean(axis=3)
     l1 = difference.mean(axis=3)
+
+    def on_changed(error: np.ndarray) -> np.ndarray:
+        return (error * changed).sum(axis=(1, 2)) / np.maximum(changed.sum(axis=(1, 2)), 1)
+
     mse = np.maximum((difference**2).mean(axis=(1, 2, 3)), 255**2 / 10 ** (MOST_PSNR / 10))
     a, b = (torch.from_numpy(side).permute(0, 3, 1, 2) for side in (images, truth))
     return {
-        "changed": (l1 * changed).sum(axis=(1, 2)) / np.maximum(changed.sum(axis=(1, 2)), 1),
+        "changed": on_changed(l1),
+        "brightness": on_changed(np.abs(gray)),
+        "colour": on_changed(np.abs(signed - gray[..., None]).mean(axis=3)),
         "l1": l1.mean(axis=(1, 2)),
         "psnr": 10 * np.log10(255**2 / mse),
         "ssim": torch.cat([ssim(*chunk) for chunk in zip(a.split(32), b.split(32), strict=True)]).numpy(),
@@ -125,7 +134,7 @@ def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> 
 
 
 def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
-    """`{row: {"changed", "l1", "psnr", "ssim"}}` for COMPARED, means over the swaps that change anything.
+    """`{row: {key: mean}}` for COMPARED and the keys of `image_errors`, over the swaps that change anything.
 
     The truth is the true swap; that of the reconstruction is the structure image. All are measured on the same
     changed pixels. Raises UserError where no swap changes a pixel.

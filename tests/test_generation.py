@@ -50,6 +50,22 @@ def test_error_on_changed_pixels_and_on_all() -> None:
     assert same["psnr"] == [MOST_PSNR] and same["ssim"] == pytest.approx([1]) and same["l1"] == same["changed"] == [0]
 
 
+def test_the_error_of_brightness_and_of_colour() -> None:
+    true = np.full((3, 16, 16, 3), 100, np.uint8)
+    images = true.copy()
+    images[0] = 120  # brighter, without another colour
+    images[1] = (130, 100, 70)  # another colour, as bright
+    images[2] = (160, 100, 100)  # both
+    changed = np.zeros((3, 16, 16), bool)
+    changed[:, 4:8] = True
+    errors = image_errors(images, true, changed)
+    assert errors["brightness"] == pytest.approx([20, 0, 20])
+    assert errors["colour"] == pytest.approx([0, 20, (40 + 20 + 20) / 3])
+    assert errors["changed"] == pytest.approx([20, 20, 20])
+    nothing = image_errors(images, true, np.zeros_like(changed))
+    assert nothing["brightness"].tolist() == nothing["colour"].tolist() == [0, 0, 0]
+
+
 def test_ssim_of_constant_images_is_the_term_of_the_means() -> None:
     a, b = torch.full((1, 3, 32, 16), 90, dtype=torch.uint8), torch.full((1, 3, 32, 16), 140, dtype=torch.uint8)
     c1 = (0.01 * 255) ** 2
