@@ -326,6 +326,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, f
     """Swaps of query images against the renderer's.
 
     changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
+    brightness, colour  the generated swaps' in two parts (`image_errors`)
     reduction      1 - changed / copy
     ssim           with the true swaps
     rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
@@ -335,7 +336,8 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, f
     swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
     rows = measure_swaps(swaps)
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
-    found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy, "ssim": rows["generated"]["ssim"]}
+    found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
+    found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
     recognised, _ = ask_teacher(model, root, study.factors, swaps, count=count, seed=0)
     for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
         found[key] = recognised[row]["official"]["rank1"]
