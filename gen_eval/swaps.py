@@ -115,13 +115,12 @@ def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> 
     11 pixels, mean over the channels.
     """
     signed = images.astype(np.float64) - truth
-    difference, gray = np.abs(signed), signed.mean(axis=3)
-    l1 = difference.mean(axis=3)
+    l1, gray = np.abs(signed).mean(axis=3), signed.mean(axis=3)
 
     def on_changed(error: np.ndarray) -> np.ndarray:
         return (error * changed).sum(axis=(1, 2)) / np.maximum(changed.sum(axis=(1, 2)), 1)
 
-    mse = np.maximum((difference**2).mean(axis=(1, 2, 3)), 255**2 / 10 ** (MOST_PSNR / 10))
+    mse = np.maximum((signed**2).mean(axis=(1, 2, 3)), 255**2 / 10 ** (MOST_PSNR / 10))
     a, b = (torch.from_numpy(side).permute(0, 3, 1, 2) for side in (images, truth))
     return {
         "changed": on_changed(l1),
