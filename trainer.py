@@ -106,6 +106,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def nesterov_sgd(net: IdNet, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.SGD:
+    """The SGD of id net and teacher (section 8), whose momentum begins as zeros: the usual first step, bit for bit.
+
+    PyTorch's fused kernel would begin with whatever lies in memory and overwrite it in the first step. Where that step
+    is skipped, as fp16's first loss scale makes likely, the memory's content stayed as momentum.
+    """
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
+    unused = set(net.model.fc.parameters())
+    for group in groups:
+        for weight in group["params"]:
+            if weight not in unused:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
+
+
 def remember_initial_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -232,7 +247,7 @@ class DGNetTrainer:
         head_lr = cfg.head_lr_factor * cfg.lr2
         groups += [{"params": list(head.parameters()), "lr": head_lr} for head in self.id_net.heads()]
         decay = cfg.weight_decay if cfg.id_weight_decay is None else cfg.id_weight_decay
-        self.opt_id = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
+        self.opt_id = nesterov_sgd(self.id_net, groups, decay)
         for optimizer in self.optimizers().values():
             remember_initial_rates(optimizer)
         fp16 = self.precision == "fp16"
@@ -544,9 +559,7 @@ class TeacherTrainer:
             {"params": list(self.net.model.parameters()), "lr": cfg.trunk_lr_factor * cfg.lr},
             {"params": list(self.net.classifier.parameters()), "lr": cfg.lr},
         ]
-        self.optimizer = remember_initial_rates(
-            torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
-        )
+        self.optimizer = remember_initial_rates(nesterov_sgd(self.net, groups, cfg.weight_decay))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
 
     def networks(self) -> dict[str, nn.Module]:

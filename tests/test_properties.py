@@ -763,6 +763,46 @@ def test_optimisers_follow_the_recipe() -> None:
     assert [group["lr"] for group in groups] == pytest.approx([5e-4, 0.005, 0.005])
 
 
+def test_a_skipped_first_step_leaves_no_momentum(request: pytest.FixtureRequest) -> None:
+    """fp16 begins with skipped steps. Deterministic PyTorch fills memory that nobody has written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    cfg, teacher_cfg = tiny_config(), tiny_teacher_config(batch_size=2)
+    trainer = tiny_trainer(cfg)
+    trainer.scaler_gen = torch.amp.GradScaler("cpu", init_scale=torch.inf)
+    teacher = TeacherTrainer(teacher_cfg, 4, CPU, steps_per_epoch=1)
+    teacher.scaler = torch.amp.GradScaler("cpu", init_scale=torch.inf)
+    for one, optimizer, scaler, batches in (
+        (trainer, trainer.opt_id, trainer.scaler_gen, random_batches(cfg)),
+        (teacher, teacher.optimizer, teacher.scaler, random_batches(cfg)[:1]),
+    ):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in weights]
+        one.step(*batches, 0)
+        momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
+        assert all(map(torch.equal, before, weights)), "the first step is to be skipped"
+        assert len(momentum) > 20 and not any(m.any() for m in momentum)  # NaN counts as any
+        scaler.update(1024.0)
+        one.step(*batches, 1)
+        assert not all(map(torch.equal, before, weights))
+        assert all(p.isfinite().all() for p in (*weights, *momentum))
+
+
+def test_momentum_that_begins_as_zeros_is_the_usual_first_step() -> None:
+    cfg = tiny_teacher_config(batch_size=2)
+    batch, _ = random_batches(tiny_config())
+    found = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        trainer = TeacherTrainer(cfg, 4, CPU, steps_per_epoch=1)
+        if plain:
+            trainer.optimizer.state.clear()
+        for t in range(3):
+            trainer.step(batch, t)
+        found.append(copied_state(trainer.net))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
 # --------------------------------------------------------------------------------------- the teacher
 def test_teacher_step_lowers_its_loss() -> None:
     cfg = tiny_teacher_config(batch_size=4, epochs=20, erasing_p=0.1, warm_epochs=0, lr=0.01, dropout=0)
