@@ -130,7 +130,7 @@ def require_plain(content: Any) -> None:
 
 # --------------------------------------------------------------------------------------------- networks
 def digest_weights(*nets: nn.Module) -> str:
-    """SHA-256 of every tensor of the nets with its name: equal digests, equal outputs."""
+    """SHA-256 of every tensor of the nets with its name."""
     digest = hashlib.sha256()
     for net in nets:
         for name, tensor in sorted(net.state_dict().items()):

@@ -403,6 +403,9 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     if dead:
         print(f"note: {source}: {', '.join(dead)}: read by nothing, in the release and here", file=sys.stderr)
     values = {key: value for key, value in values.items() if key not in DEAD_KEYS}
+    if values.get("task", "dgnet") not in ("dgnet", "teacher"):
+        # Its keys would all be checked against the wrong schema.
+        raise UserError(f"{source}: task: must be dgnet or teacher (got {_shown(values['task'])})")
     model = _schema(values)
     if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
         print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)

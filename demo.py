@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from utils import ROOT, UserError, run_cli
 
@@ -44,6 +45,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UserError for what a later step would refuse."""
+    from config import load_config
+    from runs import open_run
+    from utils import pick_device, set_threads
+
+    for name in (args.name, args.teacher):
+        open_run(args.output_path, name)
+    if args.name == args.teacher:
+        raise UserError(f"--name and --teacher {args.name}: the two runs need names of their own")
+    load_config(ROOT / "configs" / "demo.yaml", [f"seed={args.seed}"])
+    pick_device(args.device)
+    if args.threads is not None:
+        set_threads(args.threads)
+
+
 def call(title: str, *command: str) -> None:
     """Run one of the project's scripts; its failure ends the demo with its exit status."""
     print(f"\n== {title}\n   python {' '.join(command)}", flush=True)
@@ -58,23 +75,24 @@ def call(title: str, *command: str) -> None:
 
 
 def train(
-    title: str, config: str, run: Path, name: str, finished: bool, common: list[str], settings: list[str]
+    title: str, config: str, run: Path, name: str, finished: bool, common: list[str], settings: dict[str, Any]
 ) -> None:
     """Train, continue an interrupted training, or say that it is done; raises UserError if it had other settings."""
     if finished:
         check_settings(run, settings)
         print(f"\n== {title}: done already, in {run}", flush=True)
         return
-    call(title, "train.py", "--config", config, "--name", name, "--resume", "auto", *common, "--set", *settings)
+    values = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    call(title, "train.py", "--config", config, "--name", name, "--resume", "auto", *common, "--set", *values)
 
 
-def check_settings(run: Path, settings: list[str]) -> None:
-    """Raise UserError where a finished run was made with others than these `key=value`."""
+def check_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError where a finished run was made with others than these settings."""
     from config import read_yaml
 
     made = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
-    for key, _, value in (setting.partition("=") for setting in settings):
-        if str(made.get(key, value)) != value:
+    for key, value in settings.items():
+        if made.get(key, value) != value:
             raise UserError(
                 f"{run}: is there already, with {key} {made[key]}, not {value}; give other --name and --teacher"
             )
@@ -95,6 +113,7 @@ def results_table(teacher: dict, run: dict) -> str:
 
 def main() -> None:
     args = parse_args()
+    check_args(args)
     began = time.perf_counter()
     output = Path(args.output_path).resolve() if args.output_path else ROOT
     data = Path(args.data) if Path(args.data).is_absolute() else ROOT / args.data
@@ -105,7 +124,7 @@ def main() -> None:
         threads = before or quickest_threads(MOST_THREADS)
     where = ["--threads", str(threads)] + (["--device", args.device] if args.device else [])
     common = ["--output_path", str(output), *where]
-    settings = [f"seed={args.seed}", f"data_root={args.data}"]
+    settings: dict[str, Any] = {"seed": args.seed, "data_root": args.data}
     max_iter = demo_length()
 
     call("embedded data", "-m", "data.mannequins", "--out", str(data))
@@ -120,7 +139,7 @@ def main() -> None:
         settings,
     )
     trained = (run / "checkpoints" / f"snapshot_{max_iter:08d}.json").is_file()
-    settings.append(f"teacher={args.teacher}")
+    settings["teacher"] = args.teacher
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
     call("re-identification of DG-Net", "test.py", "--name", args.name, *common)

@@ -124,18 +124,19 @@ def wait_for_all() -> None:
 
 
 # ---------------------------------------------------------------------------------- slices of the batch
-def own_batch_size(batch_size: int, *, sync_bn: bool, parts: int = 1) -> int:
+def own_batch_size(batch_size: int, *, sync_bn: bool, parts: int = 1, processes: int | None = None) -> int:
     """How many images of each of a batch's `parts` a process has. Raises UserError where they cannot be shared out."""
-    n, rest = divmod(batch_size, parts * world_size())
+    processes = processes or world_size()
+    n, rest = divmod(batch_size, parts * processes)
     what = f"batch_size {batch_size}" + (f" in {parts} parts (accumulate)" if parts > 1 else "")
     if rest:
         raise UserError(
-            f"{what} cannot be shared out equally over {world_size()} processes; batch_size counts the images of all: "
-            f"make it a multiple of {parts * world_size()}"
+            f"{what} cannot be shared out equally over {processes} processes; batch_size counts the images of all: "
+            f"make it a multiple of {parts * processes}"
         )
-    if n == 1 and world_size() > 1 and not sync_bn:
+    if n == 1 and processes > 1 and not sync_bn:
         raise UserError(
-            f"{what} over {world_size()} processes leaves one image in each, too few for the statistics of BatchNorm; "
+            f"{what} over {processes} processes leaves one image in each, too few for the statistics of BatchNorm; "
             "raise batch_size, use fewer processes or set sync_bn: true"
         )
     return n

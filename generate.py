@@ -59,6 +59,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--quality {args.quality}: must be at most 100")
     if args.teacher and args.no_soft_labels:
         raise UserError("--teacher and --no-soft-labels: give one of the two")
+    if args.teacher is not None and not args.teacher.replace(",", " ").strip():
+        raise UserError(f"--teacher {args.teacher!r}: names no teacher; to go without soft labels: --no-soft-labels")
 
 
 def choose_devices(args: argparse.Namespace, own: torch.device) -> list[torch.device]:

@@ -30,7 +30,15 @@ PATIENCE = timedelta(minutes=30)  # for a process that lives, but writes or read
 
 def started() -> bool:
     """Whether this is one of several processes that torchrun, or `launch`, has started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    text = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ or text == "1":
+        return False
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    numbers = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name not in missing]
+    if missing or not all(number.isdecimal() for number in numbers):
+        what = f"{missing[0]} is not set" if missing else "RANK, WORLD_SIZE and MASTER_PORT must be numbers"
+        raise UserError(f"WORLD_SIZE {text}: {what}; start several processes with torchrun, or unset RANK, WORLD_SIZE")
+    return int(text) > 1
 
 
 # ------------------------------------------------------------------------------------------- options

@@ -151,7 +151,9 @@ def soft_labels(
         return torch.full((len(y_app), num_classes), 1 / num_classes, dtype=dtype, device=y_app.device)
     allowed = F.one_hot(y_app, num_classes) | F.one_hot(y_str, num_classes)
     masked = prediction * allowed
-    return masked / masked.sum(dim=1, keepdim=True)
+    share = masked.sum(dim=1, keepdim=True)
+    # Where the teachers' softmax has underflowed for both, neither is more likely.
+    return torch.where(share > 0, masked / share, allowed / allowed.sum(dim=1, keepdim=True))
 
 
 def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: float, b_w: float) -> Tensor:

@@ -169,6 +169,9 @@ class StripePool(nn.Module):
         super().__init__()
         self.kind, self.stripes = kind, stripes
 
+    def extra_repr(self) -> str:
+        return f"{self.kind}, stripes={self.stripes}"
+
     def forward(self, m: Tensor) -> Tensor:
         if not torch.are_deterministic_algorithms_enabled():
             pool = {"max": F.adaptive_max_pool2d, "avg": F.adaptive_avg_pool2d}[self.kind]
@@ -244,6 +247,9 @@ class IdNetNormal(IdNet):
         self.part_pool = StripePool(pool, PARTS)
         self.pool = StripePool(pool, 1)
         self.classifier = Head(self.channels, num_classes, dropout=dropout)
+
+    def extra_repr(self) -> str:
+        return f"norm_id={self.norm_id}"
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         m = feature_map(self.model, x)

@@ -8,6 +8,8 @@ OUTPUT/logs/NAME/      TensorBoard
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,40 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
 
 def make_run_folder(run: RunFolder, cfg: Config) -> None:
     """Make what is not there of a run's folder. The config comes first: a folder without one is no run."""
+    folder = run.path
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not run.config_file.exists():
             write_text(run.config_file, dump_config(cfg))
         for folder in (run.checkpoints, run.images):
             folder.mkdir(exist_ok=True)
+        if isinstance(cfg, TeacherConfig):
+            folder = run.model  # now, not after the last epoch, shows whether it can be made
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{run.path}: cannot be written ({error.strerror}); choose another --output_path") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output_path") from None
+
+
+def update_config(run: RunFolder, cfg: Config, start: int) -> None:
+    """Let the run's config.yaml say how a run that was resumed after `start` steps goes on.
+
+    Where that is something else than before, the old file is kept beside it as config_until_00000000.yaml, with the
+    steps in its name. Snapshots keep the config that each was made with.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what there is to say of the old one has been said
+            if load_config(run.config_file, strict=False) == cfg:
+                return
+    except UserError:
+        pass  # damaged, or of another version
+    old = run.path / f"config_until_{start:08d}.yaml"
+    try:
+        if not old.exists():  # of two continuations from one step the first one's stays
+            old.write_bytes(run.config_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{old}: cannot be written ({error.strerror})") from None
+    write_text(run.config_file, dump_config(cfg))
+    print(f"{run.config_file} now says how the run goes on; as it was: {old.name}")
 
 
 def run_config(run: RunFolder) -> Config:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
     if not Path(args.gallery).is_dir():
         raise UserError(f"--gallery {args.gallery}: no such folder")
+    if args.page and Path(args.page).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--page {args.page}: must end in .html")
     if args.page and Path(args.page).exists() and not args.force:
         raise UserError(f"--page {args.page} exists; give another or --force")
     return args
@@ -64,8 +65,6 @@ def main() -> None:
     from runs import open_net
     from visual_tools.page import Hit, Result, write_page
 
-    # Names of files are bytes: print them as they are, whatever they hold.
-    sys.stdout.reconfigure(errors="surrogateescape")
     queries = [path for query in args.query for path in find_images(query, "--query")]
     check_images(queries, skip_bad=False, remedy="leave them out")
     device = pick_device(args.device)

@@ -106,19 +106,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def nesterov_sgd(net: IdNet, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.SGD:
-    """The SGD of id net and teacher (section 8), whose momentum begins as zeros: the usual first step, bit for bit.
+class NesterovSGD(torch.optim.SGD):
+    """The SGD of id net and teacher (section 8), in one fused kernel, whose momentum begins as zeros.
 
-    PyTorch's fused kernel would begin with whatever lies in memory and overwrite it in the first step. Where that step
-    is skipped, as fp16's first loss scale makes likely, the memory's content stayed as momentum.
+    PyTorch's would begin as whatever lies in memory, which the kernel overwrites in the first step. Where that step is
+    skipped, as fp16's first loss scale makes likely, the memory's content stayed as momentum. Zeros give the usual
+    first step, bit for bit.
     """
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
-    unused = set(net.model.fc.parameters())
-    for group in groups:
-        for weight in group["params"]:
-            if weight not in unused:
-                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-    return optimizer
+
+    def __init__(self, groups: list[dict[str, Any]], weight_decay: float) -> None:
+        super().__init__(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
+
+    def step(self, closure: None = None) -> None:
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            if weight.grad is not None and "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        super().step(closure)
 
 
 def remember_initial_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -155,7 +158,7 @@ def random_erase(x: Tensor, p: float, rng: np.random.Generator) -> Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The arithmetic of the passes. Raises UserError for fp16 on a CPU."""
+    """The arithmetic of the passes, by what `pick_precision` returns."""
     dtype = AUTOCAST[precision]
     if dtype is None:
         return nullcontext()
@@ -247,7 +250,7 @@ class DGNetTrainer:
         head_lr = cfg.head_lr_factor * cfg.lr2
         groups += [{"params": list(head.parameters()), "lr": head_lr} for head in self.id_net.heads()]
         decay = cfg.weight_decay if cfg.id_weight_decay is None else cfg.id_weight_decay
-        self.opt_id = nesterov_sgd(self.id_net, groups, decay)
+        self.opt_id = NesterovSGD(groups, decay)
         for optimizer in self.optimizers().values():
             remember_initial_rates(optimizer)
         fp16 = self.precision == "fp16"
@@ -559,7 +562,7 @@ class TeacherTrainer:
             {"params": list(self.net.model.parameters()), "lr": cfg.trunk_lr_factor * cfg.lr},
             {"params": list(self.net.classifier.parameters()), "lr": cfg.lr},
         ]
-        self.optimizer = remember_initial_rates(nesterov_sgd(self.net, groups, cfg.weight_decay))
+        self.optimizer = remember_initial_rates(NesterovSGD(groups, cfg.weight_decay))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
 
     def networks(self) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ import distributed
 from board import Board
 from checkpoint import (
     changed_settings,
+    digest_weights,
     load_snapshot,
     nothing_saved,
     prune_snapshots,
@@ -30,7 +31,7 @@ from checkpoint import (
 )
 from config import Config, DGNetConfig, TeacherConfig
 from data.folders import ImageList, check_test_set, read_split
-from data.generated import add_generated
+from data.generated import MANIFEST, add_generated
 from data.images import iter_images
 from data.pairs import Batch, PairLoader
 from guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
@@ -45,6 +46,7 @@ from runs import (
     resolve_data_root,
     save_teacher,
     start_folder,
+    update_config,
 )
 from runs import training_images as read_training_images
 from trainer import DGNetTrainer, TeacherTrainer, pick_precision
@@ -185,7 +187,12 @@ def circumstances(s: Session) -> dict[str, Any]:
     images = s.loaders[0].images
     names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
     cpu = s.device.type == "cpu"
-    return {
+    teachers = getattr(s.trainer, "teachers", [])
+    others = {"teachers": digest_weights(*teachers)[:8]} if teachers else {}
+    if isinstance(s.cfg, TeacherConfig) and s.cfg.extra_data is not None:
+        manifest = resolve_data_root(s.cfg.extra_data) / MANIFEST
+        others["extra_data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]
+    return others | {
         "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
         "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(s.device),
         "processes": distributed.world_size(),
@@ -219,6 +226,8 @@ def train(s: Session, *, resume: str | None) -> int:
     distributed.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
+    if resume is not None and start < s.max_iter and distributed.is_main():
+        update_config(run, cfg, start)
     if start < s.max_iter:
         with ExitStack() as stack:
             board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import sys
 import warnings
@@ -30,7 +31,12 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2."""
+    """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2.
+
+    So does what the system says of a file or a folder that no check has met, and a lack of memory.
+    """
+    # Names of files are bytes: they are printed as they are, whatever they hold.
+    sys.stdout.reconfigure(errors="surrogateescape")
     # Such images are refused, in words of our own.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
@@ -44,6 +50,23 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); there is nobody to tell.
         os._exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; mend that or give another path", file=sys.stderr)
+        sys.exit(UserError.status)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's own lacks of memory: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"error: not enough memory ({short(error)}); take smaller batches, images or networks", file=sys.stderr)
+        sys.exit(UserError.status)
+
+
+def short(error: BaseException) -> str:
+    """An error's message in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def own_command() -> str:
@@ -72,7 +95,7 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
     """The option `name`: images at a time, a number or `auto`, which is None."""
 
     def number(text: str) -> int | None:
-        return None if text == "auto" else int(text)
+        return None if text == "auto" else min(int(text), 2**31)  # more images than there are is all of them
 
     parser.add_argument(
         name,
@@ -115,8 +138,8 @@ def set_threads(threads: int | None) -> None:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads {threads}: must be at least 1")
+        if not 1 <= threads <= 1024:
+            raise UserError(f"--threads {threads}: must lie between 1 and 1024")
         torch.set_num_threads(threads)
     keep_freed_memory()
 
@@ -227,6 +250,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file and its folder, whole or not at all. Raises UserError where it cannot be written."""
     make_folder(path.parent)
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file. Raises UserError with the remedy for a damaged or unreadable one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({short(error)}); {remedy}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
-import json
 import os
 import signal
 import statistics
@@ -24,7 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.ablation_cells import CELLS, PRESETS, cell_config, is_both, needs, starts_as_both
-from utils import ROOT, UserError, make_folder, pick_device, run_cli, set_threads, write_json, write_text
+from utils import (
+    ROOT,
+    UserError,
+    make_folder,
+    pick_device,
+    read_json,
+    run_cli,
+    set_threads,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from benchmarks.ablation_runs import Run, Study
@@ -133,7 +142,7 @@ def estimate(study: Study, runs: list[Run], where: str) -> str:
     known: dict[tuple, list[float]] = {}
     for run in ((name, seed) for name in CELLS for seed in range(1 + max(seed for _, seed in runs))):
         if (path := result_file(study, run, where)).is_file():
-            known.setdefault(kind(run), []).append(json.loads(path.read_text())["time"]["wall"])
+            known.setdefault(kind(run), []).append(read_result(path)["time"]["wall"])
     seconds = [statistics.fmean(known[kind(run)]) for run in runs if kind(run) in known]
     return (
         f"about {sum(seconds) / 60:.0f} minutes for {len(seconds)} of {len(runs)} runs"
@@ -211,6 +220,10 @@ def make(study: Study, run: Run, where: str) -> int:
     return 0
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    return read_json(path, "remove it: the run is then scored again")
+
+
 def scored_file(study: Study, run: Run) -> Path:
     return study.out / "scored-on-test" / f"{run[0]}-{run[1]}.json"
 
@@ -218,7 +231,7 @@ def scored_file(study: Study, run: Run) -> Path:
 def test_dates(study: Study, run: Run) -> list[str]:
     """When a run's test identities were scored."""
     path = scored_file(study, run)
-    return json.loads(path.read_text())["scored_on_test"] if path.is_file() else []
+    return read_json(path, "put it back, or remove it if the run is new")["scored_on_test"] if path.is_file() else []
 
 
 def refuse_second_scoring(study: Study, runs: list[Run]) -> None:
@@ -237,7 +250,7 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
     from benchmarks.machine import describe_machine
 
     where, files = args.evaluate, [result_file(study, run, args.evaluate) for run in runs]
-    results = [json.loads(path.read_text()) for path in files if path.is_file()]
+    results = [read_result(path) for path in files if path.is_file()]
     if not results:
         return
     rows, sweep = table.rows(results), table.sweep(results)
@@ -292,7 +305,7 @@ def same_study(out: Path, own: dict[str, str | None]) -> None:
         if others := sorted(p.name for p in out.iterdir()):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         write_json(path, own)
-    for key, value in json.loads(path.read_text()).items():
+    for key, value in read_json(path, "choose a new --out").items():
         if own.get(key) != value:
             raise UserError(f"--out {out}: was begun with {key} {value}, not {own.get(key)}; choose another --out")
 

@@ -47,7 +47,7 @@ from runs import (
     resolve_data_root,
 )
 from trainer import Generated, pick_precision
-from utils import ROOT, UserError, seed_everything, write_json
+from utils import ROOT, UserError, read_json, seed_everything, write_json
 from visual_tools.swapper import load_swapper
 
 Run = tuple[str, int]  # cell, seed
@@ -171,7 +171,9 @@ def trained(study: Study, run: Run) -> bool:
 def read_time(folder: RunFolder) -> dict[str, float]:
     """Steps that were measured, their seconds (of the processor on a CPU), and all seconds of the run."""
     path = folder.path / "time.json"
-    return json.loads(path.read_text()) if path.is_file() else {"steps": 0, "seconds": 0.0, "wall": 0.0}
+    if not path.is_file():
+        return {"steps": 0, "seconds": 0.0, "wall": 0.0}
+    return read_json(path, "remove the folder of its run, which then begins anew")
 
 
 def seconds_of(study: Study, run: Run, steps: int) -> float:

@@ -150,6 +150,8 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    if not (args.nets or args.quick or args.name or args.teacher):
+        raise UserError("--nets: name a net, or a trained one by --name or --teacher; there is nothing to measure")
     if args.quick:
         args.nets, args.images = ["demo"], args.images or 64
 

@@ -277,6 +277,8 @@ def main() -> None:
     settings = ["ID_class=auto", "pretrained=false"]
     batch_size = args.batch_size or (None if device.type == "cuda" else 2)
     cfg = load_config(args.config, settings + ([f"batch_size={batch_size}"] if batch_size else []))
+    if not isinstance(cfg, DGNetConfig):
+        raise UserError(f"--config {args.config}: is a teacher's; give a DG-Net run's, such as configs/latest.yaml")
     rounds = args.rounds or (20 if device.type == "cuda" else 3)
 
     result: dict[str, Any] = {

@@ -30,6 +30,7 @@ from data.mannequin_drawing import (
     BAGS,
     CAMERAS,
     HAIR_STYLES,
+    LOWER_KINDS,
     OCCLUDERS,
     RGB,
     UPPER_KINDS,
@@ -360,6 +361,37 @@ def _tuples(entry: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
+def _is_person(person: Person) -> bool:
+    """Whether the renderer can draw someone."""
+    a, b = person.appearance, person.body
+    colours = (a.upper, a.upper_second, a.lower, a.shoes, a.skin, b.hair_tone, b.bag_tone)
+    kinds = a.upper_kind in UPPER_KINDS and a.lower_kind in LOWER_KINDS and a.sleeves in ("long", "short")
+    kinds = kinds and b.hair in HAIR_STYLES and b.bag in BAGS
+    return (
+        kinds
+        and all(len(c) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in c) for c in colours)
+        and all(0.5 <= size <= 2 for size in (b.height, b.build))
+    )
+
+
+def _is_sight(sight: Sight, people: dict[str, Person]) -> bool:
+    """Whether the renderer can draw a shot, and knows who is in it."""
+    shot = sight.shot
+    lengths = (shot.x, shot.foot, shot.pan, shot.light, shot.light_side, *shot.tint, shot.noise, shot.occluder_x)
+    return (
+        sight.person in people
+        and shot.occluder in ("none", *OCCLUDERS)
+        and all(isinstance(number, int) for number in (shot.camera, shot.noise_seed))
+        and 1 <= shot.camera <= CAMERAS
+        and shot.noise_seed >= 0
+        and 0.1 <= shot.scale <= 5
+        and abs(shot.pan) <= 0.1201
+        and len(shot.tint) == 3
+        and all(abs(angle) <= 1000 for angle in (shot.yaw, shot.phase))
+        and all(abs(length) <= 256 for length in lengths)
+    )
+
+
 def is_embedded(path: Path | str) -> bool:
     """Whether a folder is a data set of this renderer's."""
     return (Path(path) / "factors.json").is_file()
@@ -387,6 +419,10 @@ def load_factors(path: Path | str) -> Factors:
             name: Sight(entry["person"], Shot(**_tuples(entry["shot"])), tuple(entry["folders"]))
             for name, entry in table["images"].items()
         }
+        for entries, possible in ((people, _is_person), (images, lambda sight: _is_sight(sight, people))):
+            for name, entry in entries.items():
+                if not possible(entry):
+                    raise UserError(f"{path}: {name}: not what the renderer writes; make the data set again")
         return Factors(Settings(**table["settings"]), people, images)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it with data/mannequins.py") from None
@@ -438,6 +474,17 @@ def make_dataset(
     if names and names != [part.name] and not interrupted:
         raise UserError(f"{out}: is not empty ({names[0]}) and no start of this data set; choose another folder")
 
+    try:
+        _write(out, factors, text, workers)
+    except OSError as error:
+        remedy = "make room, set the permissions or give another folder; the same command then goes on"
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); {remedy}") from None
+    print(f"{out}: {len(factors.images)} images")
+
+
+def _write(out: Path, factors: Factors, text: str, workers: int) -> None:
+    """The folders, the mark that holds `text`, the images, and the mark's final name."""
+    done, part = out / "factors.json", out / UNFINISHED_MARK
     out.mkdir(parents=True, exist_ok=True)
     part.write_text(text, encoding="utf-8")
     for folder in (TRAIN, TEST, QUERY, GT):
@@ -460,7 +507,6 @@ def make_dataset(
         # Another process drew the same files at the same time and was first to say so.
         if not done.is_file():
             raise
-    print(f"{out}: {len(factors.images)} images")
 
 
 def main(argv: list[str] | None = None) -> int:

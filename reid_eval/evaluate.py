@@ -185,6 +185,8 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="OUT", help="write the report here too, as JSON with fractions in 0..1")
     args = parser.parse_args()
+    if args.json and Path(args.json).suffix in (".npz", ".mat"):
+        raise UserError(f"--json {args.json}: is the name of a feature file; give one that ends in .json")
 
     from reid_eval.features import load_features
 

@@ -150,9 +150,14 @@ def _embed_in_parts(net: nn.Module, x: Tensor, size: int, precision: str) -> np.
 
 
 def check_feature_file(path: Path | str) -> None:
-    """Raise UserError for a name that `save_features` has no format for."""
+    """Raise UserError for a name that `save_features` has no format for, or in what is no folder."""
     if Path(path).suffix not in (".npz", ".mat"):
         raise UserError(f"{path}: feature files end in .npz or .mat")
+    for parent in Path(path).absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"{path}: {parent} is no folder; give another file")
+            break
 
 
 def save_features(path: Path | str, query: Features, gallery: Features, multi: Features | None = None) -> list[Path]:
@@ -273,7 +278,8 @@ def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:
         raise UserError(f"{path}: {names[0]} is not a table of numbers (images x features)")
     if len(features) == 0:
         raise UserError(f"{path}: {names[0]} is empty; extract features from a folder with images")
-    features = np.asarray(features, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        features = np.asarray(features, dtype=np.float32)
     rows = range(0, len(features), 4096)  # some at a time: half a million images fill gigabytes
     finite = [np.isfinite(features[i : i + 4096]).reshape(len(features[i : i + 4096]), -1).all(1) for i in rows]
     bad = ~np.concatenate(finite)
@@ -311,7 +317,7 @@ def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
         what = {"label": "identities", "cam": "cameras"}.get(name.rpartition("_")[2], name)
         raise UserError(f"{path}: {name} holds {example!r}; {what} must be whole numbers") from None
     if numbers.dtype != np.int64:
-        if not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):
+        if not (np.abs(numbers) < 2.0**63).all() or (numbers != np.round(numbers)).any():
             raise UserError(f"{path}: {name} holds values that are not whole numbers")
         numbers = numbers.astype(np.int64)
     return numbers

@@ -39,8 +39,9 @@ Embed = Callable[[Sequence[Path]], np.ndarray]
 
 
 def fingerprint(net: nn.Module, size: tuple[int, int]) -> str:
-    """A hash of all that the features depend on: every tensor of the net and the (height, width) of its images."""
-    return hashlib.sha256(f"{size} {digest_weights(net)}".encode()).hexdigest()
+    """A hash of all that the features depend on: the net's layers with strides and pooling, which no tensor tells, its
+    tensors, and the (height, width) of its images."""
+    return hashlib.sha256(f"{size} {net!r} {digest_weights(net)}".encode()).hexdigest()
 
 
 def to_vectors(features: np.ndarray) -> np.ndarray:

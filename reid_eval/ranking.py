@@ -171,6 +171,10 @@ def _checked_features(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarra
         )
     _check_finite(query, "query features")
     _check_finite(gallery, "gallery features")
+    # The products are summed in fp32; beyond its range they would be infinite, or NaN, and still be ranked.
+    largest = [float(max(side.max(), -side.min())) for side in (query, gallery)]
+    if query[0].size * largest[0] * largest[1] > float(np.finfo(np.float32).max):
+        raise UserError(f"features as large as {max(largest):.2g} have no products in fp32; divide them by their norm")
     return query, gallery
 
 

@@ -28,7 +28,7 @@ from config import load_config
 from data.folders import check_test_set
 from data.mannequins import make_dataset
 from reIDmodel import build_teacher
-from utils import ROOT, UserError
+from utils import ROOT, UserError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
@@ -378,6 +378,17 @@ def test_resume_needs_the_name_only(copied: Runs, script: Script) -> None:
     assert (copied.run / "checkpoints" / "state_00000007.pt").is_file()
 
 
+def test_another_teacher_of_the_same_name_is_noticed(copied: Runs, script: Script) -> None:
+    again = ("train", "--name", "tiny", "--output_path", copied.folder, "--threads", 1, "--resume", 3)
+    assert "note: this will not" not in script(*again).err
+    weights = copied.folder / "models" / "tutor" / "net_last.pth"
+    state = torch.load(weights, weights_only=True)
+    state["model.conv1.weight"] += 0.01
+    torch.save(state, weights)
+    (note,) = (line for line in script(*again).err.splitlines() if "note: this will not" in line)
+    assert "teachers was " in note and note.count(" was ") == 2  # one is the sentence's own
+
+
 # ------------------------------------------------------------------------------------------- bad input
 @pytest.fixture
 def refused(trained: Runs, script: Script, tmp_path: Path) -> Callable[..., str]:
@@ -627,6 +638,9 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
         (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
         (["--teacher", "tutor", "--which_epoch", "3"], "--which_epoch: is for runs"),
         (["--name", "tiny", "--save-features", "f.txt"], "f.txt: feature files end in .npz or .mat"),
+        (["--name", "tiny", "--save-features", f"{__file__}/f.npz"], "test_cli.py is no folder; give another file"),
+        (["--name", "x" * 300], "File name too long; mend that or give another path"),
+        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000: must lie between 1 and 1024"),
         (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
     ],
 )
@@ -781,6 +795,31 @@ def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, 
 
 
 @pytest.mark.parametrize(
+    "raised, words",
+    [
+        (PermissionError(13, "Permission denied", "closed/file"), "closed/file: Permission denied; mend that or give"),
+        (MemoryError(), "not enough memory (MemoryError); take smaller batches, images or networks"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory (CUDA out of memory."),
+    ],
+)
+def test_what_no_check_has_met_is_one_line_too(capsys: pytest.CaptureFixture, raised: Exception, words: str) -> None:
+    def main() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and words in line
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    for raised in (RuntimeError("a defect"), OSError("no file")):
+        with pytest.raises(type(raised), match=str(raised)):
+            run_cli(lambda raised=raised: (_ for _ in ()).throw(raised))
+
+
+@pytest.mark.parametrize(
     "seconds,best",
     [([4, 2.2, 2.1, 1], 4), ([4, 2.2, 2.1, 2.0], 2), ([4, 3.9, 8, 9], 1)],
     ids=["free cores", "two are free", "busy cores"],
@@ -809,11 +848,27 @@ def test_the_demo_goes_on_with_the_threads_it_had(copied: Runs) -> None:
     assert demo.threads_before(copied.run) is None
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--name", "a/b"], "must be a plain folder name"),
+        (["--teacher", "a/b"], "must be a plain folder name"),
+        (["--teacher", "demo"], "the two runs need names of their own"),
+        (["--seed", "-1"], "seed: "),
+        (["--threads", "0"], "--threads 0"),
+        (["--device", "tpu"], "--device tpu"),
+    ],
+)
+def test_the_demo_refuses_before_it_begins(script: Script, tmp_path: Path, options: list[str], words: str) -> None:
+    assert words in script("demo", "--output_path", tmp_path, "--data", tmp_path / "data", *options).error
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
-    demo.check_settings(trained.run, ["seed=0", "teacher=tutor"])
+    demo.check_settings(trained.run, {"seed": 0, "teacher": "tutor"})
     with pytest.raises(UserError, match="with seed 0, not 3; give other --name and --teacher"):
-        demo.check_settings(trained.run, ["teacher=tutor", "seed=3"])
-    demo.check_settings(trained.run / "gone", ["seed=3"])
+        demo.check_settings(trained.run, {"teacher": "tutor", "seed": 3})
+    demo.check_settings(trained.run / "gone", {"seed": 3})
 
 
 def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_an_unknown_key_suggests_the_nearest() -> None:
         (dict(batch_size=None), "batch_size"),
         (dict(teacher=5), "teacher: .*string"),
         (dict(gen=5), "gen: "),
+        (dict(task="Teacher", epochs=3), r"task: must be dgnet or teacher \(got 'Teacher'\)$"),
         (dict(gen=dict(tanh="perhaps")), "gen.tanh"),
         (dict(crop_image_height=-64), "crop_image_height: .*greater than or equal to 1.*-64"),
         (dict(gen=dict(dim=-4)), "gen.dim: .*-4"),

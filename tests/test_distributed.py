@@ -522,7 +522,7 @@ def test_gpu_ids_become_one_process_each(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     started = []
     monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 0)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TINY_DGNET))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"batch_size": 4}))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "c.yaml"), "--gpu_ids", "1,3"])
     assert load_script("train").main() == 0 and started == [(2, None, [1, 3])]
     ids = launch.parse_gpu_ids("1,3", None)
@@ -534,12 +534,29 @@ def test_gpu_ids_become_one_process_each(monkeypatch: pytest.MonkeyPatch, tmp_pa
         launch.own_device("cuda:1", None, 0, 2)
 
 
+def test_a_batch_that_cannot_be_shared_out_starts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("started"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"batch_size": 2}))
+    argv = ["train.py", "--config", str(tmp_path / "c.yaml"), "--processes", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match="batch_size 2 cannot be shared out equally over 3 processes"):
+        load_script("train").main()
+
+
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert [launch.count_processes(*given) for given in ((None, None), (3, None), (None, [4, 5]))] == [1, 3, 2]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="WORLD_SIZE 8: MASTER_ADDR is not set; start several processes with torchrun"):
+        launch.started()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "port")
+    with pytest.raises(UserError, match="must be numbers"):
+        launch.started()
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert launch.started() and launch.count_processes(None, [4, 5]) == 8
     with pytest.raises(UserError, match="torchrun has started 8"):
         launch.count_processes(2, None)

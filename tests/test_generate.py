@@ -498,6 +498,7 @@ def test_it_is_unfinished_from_the_first_change_on(
         (("--count", 4, "--which_epoch", 3), "--which_epoch 3: no such snapshot"),
         (("--count", 4, "--name", "nobody"), "no such run"),
         (("--count", 4, "--teacher", "nobody"), "no teacher of that name.*--no-soft-labels"),
+        (("--count", 4, "--teacher", ","), "--teacher ',': names no teacher"),
         (("--count", 4, "--data_root", "nowhere"), "no such folder.*--data_root DIR"),
         (("--count", 4, "--precision", "fp16"), "fp16"),
         (("--count", 4, "--gpu_ids", "0,x"), "--gpu_ids 0,x"),

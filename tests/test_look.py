@@ -27,7 +27,7 @@ from checkpoint import write_atomically
 from data.folders import find_images, read_split
 from data.images import decode_images, normalise
 from reid_eval.features import Features, load_features
-from reid_eval.index import SearchIndex, open_index
+from reid_eval.index import SearchIndex, fingerprint, open_index
 from reid_eval.ranking import Ranking, rank
 from reid_eval.top import best_scores, first_entries
 from reIDmodel import IdNet, build_id_net, build_teacher, enlarge
@@ -603,7 +603,7 @@ def test_damage_that_only_decoding_finds(search: Script, gallery: Path) -> None:
         (["--top", "0"], "--top 0: must be at least 1"),
         (["--approximate-from", "0"], "--approximate-from 0: must be at least 1"),
         (["--batchsize", "0"], "--batchsize 0: must be at least 1"),
-        (["--page", "notes.txt"], "--page notes.txt exists"),
+        (["--page", "notes.txt"], "--page notes.txt: must end in .html"),
         (["--index", "notes.txt"], "--index notes.txt: not a folder"),
         (["--index", "full"], "--index full: holds other files and no index"),
         (["--index", "notes.txt/below"], "notes.txt/below: cannot be made"),
@@ -623,6 +623,16 @@ def test_bad_input_of_search(
     before = snapshot(tmp_path)
     assert words in search(*options).error
     assert snapshot(tmp_path) == before and not (tmp_path / "index").exists()
+
+
+def test_a_fingerprint_is_of_all_that_features_depend_on() -> None:
+    found = []
+    for changes in ({}, {}, dict(pool="avg"), dict(stride=2)):
+        torch.manual_seed(0)
+        net = build_id_net("AB", 3, backbone="resnet10w4", **changes)
+        found.append(fingerprint(net, (64, 32)))
+    found.append(fingerprint(net, (64, 64)))
+    assert found[0] == found[1] and len(set(found)) == 4
 
 
 def test_a_named_page_is_kept_unless_forced(search: Script, tmp_path: Path) -> None:

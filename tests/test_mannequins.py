@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +250,46 @@ def test_broken_factors_are_named(tmp_path: Path, text: str) -> None:
         load_factors(tmp_path)
     with pytest.raises(UserError, match=r"factors\.json"):
         load_factors(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("appearance", "upper", [1, 2]),
+        ("appearance", "upper", "red"),
+        ("appearance", "upper_kind", "tartan"),
+        ("body", "height", "tall"),
+        ("body", "height", -5),
+        ("body", "height", 1e300),
+        ("body", "hair", "wig"),
+        ("shot", "camera", 99),
+        ("shot", "scale", 0),
+        ("shot", "noise_seed", -1),
+        ("shot", "light", float("nan")),
+    ],
+)
+def test_factors_that_cannot_be_drawn_are_named(folder: Path, tmp_path: Path, part: str, key: str, value: Any) -> None:
+    table = json.loads((folder / "factors.json").read_text())
+    entries = table["images" if part == "shot" else "people"]
+    next(iter(entries.values()))[part][key] = value
+    (tmp_path / "factors.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"factors\.json: .*make (it|the data set) again"):
+        load_factors(tmp_path)
+
+
+def test_an_image_of_nobody_is_named(folder: Path, tmp_path: Path) -> None:
+    table = json.loads((folder / "factors.json").read_text())
+    name, entry = next(iter(table["images"].items()))
+    entry["person"] = "4711"
+    (tmp_path / "factors.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=f"{name}: not what the renderer writes"):
+        load_factors(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/m: cannot be written .*; make room"):
+        make_dataset(tmp_path / "file" / "m", preset="tiny")
 
 
 def test_unknown_image_is_named(factors: Factors) -> None:

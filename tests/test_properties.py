@@ -629,6 +629,12 @@ def test_soft_labels() -> None:
     assert label(4, ORACLE, y_app=2, y_str=2) == pytest.approx([0, 0, 1, 0])
 
 
+def test_of_two_identities_that_the_teacher_rules_out_each_has_half() -> None:
+    prediction = torch.tensor([[1.0, 0.0, 0.0]])
+    q = L.soft_labels(prediction, torch.tensor([1]), torch.tensor([2]), style=4, num_classes=3, dtype=torch.float32)
+    assert q.tolist() == [[0, 0.5, 0.5]]
+
+
 def test_styles_that_need_no_teacher() -> None:
     assert label(2) == [0, 1, 0, 0]
     assert label(3) == [0.25] * 4
@@ -796,7 +802,8 @@ def test_momentum_that_begins_as_zeros_is_the_usual_first_step() -> None:
         torch.manual_seed(0)
         trainer = TeacherTrainer(cfg, 4, CPU, steps_per_epoch=1)
         if plain:
-            trainer.optimizer.state.clear()
+            recipe = dict(momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay, fused=True)
+            trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups, **recipe)
         for t in range(3):
             trainer.step(batch, t)
         found.append(copied_state(trainer.net))

@@ -195,6 +195,8 @@ def save_raw(path, sides, **changes):
         ({"gallery_f": np.full((50, 1024), np.nan, np.float32)}, "NaN or infinity in 50 of 50 rows"),
         ({"gallery_label": np.array(["a12"] * 50)}, "'a12'; identities must be whole numbers"),
         ({"query_label": np.full(30, 1.5)}, "not whole numbers"),
+        ({"query_label": np.full(30, 1e300)}, "not whole numbers"),
+        ({"query_f": np.full((30, 1024), 1e300)}, "NaN or infinity in 30 of 30 rows"),
         ({"gallery_f": np.empty((0, 1024), np.float32)}, "gallery_f is empty"),
         ({"query_cam": np.ones(29)}, "29 entries for 30 rows"),
         ({"query_cam": None}, "holds no query_cam"),
@@ -205,7 +207,7 @@ def save_raw(path, sides, **changes):
         ({"gallery_key": np.arange(50)}, "gallery_key does not hold"),
     ],
     ids=[
-        *("dimensions", "nan", "names", "fractions", "empty", "length", "missing"),
+        *("dimensions", "nan", "names", "fractions", "huge-label", "huge-feature", "empty", "length", "missing"),
         *("complex", "heads-word", "heads-number", "keys-length", "keys-numbers"),
     ],
 )
@@ -215,6 +217,20 @@ def test_bad_feature_files(tmp_path, sides, suffix, changes, message, script):
         load_features(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert script("reid_eval/evaluate", path).error == f"error: {error.value}"
+
+
+def test_features_whose_products_overflow_are_refused(tmp_path, sides, script):
+    """Each number is finite; the scores would be infinite or NaN, and ranked all the same."""
+    changes = {f"{side}_f": 1e25 * sides[side].features.reshape(-1, 1024) for side in ("query", "gallery")}
+    path = save_raw(tmp_path / "f.npz", sides, **changes)
+    assert "have no products in fp32; divide them by their norm" in script("reid_eval/evaluate", path).error
+
+
+def test_a_report_never_takes_the_place_of_a_feature_file(tmp_path, sides, script):
+    path = save_raw(tmp_path / "f.npz", sides)
+    before = path.read_bytes()
+    assert "is the name of a feature file" in script("reid_eval/evaluate", path, "--json", path).error
+    assert path.read_bytes() == before
 
 
 def test_a_sparse_mat_is_refused(tmp_path, sides):

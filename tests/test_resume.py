@@ -332,6 +332,21 @@ def test_a_change_that_matters_is_named(light: Runs) -> None:
     assert note.count(" was ") == 4  # and the one in the sentence
 
 
+def test_settings_of_a_resumed_run_are_kept(light: Runs) -> None:
+    """What it was resumed with holds for the command that is printed, too; the file from before stays."""
+    where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
+    folder, file = light.run("whole"), light.run("whole") / "config.yaml"
+    before = file.read_bytes()
+    outcome = clean(light.script(*where, "--set", "max_iter=5", "log_iter=3"))
+    assert "config.yaml now says how the run goes on; as it was: config_until_00000004.yaml" in outcome.out
+    assert (folder / "config_until_00000004.yaml").read_bytes() == before
+    assert {"max_iter": 5, "log_iter": 3}.items() <= yaml.safe_load(file.read_text()).items()
+    again = clean(light.script(*where, "--set", "max_iter=6"))
+    assert "resumed whole after 5 of 6 steps" in again.out
+    assert yaml.safe_load(file.read_text())["log_iter"] == 3
+    assert "resumed whole after 6 of 6 steps" in clean(light.script(*where)).out
+
+
 def test_what_matters_besides_the_config() -> None:
     cfg = tiny_config(lr_policy="cosine")
     manifest = dict(config=cfg.model_dump(mode="json"), circumstances={"device": "cpu, threads 1", "old": 1})
