@@ -75,6 +75,10 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
 
     Raises UserError when the folder holds a run and `resume` is false, or the other way round.
     """
+    try:
+        str(run.logs).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{run.logs}: TensorBoard needs a path in UTF-8; choose another --output_path") from None
     files = [run.config_file] + ([run.model / f for f in TEACHER_FILES] if cfg.task == "teacher" else [])
     present = [path for path in files if path.exists()]
     if resume:
@@ -87,17 +91,19 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
 
 
 def make_run_folder(run: RunFolder, cfg: Config) -> None:
-    """Make what is not there of a run's folder. The config comes first: a folder without one is no run."""
-    folder = run.path
+    """Make what is not there of a run's folders. In its own the config comes first: without one it is no run.
+
+    A teacher's is made too: whether it can be, shows now and not after the last epoch.
+    """
+    folder = run.model if isinstance(cfg, TeacherConfig) else run.path
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = run.path
         folder.mkdir(parents=True, exist_ok=True)
         if not run.config_file.exists():
             write_text(run.config_file, dump_config(cfg))
         for folder in (run.checkpoints, run.images):
             folder.mkdir(exist_ok=True)
-        if isinstance(cfg, TeacherConfig):
-            folder = run.model  # now, not after the last epoch, shows whether it can be made
-            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output_path") from None
 

@@ -35,8 +35,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
     So does what the system says of a file or a folder that no check has met, and a lack of memory.
     """
-    # Names of files are bytes: they are printed as they are, whatever they hold.
+    # Names of files are bytes: they are printed as they are, in errors escaped.
     sys.stdout.reconfigure(errors="surrogateescape")
+    sys.stderr.reconfigure(errors="backslashreplace")
     # Such images are refused, in words of our own.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:

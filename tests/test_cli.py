@@ -749,6 +749,19 @@ def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tm
     assert "cannot be written" in script(*start).error
 
 
+def test_an_output_path_in_no_encoding(trained: Runs, script: Script, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"d\xe9")
+    error = script("train", "--config", trained.config(), "--output_path", output).error
+    assert "TensorBoard needs a path in UTF-8" in error and not output.exists()
+
+
+def test_where_a_teacher_cannot_be_written_none_is_trained(trained: Runs, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    arguments = ("--config", trained.folder / "tiny-teacher.yaml", "--output_path", tmp_path)
+    assert "tiny-teacher: cannot be written (Not a directory)" in script("train", *arguments).error
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
 def test_a_run_that_stopped_before_its_first_snapshot_starts_again(copied: Runs, script: Script) -> None:
     weights = copied.run / "checkpoints" / "gen_00000006.pt"
     uninterrupted = torch.load(weights, weights_only=True)["a"]
