@@ -751,7 +751,7 @@ def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tm
 
 def test_an_output_path_in_no_encoding(trained: Runs, script: Script, tmp_path: Path) -> None:
     output = tmp_path / os.fsdecode(b"d\xe9")
-    error = script("train", "--config", trained.config(), "--output_path", output).error
+    error = script("train", "--config", trained.folder / "tiny-teacher.yaml", "--output_path", output).error
     assert "TensorBoard needs a path in UTF-8" in error and not output.exists()
 
 
