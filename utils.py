@@ -139,8 +139,10 @@ def set_threads(threads: int | None) -> None:
     import torch
 
     if threads is not None:
-        if not 1 <= threads <= 1024:
-            raise UserError(f"--threads {threads}: must lie between 1 and 1024")
+        if threads < 1:
+            raise UserError(f"--threads {threads}: must be at least 1")
+        if threads > 1024:
+            raise UserError(f"--threads {threads}: must be at most 1024")
         torch.set_num_threads(threads)
     keep_freed_memory()
 

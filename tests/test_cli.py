@@ -570,7 +570,7 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
         ([], ["--device", "meta"], "--device meta: not supported"),
         ([], ["--device", "cuda:99"], "--device cuda:99: "),
         (
-            [],
+            ["batch_size=4"],
             ["--gpu_ids", "0,1"],
             "--gpu_ids 0,1: this PyTorch sees no CUDA GPU; use --device cpu, with --processes N",
         ),
@@ -640,7 +640,7 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
         (["--name", "tiny", "--save-features", "f.txt"], "f.txt: feature files end in .npz or .mat"),
         (["--name", "tiny", "--save-features", f"{__file__}/f.npz"], "test_cli.py is no folder; give another file"),
         (["--name", "x" * 300], "File name too long; mend that or give another path"),
-        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000: must lie between 1 and 1024"),
+        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000: must be at most 1024"),
         (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
     ],
 )
