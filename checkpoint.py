@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from config import exact_settings
-from utils import UserError, check_zip, part_of, write_json
+from utils import UserError, check_zip, one_line, part_of, write_json
 
 
 class Damaged(UserError):
@@ -108,8 +108,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise Damaged(f"{path}: damaged or not a checkpoint ({reason}); replace the file") from None
+        raise Damaged(f"{path}: damaged or not a checkpoint ({one_line(error)}); replace the file") from None
 
 
 def require_plain(content: Any) -> None:
@@ -203,7 +202,7 @@ def read_manifest(folder: Path, iteration: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
+        raise Damaged(f"{path}: damaged ({one_line(error)})") from None
     try:
         whole = content["fingerprint"] == fingerprint(content["config"], content["circumstances"])
         whole = whole and content["iteration"] == iteration and isinstance(content["config"], dict)
@@ -460,9 +459,8 @@ def load_state(state: Any, trainer: Trainer, source: Path) -> None:
             optimizer.load_state_dict({"state": state[name]["state"], "param_groups": groups})
             require_shapes(optimizer)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{source}: optimiser '{name}' does not fit the network ({reason}); replace the file"
+                f"{source}: optimiser '{name}' does not fit the network ({one_line(error)}); replace the file"
             ) from None
     try:
         for name, scaler in trainer.scalers().items():
@@ -473,8 +471,8 @@ def load_state(state: Any, trainer: Trainer, source: Path) -> None:
         if state.get("cuda_rng") is not None and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{source}: not the scalers and random state of a run ({reason}); replace the file") from None
+        why = one_line(error)
+        raise UserError(f"{source}: not the scalers and random state of a run ({why}); replace the file") from None
 
 
 def require_shapes(optimizer: torch.optim.Optimizer) -> None:

@@ -364,8 +364,11 @@ def set_values(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return values
 
 
-def _schema(values: dict[str, Any]) -> type[Config]:
-    return TeacherConfig if values.get("task") == "teacher" else DGNetConfig
+def _schema(values: dict[str, Any], source: str) -> type[Config]:
+    task = values.get("task", "dgnet")
+    if task not in ("dgnet", "teacher"):
+        raise UserError(f"{source}: task: must be dgnet or teacher (got {_shown(task)})")
+    return TeacherConfig if task == "teacher" else DGNetConfig
 
 
 def _section(model: type[BaseModel], location: tuple) -> type[BaseModel]:
@@ -403,10 +406,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     if dead:
         print(f"note: {source}: {', '.join(dead)}: read by nothing, in the release and here", file=sys.stderr)
     values = {key: value for key, value in values.items() if key not in DEAD_KEYS}
-    if values.get("task", "dgnet") not in ("dgnet", "teacher"):
-        # Its keys would all be checked against the wrong schema.
-        raise UserError(f"{source}: task: must be dgnet or teacher (got {_shown(values['task'])})")
-    model = _schema(values)
+    model = _schema(values, source)
     if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
         print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)
     try:
@@ -418,7 +418,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 def of_another_version(values: dict[str, Any], source: str) -> dict[str, Any]:
     """A run folder's values with the release's fallbacks and without unknown keys, which are named in a warning."""
-    model = _schema(values)
+    model = _schema(values, source)
     kept: dict[str, Any] = (RELEASE_FALLBACKS if model is DGNetConfig else {}) | {"data_root": ""}
     unknown = []
     for key, value in values.items():

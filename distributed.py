@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from checkpoint import Trainer
-from utils import UserError
+from utils import UserError, one_line
 
 T = TypeVar("T")
 BUCKET_BYTES = 32 * 2**20  # of gradients in one message: while it travels the next one is packed
@@ -54,9 +54,9 @@ def reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        why = one_line(error)
         raise ProcessLost(
-            f"another process of this run has ended or cannot be reached, so all end; continue with --resume ({reason})"
+            f"another process of this run has ended or cannot be reached, so all end; continue with --resume ({why})"
         ) from None
 
 

@@ -248,9 +248,6 @@ class IdNetNormal(IdNet):
         self.pool = StripePool(pool, 1)
         self.classifier = Head(self.channels, num_classes, dropout=dropout)
 
-    def extra_repr(self) -> str:
-        return f"norm_id={self.norm_id}"
-
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         m = feature_map(self.model, x)
         f = self.part_pool(m).flatten(1)  # (N, 8192)

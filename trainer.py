@@ -118,9 +118,10 @@ class NesterovSGD(torch.optim.SGD):
         super().__init__(groups, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
 
     def step(self, closure: None = None) -> None:
-        for weight in (weight for group in self.param_groups for weight in group["params"]):
-            if weight.grad is not None and "momentum_buffer" not in self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        if not self.state:
+            for weight in (weight for group in self.param_groups for weight in group["params"]):
+                if weight.grad is not None:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         super().step(closure)
 
 

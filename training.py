@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,26 @@ class Session:
     trainer: DGNetTrainer | TeacherTrainer
     max_iter: int
     snapshot_iter: int
+
+    @cached_property
+    def circumstances(self) -> dict[str, Any]:
+        """What besides the config decides the numbers of a run; its snapshots remember it."""
+        images = self.loaders[0].images
+        names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
+        cpu = self.device.type == "cpu"
+        found = {
+            "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
+            "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device),
+            "processes": distributed.world_size(),
+            "PyTorch": str(torch.__version__),
+            "images resized by": self.loaders[0].resized_by,
+        }
+        if isinstance(self.trainer, DGNetTrainer) and self.trainer.teachers:
+            found["teachers"] = digest_weights(*self.trainer.teachers)[:8]
+        if isinstance(self.cfg, TeacherConfig) and self.cfg.extra_data is not None:
+            manifest = resolve_data_root(self.cfg.extra_data) / MANIFEST
+            found["extra_data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]
+        return found
 
 
 def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
@@ -182,25 +203,6 @@ def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
     return x_a, x_b
 
 
-def circumstances(s: Session) -> dict[str, Any]:
-    """What besides the config decides the numbers of a run; its snapshots remember it."""
-    images = s.loaders[0].images
-    names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
-    cpu = s.device.type == "cpu"
-    teachers = getattr(s.trainer, "teachers", [])
-    others = {"teachers": digest_weights(*teachers)[:8]} if teachers else {}
-    if isinstance(s.cfg, TeacherConfig) and s.cfg.extra_data is not None:
-        manifest = resolve_data_root(s.cfg.extra_data) / MANIFEST
-        others["extra_data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]
-    return others | {
-        "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
-        "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(s.device),
-        "processes": distributed.world_size(),
-        "PyTorch": str(torch.__version__),
-        "images resized by": s.loaders[0].resized_by,
-    }
-
-
 def resume_command(run: RunFolder) -> str:
     """The command that continues a run."""
     where = "" if run.output_path == ROOT else f" --output_path {run.output_path}"
@@ -226,9 +228,9 @@ def train(s: Session, *, resume: str | None) -> int:
     distributed.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     distributed.start_together(s.trainer, start, s.device)
-    if resume is not None and start < s.max_iter and distributed.is_main():
-        update_config(run, cfg, start)
     if start < s.max_iter:
+        if resume is not None and distributed.is_main():
+            update_config(run, cfg, start)
         with ExitStack() as stack:
             board = stack.enter_context(Board(run.logs, start)) if distributed.is_main() else None
             if board is not None:
@@ -264,7 +266,7 @@ def restore(s: Session, resume: str) -> int:
     if iteration is not None and distributed.is_main() and (aside := set_aside(run.checkpoints, networks, start)):
         print(f"the snapshots after {start} steps are now in {aside}")
     manifest = read_manifest(run.checkpoints, start)
-    changed = changed_settings(manifest, cfg, circumstances(s)) if manifest else {}
+    changed = changed_settings(manifest, cfg, s.circumstances) if manifest else {}
     if changed and start < s.max_iter:
         listing = ", ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
         print(f"note: this will not be the run that was never stopped: {listing}", file=sys.stderr)
@@ -404,7 +406,7 @@ def save(s: Session, finite: FiniteWatch, done: int) -> None:
     if not distributed.is_main():
         return
     keep_folder(s)
-    save_snapshot(s.run.checkpoints, s.trainer, done, circumstances(s))
+    save_snapshot(s.run.checkpoints, s.trainer, done, s.circumstances)
     every = s.cfg.keep_every * (s.loaders[0].batches_per_epoch if isinstance(s.cfg, TeacherConfig) else 1)
     networks = NETWORKS[s.cfg.task]
     prune_snapshots(s.run.checkpoints, networks, done, keep_last=s.cfg.keep_last, keep_every=every)

@@ -42,32 +42,36 @@ def run_cli(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`... | head`); there is nobody to tell.
         os._exit(141)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        told = in_words(error)
+        if told is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; mend that or give another path", file=sys.stderr)
-        sys.exit(UserError.status)
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch's own lacks of memory: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        print(f"error: not enough memory ({short(error)}); take smaller batches, images or networks", file=sys.stderr)
-        sys.exit(UserError.status)
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.status)
 
 
-def short(error: BaseException) -> str:
-    """An error's message in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else f"{text[:120]}..."
+def in_words(error: Exception) -> UserError | None:
+    """What to tell the user of an error; None for a defect, which needs its traceback."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; mend that or give another path")
+    # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
+    no_room = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if no_room or isinstance(error, MemoryError):
+        return UserError(f"not enough memory ({one_line(error)}); take smaller batches, images or networks")
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of bearable length; its kind where it has none."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def own_command() -> str:
@@ -260,7 +264,7 @@ def read_json(path: Path, remedy: str) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({short(error)}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import training
 from benchmarks.ablation_cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
 from benchmarks.ablation_drawing import draw, drawing_processes
 from benchmarks.machine import clock_of
-from checkpoint import manifest_path, snapshots
+from checkpoint import manifest_path, read_manifest, snapshots
 from config import Config, exact_settings, load_config
 from data.archives import Image
 from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
@@ -261,11 +260,12 @@ def copy_start(study: Study, run: Run, cfg: Config) -> None:
     if snapshots(folder.checkpoints, NETWORKS["dgnet"]):
         return
     make_run_folder(folder, cfg)
-    manifest = manifest_path(source.checkpoints, common_steps(cfg))
-    if not manifest.is_file():
-        raise UserError(f"{manifest}: the runs of this seed start from there; remove {source.path} to train it again")
+    path = manifest_path(source.checkpoints, common_steps(cfg))
+    manifest = read_manifest(source.checkpoints, common_steps(cfg))
+    if manifest is None:
+        raise UserError(f"{path}: the runs of this seed start from there; remove {source.path} to train it again")
     # The manifest comes last: it is what makes a snapshot complete.
-    for name in [*json.loads(manifest.read_text())["files"], manifest.name]:
+    for name in [*manifest["files"], path.name]:
         target = folder.checkpoints / name
         if not target.exists():
             place(source.checkpoints / name, target, copy=False)

@@ -365,10 +365,12 @@ def _is_person(person: Person) -> bool:
     """Whether the renderer can draw someone."""
     a, b = person.appearance, person.body
     colours = (a.upper, a.upper_second, a.lower, a.shoes, a.skin, b.hair_tone, b.bag_tone)
-    kinds = a.upper_kind in UPPER_KINDS and a.lower_kind in LOWER_KINDS and a.sleeves in ("long", "short")
-    kinds = kinds and b.hair in HAIR_STYLES and b.bag in BAGS
     return (
-        kinds
+        a.upper_kind in UPPER_KINDS
+        and a.sleeves in ("long", "short")
+        and a.lower_kind in LOWER_KINDS
+        and b.hair in HAIR_STYLES
+        and b.bag in BAGS
         and all(len(c) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in c) for c in colours)
         and all(0.5 <= size <= 2 for size in (b.height, b.build))
     )
@@ -377,7 +379,7 @@ def _is_person(person: Person) -> bool:
 def _is_sight(sight: Sight, people: dict[str, Person]) -> bool:
     """Whether the renderer can draw a shot, and knows who is in it."""
     shot = sight.shot
-    lengths = (shot.x, shot.foot, shot.pan, shot.light, shot.light_side, *shot.tint, shot.noise, shot.occluder_x)
+    lengths = (shot.x, shot.foot, shot.light, shot.light_side, *shot.tint, shot.noise, shot.occluder_x)
     return (
         sight.person in people
         and shot.occluder in ("none", *OCCLUDERS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.folders import read_split
-from utils import UserError, check_zip, make_folder, write_whole
+from utils import UserError, check_zip, make_folder, one_line, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -153,11 +153,9 @@ def check_feature_file(path: Path | str) -> None:
     """Raise UserError for a name that `save_features` has no format for, or in what is no folder."""
     if Path(path).suffix not in (".npz", ".mat"):
         raise UserError(f"{path}: feature files end in .npz or .mat")
-    for parent in Path(path).absolute().parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise UserError(f"{path}: {parent} is no folder; give another file")
-            break
+    nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path}: {nearest} is no folder; give another file")
 
 
 def save_features(path: Path | str, query: Features, gallery: Features, multi: Features | None = None) -> list[Path]:
@@ -249,17 +247,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
         except Exception as error:  # zipfile, zlib, struct, ... : each kind of damage has its own
-            raise UserError(f"{path}: not a readable .npz feature file ({_line(error)}); {remedy}") from None
+            raise UserError(f"{path}: not a readable .npz feature file ({one_line(error)}); {remedy}") from None
     from reid_eval.matfile import read_mat
 
     try:
         return read_mat(path, growth=GROWTH)
     except Exception as error:
-        raise UserError(f"{path}: not a readable .mat file ({_line(error)}); {remedy}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path}: not a readable .mat file ({one_line(error)}); {remedy}") from None
 
 
 def _side(arrays: dict[str, np.ndarray], field: str, path: Path) -> Features:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import digest_weights
 from data.folders import check_images, find_images
 from reid_eval.top import main_setting
-from utils import UserError, check_zip, make_folder, part_of, write_whole
+from utils import UserError, check_zip, make_folder, one_line, part_of, write_whole
 
 INDEX_FILE = "index.npz"
 FORMAT = 1
@@ -286,8 +286,8 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
             raise ValueError("a file is listed twice")
         return about, vectors
     except Exception as error:  # of zipfile, zlib, json, faiss, ...: each kind of damage has its own
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: not a readable index ({reason}); delete its folder or give another --index") from None
+        why = one_line(error)
+        raise UserError(f"{path}: not a readable index ({why}); delete its folder or give another --index") from None
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from gen_eval.score import PUBLISHED_NOTE, score_cells
 from reid_eval.evaluate import COLUMNS, ROW_LABELS
 from reid_eval.ranking import BOTH
 from runs import RunFolder, find_teacher
-from utils import UserError
+from utils import UserError, read_json
 
 T = TypeVar("T")
 DIFFERENCE = "mAP - teacher"
@@ -63,10 +62,7 @@ def show(value: object) -> str:
 def results(folder: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The JSON files of a folder that hold `key`. Raises UserError for one that cannot be read."""
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}); make it again") from None
+        content = read_json(path, "make it again")
         if isinstance(content, dict) and key in content:
             yield path, content
 
