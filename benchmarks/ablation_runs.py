@@ -31,7 +31,7 @@ from data.pairs import Batch, augment
 from data.prepare import Task, place, prepare
 from gen_eval.against_truth import ask_teacher
 from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
-from gen_eval.swaps import draw_swaps, measure_swaps, shrink
+from gen_eval.swaps import clothes_shares, draw_swaps, measure_swaps, shrink
 from reid_eval.features import extract_data_set
 from reid_eval.ranking import rank
 from reIDmodel import IdNet, enlarge, feature_map
@@ -324,13 +324,14 @@ def score_reid(net: nn.Module, root: Path, size: tuple[int, int], device: torch.
     }
 
 
-def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, float]:
+def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, Any]:
     """Swaps of query images against the renderer's.
 
     changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
     brightness, colour  the generated swaps' in two parts (`image_errors`)
     reduction      1 - changed / copy
     ssim           with the true swaps
+    shares         whose clothes they wear (`clothes_shares`)
     rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
     fid, fid_of_true      to the real images of query and gallery, by the pooled trunk of seed 0's teacher
     """
@@ -340,6 +341,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, f
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
     found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
+    found["shares"] = clothes_shares(swaps)
     recognised, _ = ask_teacher(model, root, study.factors, swaps, count=count, seed=0)
     for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
         found[key] = recognised[row]["official"]["rank1"]

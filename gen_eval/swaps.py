@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from data.folders import ImageList
@@ -149,6 +150,37 @@ def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
         name: {key: float(values[counted].mean()) for key, values in row.items()} | {"pairs": int(counted.sum())}
         for name, row in rows.items()
     }
+
+
+def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
+    """Whose clothes the generated swaps wear: `{part: {"structure": a, "truth": b}}` for "shade", "pattern", "colour".
+
+    Least squares over the changed pixels of all swaps together, each side less its mean: what a generated swap shows is
+    a times the structure image and b times the true swap. A copy has (1, 0), the true swap (0, 1); with (0, 0) the
+    swaps have nothing of either. Of the channels' mean, which the structure encoder sees of a gray image, "shade" is
+    the part that a Gaussian blur with a sixteenth of the height as sigma leaves, "pattern" the rest; "colour" is what
+    the channels' mean leaves. Raises UserError where no swap changes a pixel.
+    """
+    true, copy = swaps.images["true"], swaps.images["copy"]
+    changed = np.abs(true.astype(int) - copy).max(axis=3) >= CHANGED
+    if not changed.any():
+        raise UserError("none of the true swaps changes a pixel; draw more swaps")
+
+    def parts(images: np.ndarray) -> dict[str, np.ndarray]:
+        gray = images.mean(axis=3)
+        sigma = images.shape[1] / 16
+        shade = gaussian_filter(gray, (0, sigma, sigma))
+        found = {"shade": shade, "pattern": gray - shade, "colour": images - gray[..., None]}
+        return {name: values[changed] for name, values in found.items()}  # (pixels,) or (pixels, 3)
+
+    generated, structure, truth = (parts(swaps.images[name]) for name in ("generated", "copy", "true"))
+    shares = {}
+    for name, shown in generated.items():
+        sides = np.stack([structure[name], truth[name]], axis=-1)
+        sides, shown = (sides - sides.mean(axis=0)).reshape(-1, 2), (shown - shown.mean(axis=0)).reshape(-1)
+        found, *_ = np.linalg.lstsq(sides, shown, rcond=None)
+        shares[name] = dict(zip(("structure", "truth"), found.tolist(), strict=True))
+    return shares
 
 
 # ------------------------------------------------------------------------------------- does the teacher agree

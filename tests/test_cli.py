@@ -895,6 +895,9 @@ def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
     assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
     assert f"{images['generated']['psnr']:.1f}" in out and f"{100 * seen['true']['official']['mAP']:.1f}" in out
     assert set(seen) == set(written["top1"]) == {"appearance", "true", *images}
+    shares = written["shares"]
+    assert set(shares) == {"shade", "pattern", "colour"}
+    assert f"pattern {100 * shares['pattern']['structure']:.0f} and {100 * shares['pattern']['truth']:.0f} %" in out
     assert "brightness" in out and f"{images['copy']['colour']:.1f}" in out
     teacher = shell(tmp_path, "gen_eval/against_truth", "--name", "tutor", "--output_path", copied.folder)
     assert "tutor is a teacher's run and generates nothing" in teacher.error

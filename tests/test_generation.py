@@ -17,6 +17,7 @@ from gen_eval.swaps import (
     Swaps,
     choose_pairs,
     classify,
+    clothes_shares,
     draw_swaps,
     image_errors,
     measure_swaps,
@@ -96,6 +97,37 @@ def test_truth_and_copy_are_the_two_ends(mannequins: Path) -> None:
     assert copied["reconstruction"]["psnr"] == MOST_PSNR
     assert perfect["other"]["changed"] > 20 and perfect["other"] == copied["other"]
     assert len(swaps.appearance) == 6 and (swaps.images["copy"] != swaps.images["true"]).any()
+
+
+def test_whose_clothes_the_swaps_wear() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.arange(64)[:, None, None]
+
+    def dressed(i: int, stripes: int, colour: tuple[int, ...]) -> np.ndarray:
+        shade = 100 + 30 * (i % 2) + (rows > 32) * 20 * (i % 3)
+        pattern = 20 * np.where(rows // stripes % 2, 1, -1)
+        return np.broadcast_to(shade + pattern + np.array(colour), (64, 32, 3)).astype(np.uint8)
+
+    colours = rng.permuted(np.tile([-24, 0, 24], (8, 1)), axis=1)
+    true = np.stack([dressed(i, 3, colours[i]) for i in range(8)])
+    copy = np.stack([dressed(i // 2, 2, colours[(i + 3) % 8][::-1]) for i in range(8)])
+
+    def shares(generated: np.ndarray) -> dict[str, list[float]]:
+        swaps = Swaps(np.arange(8), np.arange(8), {"true": true, "copy": copy, "generated": generated})
+        return {part: [share["structure"], share["truth"]] for part, share in clothes_shares(swaps).items()}
+
+    assert list(shares(true)) == ["shade", "pattern", "colour"]
+    for generated, expected in ((true, [0, 1]), (copy, [1, 0]), (np.full_like(true, 90), [0, 0])):
+        assert np.allclose(list(shares(generated).values()), expected, atol=1e-6)
+    mixed = shares(np.round(0.7 * copy + 0.2 * true).astype(np.uint8))
+    assert np.allclose(list(mixed.values()), [0.7, 0.2], atol=0.01)
+    # The structure image with the truth's colours keeps its own brightness.
+    gray = copy.mean(axis=3, keepdims=True) + true - true.mean(axis=3, keepdims=True)
+    recoloured = shares(np.round(gray).astype(np.uint8))
+    assert np.allclose(recoloured["colour"], [0, 1], atol=0.02)
+    assert np.allclose([recoloured["shade"], recoloured["pattern"]], [1, 0], atol=0.02)
+    with pytest.raises(UserError, match="none of the true swaps changes a pixel"):
+        clothes_shares(Swaps(np.arange(8), np.arange(8), {"true": true, "copy": true, "generated": true}))
 
 
 def test_pairs_join_three_people_and_depend_on_the_seed_alone() -> None:

@@ -27,6 +27,7 @@ from config import changed_from_default, parse_config
 from data.folders import read_split
 from data.images import decode_images, normalise
 from data.mannequins import load_factors
+from gen_eval.against_truth import describe_shares
 from gen_eval.swaps import draw_swaps, measure_swaps
 from reIDmodel import build_teacher
 from runs import RunFolder
@@ -205,6 +206,7 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     swaps = json.loads((place.run.path / "swaps.json").read_text())
     (table,) = (rows for label, rows in read.tables.items() if label.startswith("Swaps against"))
     assert table[1][:2] == ["generated swap", f"{swaps['generated']:.1f}"]
+    assert f"Clothes of the structure image and of the truth in them: {describe_shares(swaps['shares'])}" in read.text
     (table,) = (rows for label, rows in read.tables.items() if "differ from the default" in label)
     assert ["max_iter", "4", "100000"] in table and ["data_root", str(place.data), "required"] in table
     assert not any(row[0] == "gan_w" for row in table)

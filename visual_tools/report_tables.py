@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from config import Config, DGNetConfig, changed_from_default, flat_settings
-from gen_eval.against_truth import swap_table
+from gen_eval.against_truth import describe_shares, swap_table
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PUBLISHED_NOTE, score_cells
 from reid_eval.evaluate import COLUMNS, ROW_LABELS
@@ -158,8 +158,11 @@ def swaps_table(result: dict[str, Any]) -> Table:
         f"the structure image {result['copy']:.1f}, that is {100 * result['reduction']:.1f} % below. Rank-1, mAP: "
         "does the teacher find the owner of the clothes; top-1: does its classifier say so, for training images."
     )
+    notes = [note]
+    if "shares" in result:  # not in a file of an earlier version
+        notes.append(f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.")
     cells = [[words(label), *map(number, row)] for label, row in rows.items()]
-    return Table(caption, ["images", *heads], cells, 1, [note], frozenset({0}))
+    return Table(caption, ["images", *heads], cells, 1, notes, frozenset({0}))
 
 
 def generation_tables(run: RunFolder) -> list[Table]:
