@@ -330,6 +330,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
     brightness, colour  the generated swaps' in two parts (`image_errors`)
     reduction      1 - changed / copy
+    recoloured     L1 of copies in the true swap's colours, what a generator without a say in brightness comes to
     ssim           with the true swaps
     shares         whose clothes they wear (`clothes_shares`)
     rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
@@ -341,6 +342,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
     found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
+    found["recoloured"] = rows["recoloured"]["changed"]
     found["shares"] = clothes_shares(swaps)
     recognised, _ = ask_teacher(model, root, study.factors, swaps, count=count, seed=0)
     for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):

@@ -22,6 +22,7 @@ TRAINING_SWAPS = 256  # at most, for top-1
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
+    "recoloured": "copy in the true swap's colours",
     "other": "true swap, third person's clothes",
     "reconstruction": "reconstruction (truth: its input)",
     "true": "true swap",

@@ -28,7 +28,7 @@ from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
 MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
-COMPARED = ("generated", "copy", "reconstruction", "other")
+COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Swaps:
     generated              by the model
     true                   by the renderer
     copy                   the structure image itself
+    recoloured             the structure image with the true swap's colours on its own brightness (`recolour`)
     reconstruction         the structure image by the model, from its own two codes
     other                  the renderer's swap with the appearance of a third person
     """
@@ -104,7 +105,17 @@ def draw_swaps(
     for name, role in (("true", 0), ("other", 2)):
         true = [shrink(factors.true_swap(names[row[role]], names[row[1]]), size) for row in chosen]
         drawn[name] = np.stack(true)
+    drawn["recoloured"] = recolour(drawn["copy"], drawn["true"])
     return Swaps(chosen[:, 0], chosen[:, 1], drawn)
+
+
+def recolour(structure: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """What colours alone can do: each pixel's mean over the channels from `structure`, the rest from `true`.
+
+    Both (n, H, W, 3) uint8. A generator that takes all brightness from the structure image comes no further.
+    """
+    signed = structure.mean(axis=3, keepdims=True) + true - true.mean(axis=3, keepdims=True)
+    return signed.clip(0, 255).round().astype(np.uint8)
 
 
 def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:

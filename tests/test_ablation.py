@@ -104,6 +104,7 @@ def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps, c
     # A net of eight steps draws nothing that looks real; true swaps do.
     assert 0 <= generation["fid_of_true"] < generation["fid"]
     assert 0 < generation["brightness"] <= generation["changed"] <= generation["brightness"] + generation["colour"]
+    assert 0 < generation["recoloured"] < generation["copy"]
     assert set(generation["shares"]) == {"shade", "pattern", "colour"}
     text = (finished / "table-val.md").read_text()
     assert "| both " in text and "2 of 2 runs" in text and str(finished) not in text

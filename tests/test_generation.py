@@ -22,6 +22,7 @@ from gen_eval.swaps import (
     image_errors,
     measure_swaps,
     recognise,
+    recolour,
     shrink,
 )
 from reid_eval.features import Features, embed_images
@@ -67,6 +68,14 @@ def test_the_error_of_brightness_and_of_colour() -> None:
     assert nothing["brightness"].tolist() == nothing["colour"].tolist() == [0, 0, 0]
 
 
+def test_recoloured_is_bright_as_the_structure_image() -> None:
+    structure, true = np.full((1, 2, 2, 3), 60, np.uint8), np.full((1, 2, 2, 3), (120, 90, 60), np.uint8)
+    assert (recolour(structure, true) == (90, 60, 30)).all() and (recolour(true, structure) == 90).all()
+    assert (recolour(true, true) == true).all()
+    dark = recolour(np.zeros_like(true), true)
+    assert (dark == (30, 0, 0)).all()  # what would be below black is black
+
+
 def test_ssim_of_constant_images_is_the_term_of_the_means() -> None:
     a, b = torch.full((1, 3, 32, 16), 90, dtype=torch.uint8), torch.full((1, 3, 32, 16), 140, dtype=torch.uint8)
     c1 = (0.01 * 255) ** 2
@@ -91,6 +100,10 @@ def test_truth_and_copy_are_the_two_ends(mannequins: Path) -> None:
     swaps = draw_swaps(drawn, factors, images, **settings)
     perfect = measure_swaps(swaps)
     copied = measure_swaps(draw_swaps(lambda _, x_str: x_str, factors, images, **settings))
+    assert 0 < perfect["recoloured"]["changed"] < perfect["copy"]["changed"]
+    assert (
+        perfect["recoloured"] == copied["recoloured"] and perfect["recoloured"]["colour"] < 3
+    )  # clipped here and there
     assert perfect["generated"]["changed"] == 0 and perfect["generated"]["psnr"] == MOST_PSNR
     assert perfect["generated"]["ssim"] == pytest.approx(1) and perfect["reconstruction"]["ssim"] > 0.95  # JPEG
     assert perfect["copy"] == copied["copy"] == copied["generated"] and copied["copy"]["changed"] > 20
@@ -157,14 +170,14 @@ def test_recognition_asks_for_the_appearance() -> None:
 
     images = ImageList([Path(f"{i}.png") for i in range(3)], np.array([1, 2, 3]), np.array([1, 1, 1]))
     i, j = np.array([0, 1, 2]), np.array([1, 2, 0])
-    rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, reconstruction=j, other=j)
+    rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, recoloured=i, reconstruction=j, other=j)
     swaps = Swaps(i, j, {name: painted(colours.tolist()) for name, colours in rows.items()})
     net = Colour()
     known = embed_images(net, normalise(torch.from_numpy(painted([0, 1, 2])).permute(0, 3, 1, 2))).numpy()
     gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
     found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"), batch_size=2)
     top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"), batch_size=2)
-    expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, reconstruction=1, other=0)
+    expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
 
