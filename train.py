@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from config import Config
+    from runs import RunFolder
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,6 +58,16 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     return load_config(file, args.set + weights, strict=not own_folder), name
 
 
+def resume_command(args: argparse.Namespace, run: RunFolder) -> str:
+    """The command that continues a run on the same hardware; its folder has the settings."""
+    from utils import ROOT
+
+    options = {"--name": run.name, "--output_path": None if run.output_path == ROOT else run.output_path}
+    options |= {f"--{key}": getattr(args, key) for key in ("gpu_ids", "processes", "device", "threads")}
+    given = [word for key, value in options.items() if value is not None for word in (key, str(value))]
+    return shlex.join(["python", "train.py", "--resume", *given])
+
+
 def main() -> int:
     args = parse_args()
 
@@ -82,7 +94,8 @@ def run_training(args: argparse.Namespace, device: torch.device) -> int:
     set_threads(args.threads)
     seed_everything(cfg.seed)
     run = open_run(args.output_path, name)
-    session = training.prepare(cfg, run, device, resume=args.resume is not None)
+    command = resume_command(args, run)
+    session = training.prepare(cfg, run, device, resume=args.resume is not None, command=command)
     if args.dry_run:
         print(training.describe(session))
         return 0

@@ -51,7 +51,7 @@ from runs import (
 )
 from runs import training_images as read_training_images
 from trainer import DGNetTrainer, TeacherTrainer, pick_precision
-from utils import ROOT, UserError, own_command, set_deterministic, write_whole
+from utils import UserError, own_command, set_deterministic, write_whole
 from visual_tools.grid import paint_pairs
 
 EXCHANGE_SIGNALS = 10  # steps after which several processes tell each other of signals to stop
@@ -61,7 +61,7 @@ SHOWN = {"dgnet": ("gen_total", "dis_total", "recon_x_a", "id", "teacher"), "tea
 
 @dataclass
 class Session:
-    """Everything that the loop needs, built and checked."""
+    """Everything that the loop needs, built and checked. `command` is what continues the run when it was stopped."""
 
     cfg: Config
     run: RunFolder
@@ -72,6 +72,7 @@ class Session:
     trainer: DGNetTrainer | TeacherTrainer
     max_iter: int
     snapshot_iter: int
+    command: str
 
     @cached_property
     def circumstances(self) -> dict[str, Any]:
@@ -94,7 +95,9 @@ class Session:
         return found
 
 
-def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
+def prepare(
+    cfg: Config, run: RunFolder, device: torch.device, *, resume: bool, command: str = "the same command"
+) -> Session:
     """Check the data and build loaders and trainer; nothing is written."""
     set_deterministic(cfg.deterministic)
     if cfg.precision == "auto":
@@ -139,7 +142,7 @@ def prepare(cfg: Config, run: RunFolder, device: torch.device, *, resume: bool) 
         max_iter, snapshot_iter = cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch
     else:
         max_iter, snapshot_iter = cfg.max_iter, cfg.snapshot_save_iter
-    return Session(cfg, run, device, images, classes, loaders, trainer, max_iter, snapshot_iter)
+    return Session(cfg, run, device, images, classes, loaders, trainer, max_iter, snapshot_iter, command)
 
 
 def describe(s: Session) -> str:
@@ -203,12 +206,6 @@ def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
     return x_a, x_b
 
 
-def resume_command(run: RunFolder) -> str:
-    """The command that continues a run."""
-    where = "" if run.output_path == ROOT else f" --output_path {run.output_path}"
-    return f"python train.py --resume --name {run.name}{where}"
-
-
 def train(s: Session, *, resume: str | None) -> int:
     """Run the loop from the start, or from a snapshot, to the last iteration or to a signal.
 
@@ -243,7 +240,7 @@ def train(s: Session, *, resume: str | None) -> int:
         if done < s.max_iter:
             print(
                 f"stopped by {stop.received.name} after {done} of {s.max_iter} steps, which are saved; "
-                f"continue with: {resume_command(run)}",
+                f"continue with: {s.command}",
                 file=sys.stderr,
             )
             return 128 + stop.received
@@ -293,7 +290,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: 
             if t > saved and distributed.world_size() == 1:
                 save(s, finite, t)
                 saved = t
-            raise UserError(f"{error}; {saved} steps are saved, continue with: {resume_command(s.run)}") from None
+            raise UserError(f"{error}; {saved} steps are saved, continue with: {s.command}") from None
         terms = distributed.average_terms(trainer.step(*batches, t))
         finite.note(t, terms)
         skipped.note()

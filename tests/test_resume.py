@@ -174,7 +174,8 @@ def test_a_stopped_dgnet_goes_on_as_if_nothing_had_happened(undisturbed: Runs, s
     stopped = runs.train("parts", at=(2, send(signal.SIGTERM)), **settings)
     assert stopped.code == 128 + signal.SIGTERM
     (line,) = lines(stopped, "stopped by SIGTERM after 3 of 6 steps")
-    assert line.endswith(f"continue with: python train.py --resume --name parts --output_path {runs.folder}")
+    again = f"python train.py --resume --name parts --output_path {runs.folder} --device cpu"
+    assert line.endswith(f"continue with: {again}")
     assert sorted(runs.traces["parts"]) == [0, 1, 2]
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
 
