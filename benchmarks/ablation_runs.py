@@ -344,7 +344,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
     found["recoloured"] = rows["recoloured"]["changed"]
     found["shares"] = clothes_shares(swaps)
-    recognised, _ = ask_teacher(model, root, study.factors, swaps, count=count, seed=0)
+    recognised, _ = ask_teacher(model, root, swaps)
     for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
         found[key] = recognised[row]["official"]["rank1"]
 

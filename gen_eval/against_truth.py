@@ -14,11 +14,10 @@ from utils import UserError, run_cli, write_json
 from visual_tools.figure import add_run_arguments
 
 if TYPE_CHECKING:
-    from data.mannequins import Factors
     from gen_eval.swaps import Swaps
     from visual_tools.swapper import Swapper
 
-TRAINING_SWAPS = 256  # at most, for top-1
+TRAINING_SWAPS = 256  # at most, for top-1 and for what the run's own heads say
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
@@ -28,7 +27,12 @@ LABELS = {
     "true": "true swap",
     "appearance": "the appearance image itself",
 }
-
+READ = {
+    "generated": "generated swap",
+    "true": "true swap",
+    "generated clothes": "generated on the changed pixels, true elsewhere",
+    "true clothes": "true on the changed pixels, generated elsewhere",
+}
 # Columns of the table by the keys of `image_errors`, with their decimals.
 ERRORS = {
     "changed": ("L1 changed", 1),
@@ -50,15 +54,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def ask_teacher(
-    model: Swapper, root: Path, factors: Factors, swaps: Swaps, *, count: int, seed: int
+    model: Swapper, root: Path, swaps: Swaps, training: Swaps | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the run's first teacher recognises: re-identification of swaps of test images, top-1 of training ones.
+    """What the run's first teacher recognises: re-identification of swaps of test images, top-1 of `training` ones.
 
-    The second is empty where the teacher's classes are not the data set's training identities. Raises UserError for
-    a run without a teacher, or one whose files are not there.
+    The second is empty without them, or where the teacher's classes are not the data set's training identities. Raises
+    UserError for a run without a teacher, or one whose files are not there.
     """
     from data.folders import read_split
-    from gen_eval.swaps import classify, draw_swaps, recognise
+    from gen_eval.swaps import classify, recognise
     from reid_eval.features import Features, extract_features
     from runs import find_teacher, load_teacher
 
@@ -72,11 +76,12 @@ def ask_teacher(
     features = extract_features(net, gallery.paths, height=size[0], width=size[1], batch_size=64, device=model.device)
     known = Features(features, gallery.pids, gallery.camids)
     by_reid = recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
-    train = read_split(root, "train_all")
-    if train.num_classes != net.heads()[0].classifier[0].out_features:
+    if training is None:
         return by_reid, {}
-    swaps = draw_swaps(model.swap, factors, train, size=model.size, count=min(count, TRAINING_SWAPS), seed=seed)
-    return by_reid, classify(net, size, swaps, train.labels(), device=model.device)
+    people = read_split(root, "train_all")
+    if people.num_classes != net.heads()[0].classifier[0].out_features:
+        return by_reid, {}
+    return by_reid, classify(net, size, training, people.labels(), device=model.device)
 
 
 def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
@@ -111,6 +116,24 @@ def describe_shares(shares: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {structure} and {truth} %" for name, structure, truth in parts)
 
 
+def reading_table(read: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
+    """The table of `name_people`'s result: heads of the columns, and the cells of each row by its label."""
+    heads = [f"{head}: {whose}" for head, sides in next(iter(read.values())).items() for whose in sides]
+    rows = {
+        READ[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
+        for row, by_head in read.items()
+    }
+    return heads, rows
+
+
+def format_readings(read: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The same for a terminal."""
+    heads, rows = reading_table(read)
+    lines = [" " * 51 + "".join(f"{head:>20}" for head in heads)]
+    lines += [f"  {label:49}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in rows.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = parse_args()
     if args.count < 1:
@@ -120,7 +143,7 @@ def main() -> None:
 
     from data.folders import data_set_name, other_data_set, read_split
     from data.mannequins import load_factors
-    from gen_eval.swaps import clothes_shares, draw_swaps, measure_swaps
+    from gen_eval.swaps import clothes_shares, draw_swaps, measure_swaps, name_people
     from runs import resolve_data_root
     from visual_tools.swapper import open_swapper
 
@@ -145,10 +168,17 @@ def main() -> None:
         "images": rows,
         "shares": clothes_shares(swaps),
     }
+    training = None
     try:
-        result["recognised"], result["top1"] = ask_teacher(
-            model, root, factors, swaps, count=args.count, seed=args.seed
-        )
+        people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
+        training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
+    except UserError as error:
+        print(f"swaps of training images are left out: {error}")
+    known = model.id_net.heads()[0].classifier[0].out_features
+    if training and people.num_classes == known and root == resolve_data_root(model.cfg.data_root):
+        result["read"] = name_people(model.id_net, model.size, training, people.labels(), device=model.device)
+    try:
+        result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
     except UserError as error:
         print(f"recognition by the teacher is left out: {error}")
     print(
@@ -162,6 +192,9 @@ def main() -> None:
             f"Rank-1, mAP: teacher {model.cfg.teachers[0]}, these images as queries for the appearance identity "
             "(official convention); top-1: its classes, swaps of training images"
         )
+    if "read" in result:
+        print(f"whom the run's own heads name, of {count} swaps of training images, percent")
+        print(format_readings(result["read"]))
     # swaps.json is always about the data set that the config names.
     file = run.path / f"swaps{other_data_set(root, resolve_data_root(model.cfg.data_root))}.json"
     write_json(file, result)

@@ -22,12 +22,13 @@ from gen_eval.similarity import ssim
 from reid_eval.evaluate import report
 from reid_eval.features import Features, embed_images
 from reid_eval.top import main_setting
-from reIDmodel import enlarge
+from reIDmodel import IdNet, enlarge
 from utils import UserError
 from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
 MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
+HEADS = {1: ["head"], 2: ["primary", "fine-grained"]}  # names by their number; more are parts
 COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 
 
@@ -253,6 +254,41 @@ def classify(
             with torch.inference_mode():
                 right += int((net(enlarge(x))[1][0].argmax(1).cpu() == wanted[k : k + batch_size]).sum())
         found[row] = right / len(wanted)
+    return found
+
+
+def name_people(
+    net: IdNet, size: tuple[int, int], swaps: Swaps, labels: np.ndarray, *, device: torch.device, batch_size: int = 64
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Whom each head of a run's own `net` names, in eval mode: `{row: {head: {"structure": a, "clothes": b}}}`.
+
+    Shares of the images that are given the class of the structure image, and of the appearance image. Rows besides the
+    generated and the true swaps: "generated clothes" are generated on the pixels that the true swap changes and true
+    elsewhere, "true clothes" the other way round.
+
+    labels  (number of images,) class of every image of the list that `swaps` were drawn from
+    """
+    generated, true = swaps.images["generated"], swaps.images["true"]
+    changed = (np.abs(true.astype(int) - swaps.images["copy"]).max(axis=3) >= CHANGED)[..., None]
+    rows = {"generated": generated, "true": true}
+    rows |= {
+        "generated clothes": np.where(changed, generated, true),
+        "true clothes": np.where(changed, true, generated),
+    }
+    wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
+    found = {}
+    for row, images in rows.items():
+        parts = []
+        for k in range(0, len(images), batch_size):
+            with torch.inference_mode():
+                _, p = net(enlarge(_as_input(images[k : k + batch_size], size).to(device)))
+            parts.append([head.argmax(dim=1).cpu().numpy() for head in p])
+        named = [np.concatenate(head) for head in zip(*parts, strict=True)]
+        names = HEADS.get(len(named), [f"head {k + 1}" for k in range(len(named))])
+        found[row] = {
+            name: {whose: float((given == y).mean()) for whose, y in wanted.items()}
+            for name, given in zip(names, named, strict=True)
+        }
     return found
 
 

@@ -21,6 +21,7 @@ from gen_eval.swaps import (
     draw_swaps,
     image_errors,
     measure_swaps,
+    name_people,
     recognise,
     recolour,
     shrink,
@@ -180,6 +181,33 @@ def test_recognition_asks_for_the_appearance() -> None:
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
+
+
+def test_whom_the_heads_name() -> None:
+    """The first head goes by the clothes, the second by the hair: channels of the lower and of the upper half."""
+
+    class Halves(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            upper, lower = x.chunk(2, dim=2)
+            return x, (lower.mean((2, 3)), upper.mean((2, 3)))
+
+    def painted(hair: np.ndarray, clothes: np.ndarray) -> np.ndarray:
+        images = np.zeros((len(hair), 32, 16, 3), np.uint8)
+        images[np.arange(len(hair)), :16, :, hair] = 255
+        images[np.arange(len(hair)), 16:, :, clothes] = 255
+        return images
+
+    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])  # classes of clothes and of structure
+    images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
+    swaps = Swaps(i, j, images)
+    found = name_people(Halves(), (32, 16), swaps, np.arange(3), device=torch.device("cpu"), batch_size=2)
+    assert list(found) == ["generated", "true", "generated clothes", "true clothes"]
+    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in found.items()}
+    assert list(found["true"]) == ["primary", "fine-grained"]
+    third = pytest.approx(1 / 3)
+    assert named["true"] == [(0, 1), (1, 0)]
+    assert named["generated"] == named["generated clothes"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
+    assert named["generated clothes"][1] == (1, 0) and named["true clothes"] == [(0, 1), (0, 1)]
 
 
 def test_images_come_back_from_normalised_space() -> None:
