@@ -153,6 +153,8 @@ class DGNetConfig(CommonConfig):
     # ---- teacher and draws
     teacher: str = "best"  # name under models/, several separated by commas
     teacher_style: Annotated[int, Field(ge=0, le=4)] = 0  # soft label of the fakes (section 7)
+    # What the id net learns from (added). recoloured: the swaps' colours on the structure image's brightness.
+    fed_back: Literal["generated", "recoloured"] = "generated"
     use_encoder_again: Annotated[float, Field(allow_inf_nan=False)] = (
         0.5  # probability of the live structure encoder on the fakes
     )

@@ -26,8 +26,8 @@ from data.pairs import Batch
 from distributed import average_gradients, is_main, own_rows, world_size
 from networks import Discriminator, Generator, weights_frozen
 from reIDmodel import IdNet, build_id_net, build_teacher, enlarge, frozen, same_statistics
-from structure_input import structure_input
-from utils import UserError
+from structure_input import structure_input, to_gray
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 Rng = np.random.Generator
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -158,6 +158,15 @@ def random_erase(x: Tensor, p: float, rng: np.random.Generator) -> Tensor:
     return x.masked_fill(erased[:, None], 0)
 
 
+def recolour(structure: Tensor, x: Tensor, least: Tensor, greatest: Tensor) -> Tensor:
+    """Colours of `x` on the brightness of `structure`, both normalised (N, 3, H, W), within the range of pixels.
+
+    Brightness is the mean over the channels, which the structure encoder sees of a gray image.
+    """
+    x = L.full(x)
+    return (to_gray(structure) + x - to_gray(x)).clamp(least, greatest)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The arithmetic of the passes, by what `pick_precision` returns."""
     dtype = AUTOCAST[precision]
@@ -240,6 +249,9 @@ class DGNetTrainer:
         self.gen = Generator(code_dim=self.id_net.code_dim, **cfg.gen.model_dump())
         self.dis = Discriminator(**cfg.dis.model_dump(exclude={"LAMBDA"}))
         self.teachers = [place(teacher, device, cfg.channels_last).eval() for teacher in teachers]
+        mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+        black_and_white = np.stack([-mean / std, (1 - mean) / std], dtype=np.float32)
+        self.pixel_range = torch.from_numpy(black_and_white).view(2, 3, 1, 1).to(device)
         self.vgg = vgg.to(device).eval() if vgg is not None else None
         for net in self.networks().values():
             place(net, device, cfg.channels_last).train()
@@ -474,7 +486,10 @@ class DGNetTrainer:
 
     def fed_back(self, a: Batch, b: Batch, g: Generated, rng: Rng) -> tuple[Tensor, Tensor]:
         """The images of the teacher loss, x_ba and x_ab: besides the real ones, all that the id net learns from."""
-        return g.x_ba.detach(), g.x_ab.detach()
+        x_ba, x_ab = g.x_ba.detach(), g.x_ab.detach()
+        if self.cfg.fed_back == "generated":
+            return x_ba, x_ab
+        return recolour(b.x, x_ba, *self.pixel_range), recolour(a.x, x_ab, *self.pixel_range)
 
     # ---------------------------------------------------------------------------------- passes
     def classify(self, *images: Tensor) -> list[tuple[Tensor, L.Logits]]:

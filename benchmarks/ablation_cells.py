@@ -51,6 +51,8 @@ CELLS: dict[str, Cell] = {
     "style_2": Cell("dgnet", BOTH, {"teacher_style": 2}, "teacher style 2: one-hot of the appearance"),
     "style_3": Cell("dgnet", BOTH, {"teacher_style": 3}, "teacher style 3: uniform"),
     "style_4": Cell("dgnet", BOTH, {"teacher_style": 4}, "teacher style 4: of the two identities alone"),
+    # ---- what is fed back: the generated colours on the structure image's brightness
+    "recoloured": Cell("dgnet", BOTH, {"fed_back": "recoloured"}, "swaps recoloured before they are fed back"),
     # ---- gradient through the appearance code
     "live_f": Cell("dgnet", BOTH, {"detach_f": False}, "gradient through the appearance code"),
     # ---- Figure 8; alpha 0 is `primary_only`, the preset's own is `both`
@@ -74,7 +76,7 @@ FROM_SCRATCH = dict(
     warm_teacher_iter=400,
 )
 # Settings without effect in the `common_steps`: until their end, runs that differ in nothing else are one run.
-LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "detach_f"}
+LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "detach_f"}
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,8 @@ def reading_table(read: dict[str, dict[str, dict[str, float]]]) -> tuple[list[st
 def format_readings(read: dict[str, dict[str, dict[str, float]]]) -> str:
     """The same for a terminal."""
     heads, rows = reading_table(read)
-    lines = [" " * 51 + "".join(f"{head:>20}" for head in heads)]
-    lines += [f"  {label:49}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in rows.items()]
+    lines = [" " * 51 + "".join(f"{head:>25}" for head in heads)]
+    lines += [f"  {label:49}" + "".join(f"{cell:>25}" for cell in cells) for label, cells in rows.items()]
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "channels_last": dict(channels_last=True),
     "deterministic": dict(deterministic=True),
     "running statistics": dict(train_bn=False),
+    "recoloured": dict(fed_back="recoloured"),
     "live code": dict(detach_f=False),
     "parts": dict(ID_style="PCB"),
     "one head": dict(ID_style="normal", norm_id=True),

@@ -16,11 +16,12 @@ from torch import Tensor
 
 import losses as L
 import trainer as trainer_module
+from data.images import normalise
 from data.pairs import Batch
 from guards import FiniteWatch
 from networks import Discriminator, Generator, SelfAttention
 from reIDmodel import Shortcut, build_id_net, build_teacher, build_trunk, enlarge, frozen
-from trainer import DGNetTrainer, TeacherTrainer, autocast, has_bf16, random_erase
+from trainer import DGNetTrainer, TeacherTrainer, autocast, has_bf16, random_erase, recolour
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -645,6 +646,41 @@ def test_several_teachers_are_averaged() -> None:
     assert label(0, ORACLE, other) == pytest.approx([0.475, 0.175, 0.125, 0.225])
     assert label(1, ORACLE, other) == [1, 0, 0, 0]
     assert label(4, ORACLE, other) == pytest.approx([0, 0.175 / 0.4, 0, 0.225 / 0.4])
+
+
+def test_recoloured_swaps_have_their_colours_and_the_brightness_of_the_structure_image() -> None:
+    trainer = tiny_trainer(tiny_config(fed_back="recoloured"))
+    a, b = random_batches(trainer.cfg)
+    a, b = a._replace(x=a.x / 4), b._replace(x=b.x / 4)  # nothing near black or white
+    g = trainer.compose(trainer.encode(a, b, rng()))
+    g.x_ba, g.x_ab = g.x_ba / 4, g.x_ab / 4
+    for image, swap, structure in zip(trainer.fed_back(a, b, g, rng()), (g.x_ba, g.x_ab), (b.x, a.x), strict=True):
+        assert not image.requires_grad
+        torch.testing.assert_close(image.mean(1), structure.mean(1))
+        torch.testing.assert_close(image - image.mean(1, keepdim=True), swap - swap.mean(1, keepdim=True))
+    for image, swap in zip(tiny_trainer(tiny_config()).fed_back(a, b, g, rng()), (g.x_ba, g.x_ab), strict=True):
+        assert torch.equal(image, swap)
+    black, white = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    far = recolour(b.x, 100 * g.x_ba, *trainer.pixel_range)
+    assert (far >= black - 1e-5).all() and (far <= white + 1e-5).all() and far.max() > far.min()
+    half = recolour(b.x, g.x_ba.bfloat16(), *trainer.pixel_range)
+    assert half.dtype == torch.float32
+
+
+def test_recolouring_reaches_the_id_net_alone() -> None:
+    """The generator and D make the same step."""
+
+    def stepped(fed_back: str) -> DGNetTrainer:
+        torch.manual_seed(0)
+        cfg = tiny_config(**ALL_LOSSES | dict(fed_back=fed_back))
+        trainer = tiny_trainer(cfg, teachers=[build_teacher(4, backbone="resnet10w4")])
+        trainer.step(*random_batches(cfg), 3)
+        return trainer
+
+    own, other = stepped("generated"), stepped("recoloured")
+    for name in ("gen", "dis"):
+        assert_same_state(own.networks()[name], copied_state(other.networks()[name]))
+    assert any(not torch.equal(p, q) for p, q in zip(own.id_net.parameters(), other.id_net.parameters(), strict=True))
 
 
 # --------------------------------------------------------------------------------------- whole steps
