@@ -60,8 +60,11 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
 
 def resume_command(args: argparse.Namespace, run: RunFolder) -> str:
     """The command that continues a run on the same hardware; its folder has the settings."""
+    import launch
     from utils import ROOT
 
+    if launch.started() and args.processes is None and args.gpu_ids is None:
+        return f"the same torchrun command with train.py --resume --name {shlex.quote(run.name)}"
     options = {"--name": run.name, "--output_path": None if run.output_path == ROOT else run.output_path}
     options |= {f"--{key}": getattr(args, key) for key in ("gpu_ids", "processes", "device", "threads")}
     given = [word for key, value in options.items() if value is not None for word in (key, str(value))]

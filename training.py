@@ -61,7 +61,7 @@ SHOWN = {"dgnet": ("gen_total", "dis_total", "recon_x_a", "id", "teacher"), "tea
 
 @dataclass
 class Session:
-    """Everything that the loop needs, built and checked. `command` is what continues the run when it was stopped."""
+    """Everything that the loop needs, built and checked. `command` continues the run when it was stopped."""
 
     cfg: Config
     run: RunFolder

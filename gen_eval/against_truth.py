@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gen_eval.swaps import Swaps
     from visual_tools.swapper import Swapper
 
-TRAINING_SWAPS = 256  # at most, for top-1 and for what the run's own heads say
+TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's own heads name
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
@@ -27,11 +27,11 @@ LABELS = {
     "true": "true swap",
     "appearance": "the appearance image itself",
 }
-READ = {
+NAMED = {
     "generated": "generated swap",
     "true": "true swap",
-    "generated clothes": "generated on the changed pixels, true elsewhere",
-    "true clothes": "true on the changed pixels, generated elsewhere",
+    "generated changed": "generated on the changed pixels, true elsewhere",
+    "true changed": "true on the changed pixels, generated elsewhere",
 }
 # Columns of the table by the keys of `image_errors`, with their decimals.
 ERRORS = {
@@ -93,11 +93,11 @@ def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]
         errors = result["images"].get(row, {})  # in a file of an earlier version without some
         cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
         if asked:
-            official = result["recognised"][row]["official"]
+            official = result["recognised"].get(row, {}).get("official", {})
             top1 = result["top1"].get(row)
-            cells += [f"{100 * official[key]:.1f}" for key in ("rank1", "mAP")]
+            cells += [f"{100 * official[key]:.1f}" if official else "-" for key in ("rank1", "mAP")]
             cells += [f"{100 * top1:.1f}" if top1 is not None else "-"]
-        if errors or asked:
+        if errors or asked and row in result["recognised"]:
             rows[label] = cells
     return heads, rows
 
@@ -116,21 +116,22 @@ def describe_shares(shares: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {structure} and {truth} %" for name, structure, truth in parts)
 
 
-def reading_table(read: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
+def named_table(named: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
     """The table of `name_people`'s result: heads of the columns, and the cells of each row by its label."""
-    heads = [f"{head}: {whose}" for head, sides in next(iter(read.values())).items() for whose in sides]
+    heads = [f"{head}: {whose}" for head, sides in next(iter(named.values())).items() for whose in sides]
     rows = {
-        READ[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
-        for row, by_head in read.items()
+        NAMED[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
+        for row, by_head in named.items()
     }
     return heads, rows
 
 
-def format_readings(read: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The same for a terminal."""
-    heads, rows = reading_table(read)
-    lines = [" " * 51 + "".join(f"{head:>25}" for head in heads)]
-    lines += [f"  {label:49}" + "".join(f"{cell:>25}" for cell in cells) for label, cells in rows.items()]
+def format_named(named: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The same for a terminal: a line for each head."""
+    heads, rows = named_table(named)
+    lines = [" " * 28 + "".join(f"  {label}" for label in rows)]
+    for k, head in enumerate(heads):
+        lines.append(f"  {head:26}" + "".join(f"  {cells[k]:>{len(label)}}" for label, cells in rows.items()))
     return "\n".join(lines)
 
 
@@ -168,15 +169,16 @@ def main() -> None:
         "images": rows,
         "shares": clothes_shares(swaps),
     }
-    training = None
+    # Classes are people of the run's own data set.
+    elsewhere, training = other_data_set(root, resolve_data_root(model.cfg.data_root)), None
     try:
-        people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
-        training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
+        if not elsewhere:
+            people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
+            training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
     except UserError as error:
         print(f"swaps of training images are left out: {error}")
-    known = model.id_net.heads()[0].classifier[0].out_features
-    if training and people.num_classes == known and root == resolve_data_root(model.cfg.data_root):
-        result["read"] = name_people(model.id_net, model.size, training, people.labels(), device=model.device)
+    if training and people.num_classes == model.id_net.heads()[0].classifier[0].out_features:
+        result["named"] = name_people(model.id_net, training, people.labels(), device=model.device)
     try:
         result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
     except UserError as error:
@@ -192,11 +194,10 @@ def main() -> None:
             f"Rank-1, mAP: teacher {model.cfg.teachers[0]}, these images as queries for the appearance identity "
             "(official convention); top-1: its classes, swaps of training images"
         )
-    if "read" in result:
-        print(f"whom the run's own heads name, of {count} swaps of training images, percent")
-        print(format_readings(result["read"]))
-    # swaps.json is always about the data set that the config names.
-    file = run.path / f"swaps{other_data_set(root, resolve_data_root(model.cfg.data_root))}.json"
+    if "named" in result:
+        print(f"whom the run's own heads name, {count} swaps of training images, percent")
+        print(format_named(result["named"]))
+    file = run.path / f"swaps{elsewhere}.json"  # swaps.json is always about the data set that the config names
     write_json(file, result)
     print(f"written to {file}")
 

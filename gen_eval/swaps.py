@@ -28,7 +28,7 @@ from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
 MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
-HEADS = {1: ["head"], 2: ["primary", "fine-grained"]}  # names by their number; more are parts
+HEADS = {1: ["head"], 2: ["primary", "fine-grained"]}  # of styles normal and AB, by their number; PCB has parts
 COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 
 
@@ -113,7 +113,7 @@ def draw_swaps(
 def recolour(structure: np.ndarray, true: np.ndarray) -> np.ndarray:
     """What colours alone can do: each pixel's mean over the channels from `structure`, the rest from `true`.
 
-    Both (n, H, W, 3) uint8. A generator that takes all brightness from the structure image comes no further.
+    Both (n, H, W, 3) uint8. `trainer.recolour` does so with normalised images, whose mean is what the encoder sees.
     """
     signed = structure.mean(axis=3, keepdims=True) + true - true.mean(axis=3, keepdims=True)
     return signed.clip(0, 255).round().astype(np.uint8)
@@ -145,18 +145,23 @@ def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> 
     }
 
 
+def changed_pixels(swaps: Swaps) -> np.ndarray:
+    """(n, H, W) bool: where the true swap differs from the structure image. Raises UserError where no swap does."""
+    changed = np.abs(swaps.images["true"].astype(int) - swaps.images["copy"]).max(axis=3) >= CHANGED
+    if not changed.any():
+        raise UserError("none of the true swaps changes a pixel; draw more swaps")
+    return changed
+
+
 def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
     """`{row: {key: mean}}` for COMPARED and the keys of `image_errors`, over the swaps that change anything.
 
     The truth is the true swap; that of the reconstruction is the structure image. All are measured on the same
     changed pixels. Raises UserError where no swap changes a pixel.
     """
-    true, copy = swaps.images["true"], swaps.images["copy"]
-    changed = np.abs(true.astype(int) - copy).max(axis=3) >= CHANGED
+    true, truths = swaps.images["true"], {"reconstruction": swaps.images["copy"]}
+    changed = changed_pixels(swaps)
     counted = changed.any(axis=(1, 2))
-    if not counted.any():
-        raise UserError("none of the true swaps changes a pixel; draw more swaps")
-    truths = {"reconstruction": copy}
     rows = {name: image_errors(swaps.images[name], truths.get(name, true), changed) for name in COMPARED}
     return {
         name: {key: float(values[counted].mean()) for key, values in row.items()} | {"pairs": int(counted.sum())}
@@ -164,33 +169,39 @@ def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
     }
 
 
+def take_apart(images: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Images (n, H, W, 3) as a sum of parts on the changed pixels (n, H, W): "shade", "pattern" (n, H, W, 1), "colour".
+
+    Of the channels' mean, which the structure encoder sees of a gray image, "shade" is what a Gaussian blur within the
+    changed pixels leaves, with a sixteenth of the height as sigma, and "pattern" the rest. "colour" (n, H, W, 3) is the
+    image less that mean.
+    """
+    gray, sigma = images.mean(axis=3), images.shape[1] / 16
+
+    def blur(values: np.ndarray) -> np.ndarray:
+        return gaussian_filter(values, (0, sigma, sigma))
+
+    # Unchanged pixels are the same in structure image and truth; mixed in, they would look like a share of both.
+    shade = np.where(changed, blur(gray * changed) / np.maximum(blur(changed.astype(np.float64)), 1e-9), gray)
+    parts = {"shade": shade, "pattern": gray - shade}
+    return {name: part[..., None] for name, part in parts.items()} | {"colour": images - gray[..., None]}
+
+
 def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
-    """Whose clothes the generated swaps wear: `{part: {"structure": a, "truth": b}}` for "shade", "pattern", "colour".
+    """Whose clothes the generated swaps wear: `{part: {"structure": a, "truth": b}}` for the parts of `take_apart`.
 
     Least squares over the changed pixels of all swaps together, each side less its mean: what a generated swap shows is
     a times the structure image and b times the true swap. A copy has (1, 0), the true swap (0, 1); with (0, 0) the
-    swaps have nothing of either. Of the channels' mean, which the structure encoder sees of a gray image, "shade" is
-    the part that a Gaussian blur with a sixteenth of the height as sigma leaves, "pattern" the rest; "colour" is what
-    the channels' mean leaves. Raises UserError where no swap changes a pixel.
+    swaps have nothing of either. Raises UserError where no swap changes a pixel.
     """
-    true, copy = swaps.images["true"], swaps.images["copy"]
-    changed = np.abs(true.astype(int) - copy).max(axis=3) >= CHANGED
-    if not changed.any():
-        raise UserError("none of the true swaps changes a pixel; draw more swaps")
-
-    def parts(images: np.ndarray) -> dict[str, np.ndarray]:
-        gray = images.mean(axis=3)
-        sigma = images.shape[1] / 16
-        shade = gaussian_filter(gray, (0, sigma, sigma))
-        found = {"shade": shade, "pattern": gray - shade, "colour": images - gray[..., None]}
-        return {name: values[changed] for name, values in found.items()}  # (pixels,) or (pixels, 3)
-
-    generated, structure, truth = (parts(swaps.images[name]) for name in ("generated", "copy", "true"))
+    changed = changed_pixels(swaps)
+    sides = (take_apart(swaps.images[name], changed) for name in ("generated", "copy", "true"))
+    generated, structure, truth = ({name: part[changed] for name, part in side.items()} for side in sides)
     shares = {}
     for name, shown in generated.items():
-        sides = np.stack([structure[name], truth[name]], axis=-1)
-        sides, shown = (sides - sides.mean(axis=0)).reshape(-1, 2), (shown - shown.mean(axis=0)).reshape(-1)
-        found, *_ = np.linalg.lstsq(sides, shown, rcond=None)
+        both = np.stack([structure[name], truth[name]], axis=-1)  # (pixels, 1 or 3, 2)
+        both, shown = (both - both.mean(axis=0)).reshape(-1, 2), (shown - shown.mean(axis=0)).reshape(-1)
+        found, *_ = np.linalg.lstsq(both, shown, rcond=None)
         shares[name] = dict(zip(("structure", "truth"), found.tolist(), strict=True))
     return shares
 
@@ -258,33 +269,30 @@ def classify(
 
 
 def name_people(
-    net: IdNet, size: tuple[int, int], swaps: Swaps, labels: np.ndarray, *, device: torch.device, batch_size: int = 64
+    net: IdNet, swaps: Swaps, labels: np.ndarray, *, device: torch.device, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Whom each head of a run's own `net` names, in eval mode: `{row: {head: {"structure": a, "clothes": b}}}`.
 
     Shares of the images that are given the class of the structure image, and of the appearance image. Rows besides the
-    generated and the true swaps: "generated clothes" are generated on the pixels that the true swap changes and true
-    elsewhere, "true clothes" the other way round.
+    generated and the true swaps: "generated changed" is generated on the pixels that the true swap changes and true
+    elsewhere, "true changed" the other way round.
 
     labels  (number of images,) class of every image of the list that `swaps` were drawn from
     """
-    generated, true = swaps.images["generated"], swaps.images["true"]
-    changed = (np.abs(true.astype(int) - swaps.images["copy"]).max(axis=3) >= CHANGED)[..., None]
+    generated, true, changed = swaps.images["generated"], swaps.images["true"], changed_pixels(swaps)[..., None]
     rows = {"generated": generated, "true": true}
-    rows |= {
-        "generated clothes": np.where(changed, generated, true),
-        "true clothes": np.where(changed, true, generated),
-    }
+    rows["generated changed"] = np.where(changed, generated, true)
+    rows["true changed"] = np.where(changed, true, generated)
     wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
     found = {}
     for row, images in rows.items():
         parts = []
         for k in range(0, len(images), batch_size):
+            x = normalise(torch.from_numpy(images[k : k + batch_size]).permute(0, 3, 1, 2)).to(device)
             with torch.inference_mode():
-                _, p = net(enlarge(_as_input(images[k : k + batch_size], size).to(device)))
-            parts.append([head.argmax(dim=1).cpu().numpy() for head in p])
+                parts.append([p.argmax(dim=1).cpu().numpy() for p in net(enlarge(x))[1]])
         named = [np.concatenate(head) for head in zip(*parts, strict=True)]
-        names = HEADS.get(len(named), [f"head {k + 1}" for k in range(len(named))])
+        names = HEADS.get(len(named), [f"part {k + 1}" for k in range(len(named))])
         found[row] = {
             name: {whose: float((given == y).mean()) for whose, y in wanted.items()}
             for name, given in zip(names, named, strict=True)

@@ -35,6 +35,7 @@ from visual_tools.curves import draw, group, read_scalars
 from visual_tools.grid import to_uint8
 from visual_tools.page import Hit, Result, write_page
 from visual_tools.report_pictures import data_uri
+from visual_tools.report_tables import swaps_table
 from visual_tools.swapper import load_swapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,7 +208,7 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     (table,) = (rows for label, rows in read.tables.items() if label.startswith("Swaps against"))
     assert table[1][:2] == ["generated swap", f"{swaps['generated']:.1f}"]
     (table,) = (rows for label, rows in read.tables.items() if label.startswith("Whom the run's own"))
-    share = swaps["read"]["true clothes"]["fine-grained"]["clothes"]
+    share = swaps["named"]["true changed"]["fine-grained"]["clothes"]
     assert table[4] == ["true on the changed pixels, generated elsewhere", *table[4][1:4], f"{100 * share:.1f}"]
     assert f"Clothes of the structure image and of the truth in them: {describe_shares(swaps['shares'])}" in read.text
     (table,) = (rows for label, rows in read.tables.items() if "differ from the default" in label)
@@ -220,6 +221,20 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     # The command that trained, from the log, and not only the one that would train again.
     assert f"train.py --config {place.folder}" in read.text and "Trained with" in read.text
     assert "report.py --name" in read.text and "cores" in read.text
+
+
+def test_swaps_of_an_earlier_version_are_shown(place: Place, page: Path) -> None:
+    """Without the rows, shares and names that came later."""
+    swaps = json.loads((place.run.path / "swaps.json").read_text())
+    for key in ("shares", "named"):
+        del swaps[key]
+    for found in (swaps["images"], swaps["recognised"], swaps["top1"]):
+        del found["recoloured"]
+    table = swaps_table(swaps)
+    labels = [row[0].text for row in table.rows]
+    assert (
+        labels[:2] == ["generated swap", "copy of the structure image"] and len(labels) == 6 and len(table.notes) == 1
+    )
 
 
 def test_the_page_has_everything_within(page: Path) -> None:

@@ -24,6 +24,7 @@ from conftest import (
     TINY_DGNET,
     TINY_TEACHER,
     Outcome,
+    load_script,
     merged,
     random_batches,
     tiny_config,
@@ -34,6 +35,7 @@ import training
 from benchmarks import kill_test
 from checkpoint import changed_settings
 from guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
+from runs import RunFolder
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError
 
@@ -371,6 +373,32 @@ def test_keep_last_and_keep_every(runs: Runs) -> None:
     clean(runs.train("T", config=TEACHER, keep_last=1, keep_every=3, epochs=4))
     per_epoch = max(runs.traces["T"]) // 4 + (max(runs.traces["T"]) % 4 > 0)
     assert kept("T") == [3 * per_epoch, 4 * per_epoch], "every third epoch's"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", "python train.py --resume --name 'my run'"),
+        ("--processes 2 --threads 1", "python train.py --resume --name 'my run' --processes 2 --threads 1"),
+        ("--gpu_ids 0,1 --device cuda", "python train.py --resume --name 'my run' --gpu_ids 0,1 --device cuda"),
+        ("--output_path out", f"python train.py --resume --name 'my run' --output_path {ROOT / 'out'}"),
+    ],
+)
+def test_the_command_that_continues(options: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("train")
+    monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
+    args = script.parse_args()
+    run = RunFolder(ROOT / args.output_path if args.output_path else ROOT, "my run")
+    assert script.resume_command(args, run) == expected
+
+
+def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("train")
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    for argv, start in ((["train.py"], "the same torchrun command"), (["train.py", "--processes", "2"], "python")):
+        monkeypatch.setattr(sys, "argv", argv)  # the second: what train.py itself has started
+        assert script.resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
 
 
 # ---------------------------------------------------------------------------------------------- signals

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from config import Config, DGNetConfig, changed_from_default, flat_settings
-from gen_eval.against_truth import describe_shares, reading_table, swap_table
+from gen_eval.against_truth import describe_shares, named_table, swap_table
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PUBLISHED_NOTE, score_cells
 from reid_eval.evaluate import COLUMNS, ROW_LABELS
@@ -165,12 +165,12 @@ def swaps_table(result: dict[str, Any]) -> Table:
     return Table(caption, ["images", *heads], cells, 1, notes, frozenset({0}))
 
 
-def readings_table(read: dict[str, dict[str, dict[str, float]]]) -> Table:
+def people_table(named: dict[str, dict[str, dict[str, float]]]) -> Table:
     """Whom the run's own heads name of generated and true swaps, by `gen_eval.against_truth`."""
-    heads, rows = reading_table(read)
+    heads, rows = named_table(named)
     note = (
         "How often a head gives the class of the structure image's person, and of the clothes' owner. What it names on "
-        "generated swaps but not on true ones, it reads from what the generator does wrong."
+        "generated swaps but not on true ones, it may read from what the generator does wrong."
     )
     cells = [[words(label), *map(number, row)] for label, row in rows.items()]
     return Table("Whom the run's own heads name, swaps of training images, %", ["images", *heads], cells, 1, [note])
@@ -181,8 +181,8 @@ def generation_tables(run: RunFolder) -> list[Table]:
     tables = []
     for path, result in results(run.path, "reduction"):
         tables.append(as_expected(path, lambda result=result: swaps_table(result)))
-        if "read" in result:
-            tables.append(as_expected(path, lambda read=result["read"]: readings_table(read)))
+        if "named" in result:
+            tables.append(as_expected(path, lambda named=result["named"]: people_table(named)))
     for path, result in results(run.path, "scores"):
 
         def build(result: dict[str, Any] = result) -> tuple[dict[str, list[str]], list[str]]:
