@@ -30,8 +30,8 @@ LABELS = {
 NAMED = {
     "generated": "generated swap",
     "true": "true swap",
-    "generated changed": "generated on the changed pixels, true elsewhere",
-    "true changed": "true on the changed pixels, generated elsewhere",
+    "generated changed": "changed pixels generated, rest true",
+    "true changed": "changed pixels true, rest generated",
 }
 # Columns of the table by the keys of `image_errors`, with their decimals.
 ERRORS = {

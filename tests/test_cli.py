@@ -898,7 +898,7 @@ def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
     shares = written["shares"]
     assert set(shares) == {"shade", "pattern", "colour"}
     assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
-    assert "generated on the changed pixels, true elsewhere" in out and "fine-grained: structure" in out
+    assert "changed pixels generated, rest true" in out and "fine-grained: structure" in out
     assert f"pattern {100 * shares['pattern']['structure']:.0f} and {100 * shares['pattern']['truth']:.0f} %" in out
     assert "brightness" in out and f"{images['copy']['colour']:.1f}" in out
     teacher = shell(tmp_path, "gen_eval/against_truth", "--name", "tutor", "--output_path", copied.folder)
