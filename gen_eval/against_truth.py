@@ -175,10 +175,10 @@ def main() -> None:
         if not elsewhere:
             people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
             training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
+            if people.num_classes == model.id_net.heads()[0].classifier[0].out_features:
+                result["named"] = name_people(model.id_net, training, people.labels(), device=model.device)
     except UserError as error:
         print(f"swaps of training images are left out: {error}")
-    if training and people.num_classes == model.id_net.heads()[0].classifier[0].out_features:
-        result["named"] = name_people(model.id_net, training, people.labels(), device=model.device)
     try:
         result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
     except UserError as error:
