@@ -196,6 +196,10 @@ class IdNet(nn.Module, ABC):
     def heads(self) -> list[Head]:
         return [module for module in self.children() if isinstance(module, Head)]
 
+    @property
+    def num_classes(self) -> int:
+        return self.heads()[0].classifier[0].out_features
+
     def embed(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.embed_map(feature_map(self.model, x))
 
@@ -302,6 +306,13 @@ def build_teacher(
 ) -> IdNetNormal:
     """A teacher: the one-head net with average pooling."""
     return IdNetNormal(num_classes, backbone=backbone, pool="avg", stride=stride, dropout=dropout)
+
+
+def head_names(net: IdNet) -> list[str]:
+    """A name for each head, in the order of `embed`."""
+    if isinstance(net, IdNetAB):
+        return ["primary", "fine-grained"]
+    return [f"part {k + 1}" for k in range(len(net.heads()))] if isinstance(net, IdNetPCB) else ["feature"]
 
 
 # --------------------------------------------------------------------------------------------- passes

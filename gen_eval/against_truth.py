@@ -79,7 +79,7 @@ def ask_teacher(
     if training is None:
         return by_reid, {}
     people = read_split(root, "train_all")
-    if people.num_classes != net.heads()[0].classifier[0].out_features:
+    if people.num_classes != net.num_classes:
         return by_reid, {}
     return by_reid, classify(net, size, training, people.labels(), device=model.device)
 
@@ -145,6 +145,7 @@ def main() -> None:
     from data.folders import data_set_name, other_data_set, read_split
     from data.mannequins import load_factors
     from gen_eval.swaps import clothes_shares, draw_swaps, measure_swaps, name_people
+    from reIDmodel import head_names
     from runs import resolve_data_root
     from visual_tools.swapper import open_swapper
 
@@ -175,8 +176,9 @@ def main() -> None:
         if not elsewhere:
             people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
             training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
-            if people.num_classes == model.id_net.heads()[0].classifier[0].out_features:
-                result["named"] = name_people(model.id_net, training, people.labels(), device=model.device)
+            if people.num_classes == model.id_net.num_classes:
+                names = head_names(model.id_net)
+                result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
     except UserError as error:
         print(f"swaps of training images are left out: {error}")
     try:

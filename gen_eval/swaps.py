@@ -22,13 +22,12 @@ from gen_eval.similarity import ssim
 from reid_eval.evaluate import report
 from reid_eval.features import Features, embed_images
 from reid_eval.top import main_setting
-from reIDmodel import IdNet, enlarge
+from reIDmodel import enlarge
 from utils import UserError
 from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
 MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
-HEADS = {1: ["head"], 2: ["primary", "fine-grained"]}  # of styles normal and AB, by their number; PCB has parts
 COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 
 
@@ -243,6 +242,18 @@ def recognise(
     return found
 
 
+def predict(
+    net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device, batch_size: int = 64
+) -> list[np.ndarray]:
+    """The class (n,) of images (n, H, W, 3) uint8 by each head of `net`, in eval mode, which reads them at `size`."""
+    parts = []
+    for k in range(0, len(images), batch_size):
+        x = _as_input(images[k : k + batch_size], size).to(device)
+        with torch.inference_mode():
+            parts.append([p.argmax(dim=1).cpu().numpy() for p in net(enlarge(x))[1]])
+    return [np.concatenate(head) for head in zip(*parts, strict=True)]
+
+
 def classify(
     net: nn.Module,
     size: tuple[int, int],
@@ -252,32 +263,35 @@ def classify(
     device: torch.device,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """How often `net`, in eval mode, gives the class of the appearance image (of the reconstruction: the structure's).
+    """How often `net`'s first head gives the class of the appearance image (of the reconstruction: the structure's).
 
     labels  (number of images,) class of every image of the list that `swaps` were drawn from
     """
     found = {}
     for row in ("appearance", "true", *COMPARED):
-        right = 0
-        wanted = torch.from_numpy(labels[swaps.structure if row == "reconstruction" else swaps.appearance])
-        for k in range(0, len(wanted), batch_size):
-            x = _as_input(swaps.images[row][k : k + batch_size], size).to(device)
-            with torch.inference_mode():
-                right += int((net(enlarge(x))[1][0].argmax(1).cpu() == wanted[k : k + batch_size]).sum())
-        found[row] = right / len(wanted)
+        wanted = labels[swaps.structure if row == "reconstruction" else swaps.appearance]
+        given = predict(net, size, swaps.images[row], device=device, batch_size=batch_size)[0]
+        found[row] = float((given == wanted).mean())
     return found
 
 
 def name_people(
-    net: IdNet, swaps: Swaps, labels: np.ndarray, *, device: torch.device, batch_size: int = 64
+    net: nn.Module,
+    heads: Sequence[str],
+    swaps: Swaps,
+    labels: np.ndarray,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Whom each head of a run's own `net` names, in eval mode: `{row: {head: {"structure": a, "clothes": b}}}`.
+    """Whom each head of a run's own `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
 
     Shares of the images that are given the class of the structure image, and of the appearance image. Rows besides the
     generated and the true swaps: "generated changed" is generated on the pixels that the true swap changes and true
     elsewhere, "true changed" the other way round.
 
-    labels  (number of images,) class of every image of the list that `swaps` were drawn from
+    heads   their names, in the net's order
+    labels  as for `classify`
     """
     generated, true, changed = swaps.images["generated"], swaps.images["true"], changed_pixels(swaps)[..., None]
     rows = {"generated": generated, "true": true}
@@ -286,16 +300,10 @@ def name_people(
     wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
     found = {}
     for row, images in rows.items():
-        parts = []
-        for k in range(0, len(images), batch_size):
-            x = normalise(torch.from_numpy(images[k : k + batch_size]).permute(0, 3, 1, 2)).to(device)
-            with torch.inference_mode():
-                parts.append([p.argmax(dim=1).cpu().numpy() for p in net(enlarge(x))[1]])
-        named = [np.concatenate(head) for head in zip(*parts, strict=True)]
-        names = HEADS.get(len(named), [f"part {k + 1}" for k in range(len(named))])
+        named = predict(net, images.shape[1:3], images, device=device, batch_size=batch_size)
         found[row] = {
-            name: {whose: float((given == y).mean()) for whose, y in wanted.items()}
-            for name, given in zip(names, named, strict=True)
+            head: {whose: float((given == y).mean()) for whose, y in wanted.items()}
+            for head, given in zip(heads, named, strict=True)
         }
     return found
 

@@ -20,17 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from reIDmodel import IdNet, IdNetAB, IdNetPCB, enlarge, feature_map
+from reIDmodel import IdNet, enlarge, feature_map
 
 # Dark blue over green to yellow, of even steps in lightness; anchors at equal distances.
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
-
-
-def head_names(net: IdNet) -> list[str]:
-    """A name for each head, in the order of `embed`."""
-    if isinstance(net, IdNetAB):
-        return ["primary", "fine-grained"]
-    return [f"part {k + 1}" for k in range(len(net.heads()))] if isinstance(net, IdNetPCB) else ["feature"]
 
 
 def activation_maps(net: IdNet, x: Tensor) -> Tensor:

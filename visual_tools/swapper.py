@@ -114,7 +114,7 @@ def load_swapper(run: RunFolder, device: torch.device, which: str | None = None)
 
 def check_identities(run: RunFolder, cfg: DGNetConfig, iteration: int, id_net: IdNet) -> None:
     """Raise UserError when the id net knows another number of identities than the run was trained on."""
-    classes = id_net.heads()[-1].classifier[0].out_features
+    classes = id_net.num_classes
     source = run.config_file
     expected = cfg.ID_class
     if expected == "auto":
