@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=PRESETS, default="small", help="data, networks and lengths (default: small)"
     )
-    parser.add_argument(
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
         "--data_root", help="data set with identities and cameras in its names (default: drawn into --out)"
+    )
+    data.add_argument(
+        "--data_seed",
+        type=int,
+        metavar="N",
+        help="draw the preset's data set from another seed: does a finding hold on other data?",
     )
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="runs of every cell: seeds 0 to N-1 (default: 3)"
@@ -63,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         "--cells", nargs="+", metavar="NAME", help="some cells, and those that they need (default: all)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of everything (default: outputs/ablation/PRESET)"
+        "--out", type=Path, metavar="DIR", help="folder of everything (default: outputs/ablation/PRESET[-data-N])"
     )
     parser.add_argument("--evaluate", choices=("val", "test"), default="val", help="identities to score (default: val)")
     parser.add_argument("--again", action="store_true", help="score what is scored already once more, also on test")
@@ -82,9 +90,13 @@ def check_args(args: argparse.Namespace) -> None:
     for name in args.cells or ():
         if name not in CELLS:
             raise UserError(f"--cells {name}: unknown cell; use some of {', '.join(CELLS)}")
-    for option, value in (("seeds", args.seeds), ("long_epochs", args.long_epochs)):
-        if value is not None and value < 1:
-            raise UserError(f"--{option} {value}: must be at least 1")
+    for option, value, least in (
+        ("seeds", args.seeds, 1),
+        ("long_epochs", args.long_epochs, 1),
+        ("data_seed", args.data_seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{option} {value}: must be at least {least}")
 
 
 # ------------------------------------------------------------------------------------------------ what is left
@@ -282,11 +294,14 @@ def main() -> int:
     from trainer import pick_precision
 
     set_threads(args.threads)
-    device, preset = pick_device(args.device), PRESETS[args.preset]
-    out = make_folder((args.out or ROOT / "outputs" / "ablation" / args.preset).expanduser().resolve())
+    device, preset, name = pick_device(args.device), PRESETS[args.preset], args.preset
+    if args.data_seed is not None:
+        preset, name = replace(preset, data=preset.data | {"seed": args.data_seed}), f"{name}-data-{args.data_seed}"
+    out = make_folder((args.out or ROOT / "outputs" / "ablation" / name).expanduser().resolve())
     with locked(out, wait=True):
         precision = pick_precision(device, cell_config(preset, "both", 0, data_root="").precision)
-        same_study(out, {"preset": args.preset, "data_root": args.data_root, "precision": precision})
+        own = {"preset": args.preset, "data_root": args.data_root, "data_seed": args.data_seed}
+        same_study(out, own | {"precision": precision})
         data, held, factors = prepare_data(preset, args.data_root, out)
     study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
     runs = choose_runs(study, args.cells, args.seeds)
@@ -305,7 +320,8 @@ def same_study(out: Path, own: dict[str, str | None]) -> None:
         if others := sorted(p.name for p in out.iterdir()):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         write_json(path, own)
-    for key, value in read_json(path, "choose a new --out").items():
+    begun = {"data_seed": None} | read_json(path, "choose a new --out")  # earlier versions knew no data_seed
+    for key, value in begun.items():
         if own.get(key) != value:
             raise UserError(f"--out {out}: was begun with {key} {value}, not {own.get(key)}; choose another --out")
 

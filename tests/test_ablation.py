@@ -24,6 +24,7 @@ from benchmarks.ablation_drawing import drawing_processes
 from benchmarks.ablation_runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from data.folders import read_split
 from data.images import denormalise
+from data.mannequins import load_factors
 from data.pairs import Batch
 from gen_eval.swaps import shrink
 from reIDmodel import build_teacher
@@ -145,12 +146,24 @@ def test_refusals_are_one_line(study, tmp_path, capsys):
     (tmp_path / "mine.txt").touch()
     for options, error in (
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--data_seed", "-1"], "--data_seed -1: must be at least 0"),
+        (["--data_seed", "9"], f"--out {study.out}: was begun with data_seed None, not 9; choose another --out"),
         (["--preset", "small"], f"--out {study.out}: was begun with preset tiny, not small; choose another --out"),
         (["--out", str(tmp_path)], f"--out {tmp_path}: holds other files (mine.txt); choose a new or empty folder"),
     ):
         capsys.readouterr()
         assert command(study.out, *options) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_data_of_another_seed(study, tmp_path):
+    """Other people, everything else as in the preset, and the results say which."""
+    out = tmp_path / "out"
+    assert command(out, "--cells", "teacher", "--data_seed", "9") == 0
+    result = json.loads((out / "results-val.json").read_text())
+    assert result["data"] == PRESETS["tiny"].data | {"seed": 9}
+    own, other = study.factors.people, load_factors(out / "data/all").people
+    assert own.keys() == other.keys() and own != other
 
 
 def test_a_run_of_other_settings_is_not_continued(study):
