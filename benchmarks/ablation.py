@@ -54,11 +54,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=PRESETS, default="small", help="data, networks and lengths (default: small)"
     )
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument(
+    parser.add_argument(
         "--data_root", help="data set with identities and cameras in its names (default: drawn into --out)"
     )
-    data.add_argument(
+    parser.add_argument(
         "--data_seed",
         type=int,
         metavar="N",
@@ -97,6 +96,8 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{option} {value}: must be at least {least}")
+    if args.data_root is not None and args.data_seed is not None:
+        raise UserError("--data_seed: says how to draw data, --data_root that they are there; leave one out")
 
 
 # ------------------------------------------------------------------------------------------------ what is left
@@ -300,8 +301,7 @@ def main() -> int:
     out = make_folder((args.out or ROOT / "outputs" / "ablation" / name).expanduser().resolve())
     with locked(out, wait=True):
         precision = pick_precision(device, cell_config(preset, "both", 0, data_root="").precision)
-        own = {"preset": args.preset, "data_root": args.data_root, "data_seed": args.data_seed}
-        same_study(out, own | {"precision": precision})
+        same_study(out, {"preset": args.preset, "data_root": args.data_root, "precision": precision})
         data, held, factors = prepare_data(preset, args.data_root, out)
     study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
     runs = choose_runs(study, args.cells, args.seeds)
@@ -320,8 +320,7 @@ def same_study(out: Path, own: dict[str, str | None]) -> None:
         if others := sorted(p.name for p in out.iterdir()):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         write_json(path, own)
-    begun = {"data_seed": None} | read_json(path, "choose a new --out")  # earlier versions knew no data_seed
-    for key, value in begun.items():
+    for key, value in read_json(path, "choose a new --out").items():
         if own.get(key) != value:
             raise UserError(f"--out {out}: was begun with {key} {value}, not {own.get(key)}; choose another --out")
 

@@ -147,7 +147,11 @@ def test_refusals_are_one_line(study, tmp_path, capsys):
     for options, error in (
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--data_seed", "-1"], "--data_seed -1: must be at least 0"),
-        (["--data_seed", "9"], f"--out {study.out}: was begun with data_seed None, not 9; choose another --out"),
+        (
+            ["--data_seed", "9", "--data_root", str(study.data)],
+            "--data_seed: says how to draw data, --data_root that they are there; leave one out",
+        ),
+        (["--data_seed", "9"], f"{study.data}: holds a data set with seed=7, not 9; choose another folder"),
         (["--preset", "small"], f"--out {study.out}: was begun with preset tiny, not small; choose another --out"),
         (["--out", str(tmp_path)], f"--out {tmp_path}: holds other files (mine.txt); choose a new or empty folder"),
     ):
