@@ -373,7 +373,7 @@ def test_only_the_teacher_loss_reads_the_images_that_are_fed_back():
 
     def step(replaced: bool) -> dict[str, float]:
         torch.manual_seed(0)
-        trainer = tiny_trainer(cfg, teachers=[build_teacher(4, backbone="resnet10w4")])
+        trainer = tiny_trainer(cfg, teachers=[build_teacher(4, backbone="resnet10w8")])
         if replaced:
             trainer.fed_back = lambda a, b, g, rng: (a.x, b.x)
         return {name: float(value) for name, value in trainer.step(*random_batches(cfg), 3).items()}

@@ -134,7 +134,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
     assert f"teacher written to {trained.folder / 'models' / 'tutor'}" in clean(trained.teacher)
     opts = yaml.safe_load((trained.folder / "models" / "tutor" / "opts.yaml").read_text())
-    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w4")
+    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w8")
     state = torch.load(trained.folder / "models" / "tutor" / "net_last.pth", weights_only=True)
     assert state["classifier.classifier.0.weight"].shape == (8, 512)
 
@@ -291,7 +291,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
         "run dry: dgnet on",
         f"{n} images of 8 identities",
         "batch x (2, 3, 64, 32)",
-        "structure code (16, 32, 16), appearance code (128,)",
+        "structure code (16, 32, 16), appearance code (256,)",
         f"6 steps, {n // 2} per epoch, a snapshot every 3",
         "Generator",
         "Discriminator",
@@ -494,13 +494,13 @@ def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
 
     other = tmp_path / "output" / "models" / "other"
     other.mkdir()
-    torch.save(build_teacher(5, backbone="resnet10w4").state_dict(), other / "net_last.pth")
-    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\n")
+    torch.save(build_teacher(5, backbone="resnet10w8").state_dict(), other / "net_last.pth")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\n")
     assert "the teacher knows 5 identities, the data 8" in refused("teacher=other")
     assert "the teacher knows 5 identities, the data 8" in refused("teacher=other", "id_init=teacher", "teacher_w=0")
     (other / "opts.yaml").write_text("stride: 3\n")
     assert "stride must be 1 or 2" in refused("teacher=other")
-    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\ncrop_image_height: tall\n")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n")
     assert "opts.yaml: " in refused("teacher=other")
     cut(other / "net_last.pth")
     (other / "opts.yaml").unlink()
@@ -585,7 +585,7 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
         ([], ["--name", ".."], "--name '..': must be a plain folder name"),
         (["batch_size"], [], "--set batch_size: write key=value"),
         (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "vgg16-397923af.pth"),
-        (["pretrained=true"], [], "backbone resnet10w4 has no ImageNet weights; set pretrained: false"),
+        (["pretrained=true"], [], "backbone resnet10w8 has no ImageNet weights; set pretrained: false"),
         (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
     ],
 )
@@ -611,7 +611,7 @@ def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
 
 
 def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: Path) -> None:
-    weights = build_teacher(3, backbone="resnet10w4").model.state_dict()
+    weights = build_teacher(3, backbone="resnet10w8").model.state_dict()
     torch.save(weights, tmp_path / "trunk.pth")
     start = ("train", "--config", trained.config(), "--output_path", tmp_path, "--name", "new", "--set")
     settings = ("pretrained=true", "max_iter=1", "lr2=1e-12", "teacher_style=3")
