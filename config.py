@@ -1,7 +1,7 @@
 """The configuration: every key with its type, range, default and meaning. Frozen and validated; no torch here.
 
-The keys and defaults of `DGNetConfig` are those of the published release (spec section 11); those that this project
-adds stand at the end under their own heading. `TeacherConfig` describes the training of a teacher.
+Keys and defaults are those of the published release; keys that this project adds follow under a comment that says so.
+The text below a key is its only description: `python config.py > docs/configuration.md` makes a page of them.
 """
 
 from __future__ import annotations
@@ -9,40 +9,43 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from utils import UserError
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Activation = Literal["lrelu", "relu", "prelu", "selu", "tanh", "none"]
 Padding = Literal["reflect", "replicate", "zero"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
-# Keys that the release's files carry and nothing reads, there or here.
+# Marks of a field, in its Annotated type. A field without a mark affects the results of a run that is resumed.
+NO_EFFECT = "what is logged and kept, how fast images come, or what a run starts from"
+COSINE_ONLY = "affects results only if lr_policy is cosine"
+
+# Keys of the release that nothing reads, neither the release nor this project.
 DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
-# Keys that say what is shown and kept, how fast images come, or what a run starts from: none of them changes the steps
-# of a run that goes on. `data_root` counts by the images found there, `apex` by `precision`.
-HARMLESS_KEYS = frozenset(
-    "apex backbone_weights cache_images cache_limit_mb check_ranks_iter data_root display_size eval_iter ID_class "
-    "id_init image_display_iter image_save_iter input_dim_a keep_every keep_last log_iter new_size num_workers "
-    "pretrained skip_bad_images snapshot_epochs snapshot_save_iter".split()
-)
+# Keys that stand in files of the release or of earlier versions and that `translated` turns into today's.
+RETIRED_KEYS = (*DEAD_KEYS, "new_size", "input_dim_a", "apex", "accumulate")
 # What the release assumes where a run folder's config.yaml does not name a key; other defaults are the schema's.
-RELEASE_FALLBACKS = {"ID_stride": 2, "apex": False, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}
+RELEASE_FALLBACKS = {"ID_stride": 2, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _booleans_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation
         allowed = annotation is bool or any(choice is value for choice in get_args(annotation))
         if isinstance(value, bool) and not allowed:
@@ -53,152 +56,246 @@ class Section(BaseModel):
 
 
 class GenConfig(Section):
-    """Structure encoder, AdaIN MLPs and decoder (spec sections 3 and 4)."""
+    """The generator: structure encoder, AdaIN MLPs and decoder."""
 
-    activ: Activation = "lrelu"  # activation
-    dec: Literal["basic", "series", "parallel"] = "basic"  # residual block of the decoder
-    dim: Count = 16  # channels of the first layer; the structure code has 4 * dim * 2**(n_downsample - 1)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # dropout on the structure code
-    id_dim: Count = 2048  # length of one chunk of the appearance code
-    init: Literal["kaiming", "gaussian", "xavier", "orthogonal"] = "kaiming"  # initial weights
-    mlp_dim: Count = 512  # hidden width of the AdaIN MLPs
-    mlp_norm: Literal["none", "ln"] = "none"  # normalisation in the AdaIN MLPs
-    n_downsample: Annotated[int, Field(ge=1, le=5)] = 2  # halvings of the resolution
-    n_res: Count = 4  # residual blocks of the encoder, and of the decoder; chunks of the appearance code
-    non_local: Annotated[int, Field(ge=0, le=1)] = 0  # 1: self-attention in the decoder
-    pad_type: Padding = "reflect"  # padding of the convolutions
-    tanh: bool = False  # tanh on the structure code
+    activ: Activation = "lrelu"
+    """Activation."""
+    dec: Literal["basic", "series", "parallel"] = "basic"
+    """Residual block of the decoder."""
+    dim: Count = 16
+    """Channels of the first layer; the structure code has 4 * dim * 2^(n_downsample - 1)."""
+    dropout: BelowOne = 0.0
+    """Dropout on the structure code."""
+    id_dim: Count = 2048
+    """Length of one chunk of the appearance code; n_res * id_dim must be 4 times the trunk's output channels."""
+    init: Literal["kaiming", "gaussian", "xavier", "orthogonal"] = "kaiming"
+    """Distribution of the initial weights."""
+    mlp_dim: Count = 512
+    """Hidden width of the AdaIN MLPs."""
+    mlp_norm: Literal["none", "ln"] = "none"
+    """Normalisation in the AdaIN MLPs."""
+    n_downsample: Annotated[int, Field(ge=1, le=5)] = 2
+    """How often the structure encoder halves the resolution."""
+    n_res: Count = 4
+    """Residual blocks of the encoder and of the decoder; also the number of chunks of the appearance code."""
+    non_local: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 adds self-attention to the decoder."""
+    pad_type: Padding = "reflect"
+    """Padding of the convolutions."""
+    tanh: bool = False
+    """Apply tanh to the structure code."""
 
 
 class DisConfig(Section):
-    """Discriminator (spec section 5)."""
+    """The discriminator."""
 
-    LAMBDA: Weight = 0.01  # weight of the gradient penalty
-    activ: Activation = "lrelu"  # activation
-    dim: Count = 32  # channels of the first layer
-    gan_type: Literal["lsgan", "nsgan", "wgan"] = "lsgan"  # loss; wgan is one net for 256 x 128
-    n_layer: Count = 2  # halvings of the resolution
-    n_res: Annotated[int, Field(ge=0)] = 4  # residual blocks
-    non_local: Annotated[int, Field(ge=0, le=2)] = 0  # 1: self-attention after the residual blocks; 2: before too
-    norm: Literal["none", "in", "ln"] = "none"  # normalisation
-    num_scales: Count = 3  # copies on an image pyramid
-    pad_type: Padding = "reflect"  # padding of the convolutions
+    LAMBDA: Weight = 0.01
+    """Weight of the gradient penalty."""
+    activ: Activation = "lrelu"
+    """Activation."""
+    dim: Count = 32
+    """Channels of the first layer."""
+    gan_type: Literal["lsgan", "nsgan", "wgan"] = "lsgan"
+    """Loss. wgan is a single network for images of 256 x 128."""
+    n_layer: Count = 2
+    """How often a network halves the resolution."""
+    n_res: CountOrZero = 4
+    """Residual blocks."""
+    non_local: Annotated[int, Field(ge=0, le=2)] = 0
+    """1 adds self-attention after the residual blocks, 2 before them as well."""
+    norm: Literal["none", "in", "ln"] = "none"
+    """Normalisation: none, instance or layer."""
+    num_scales: Count = 3
+    """Networks on an image pyramid."""
+    pad_type: Padding = "reflect"
+    """Padding of the convolutions."""
 
 
 class CommonConfig(Section):
-    """What a DG-Net run and a teacher's run share."""
+    """Keys that DG-Net runs and teachers share."""
 
-    data_root: str  # folder with train_all, query, gallery, ..., or the archive's own folders
-    ID_class: Count | Literal["auto"] = "auto"  # identities; auto counts those of the training folder
-    crop_image_height: Count = 256  # image height
-    crop_image_width: Count = 128  # image width
-    num_workers: Annotated[int, Field(ge=0)] = 8  # processes that read images
-    weight_decay: Weight = 0.0005  # of every optimiser
+    data_root: Annotated[str, NO_EFFECT]
+    """Data set, prepared or as its archive has it; relative to the current folder, then to the project's. Resuming
+    compares the images, not the path."""
+    ID_class: Annotated[Count | Literal["auto"], NO_EFFECT] = "auto"
+    """Number of identities; auto counts those of the training images."""
+    crop_image_height: Count = 256
+    """Image height. Images of at most 128 pixels are enlarged twice for the id net."""
+    crop_image_width: Count = 128
+    """Image width."""
+    num_workers: Annotated[CountOrZero, NO_EFFECT] = 8
+    """Processes that read images; none are started if the images are in memory."""
+    weight_decay: Weight = 0.0005
+    """Weight decay of every optimiser."""
     # ---- added to the release's keys
-    backbone: str = "resnet50"  # trunk: a ResNet of torchvision, or resnet10 / resnet10w32 for CPUs
-    backbone_weights: str | None = None  # file of ImageNet weights instead of torchvision's cache
-    pretrained: bool = True  # start the trunk from ImageNet weights
-    precision: Precision = "fp32"  # arithmetic of the passes; auto: bf16 on a device that has it, fp32 elsewhere
-    channels_last: bool = False  # memory format; faster in bf16 on CPUs and in fp16 on GPUs
-    cache_images: Literal[False, True, "auto", "source", "resized"] = "auto"  # training images decoded, in memory
-    cache_limit_mb: Count = 4096  # what does not fit is read from its files
-    check_ranks_iter: Count = 500  # several processes: compare their weights every so many steps
-    crop_padding: Annotated[int, Field(ge=0)] = 10  # pixels added on every side before the random crop
-    deterministic: bool = False  # on a GPU too: the same numbers in every run; slower
-    keep_every: Annotated[int, Field(ge=0)] = (
-        0  # with keep_last: keep those of every so many steps too (teacher: epochs)
-    )
-    keep_last: Annotated[int, Field(ge=0)] = 0  # snapshots to keep; 0: all
-    skip_bad_images: bool = False  # leave unreadable images out instead of stopping
-    train_split: Literal["train_all", "train"] = "train_all"  # train leaves out each identity's validation image
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and augmentation
-    sync_bn: bool = False  # several processes: BatchNorm with the statistics of the whole batch
+    backbone: str = "resnet50"
+    """Trunk: a ResNet, ResNeXt or Wide ResNet of torchvision, or resnet10 / resnet10wN (N channels) for CPUs."""
+    backbone_weights: Annotated[str | None, NO_EFFECT] = None
+    """File of ImageNet weights to use instead of torchvision's cache."""
+    pretrained: Annotated[bool, NO_EFFECT] = True
+    """Start the trunk from ImageNet weights."""
+    precision: Precision = "fp32"
+    """Arithmetic. fp16 needs a GPU; auto is bf16 on a device that computes in it and fp32 elsewhere, and the run's
+    config.yaml says which."""
+    channels_last: bool = False
+    """Memory format; faster in bf16 on CPUs. On a CPU the ResNets use it anyway."""
+    cache_images: Annotated[Literal[False, True, "auto", "source", "resized"], NO_EFFECT] = "auto"
+    """Keep the decoded training images in memory, once per machine: source at the size of their files (Market-1501:
+    320 MB), resized or true at the size for training (1,270 MB), auto the smaller of the two; false reads the files
+    each time. Images of unequal sizes are kept resized."""
+    cache_limit_mb: Annotated[Count, NO_EFFECT] = 4096
+    """Images that need more memory than this are read from their files."""
+    check_ranks_iter: Annotated[Count, NO_EFFECT] = 500
+    """Steps between comparisons of the weights of several processes."""
+    crop_padding: CountOrZero = 10
+    """Pixels added on every side before the random crop."""
+    deterministic: bool = False
+    """Use deterministic algorithms on a GPU too, as a CPU always does; slower."""
+    keep_every: Annotated[CountOrZero, NO_EFFECT] = 0
+    """With keep_last, also keep the snapshots at multiples of this many steps (of a teacher: epochs)."""
+    keep_last: Annotated[CountOrZero, NO_EFFECT] = 0
+    """How many of the newest snapshots to keep; 0 keeps all."""
+    skip_bad_images: Annotated[bool, NO_EFFECT] = False
+    """Leave out unreadable images instead of stopping."""
+    train_split: Literal["train_all", "train"] = "train_all"
+    """Training images; train leaves out one validation image per identity."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of weights, data order, augmentation and draws."""
+    sync_bn: bool = False
+    """Compute BatchNorm's statistics over the batch of all processes."""
 
 
 class DGNetConfig(CommonConfig):
-    """A DG-Net run: the release's keys (section 11), then the added ones."""
+    """Keys of a DG-Net run."""
 
     task: Literal["dgnet"] = "dgnet"
+    """What the run trains."""
     # ---- id net
-    ID_stride: Literal[1, 2] = 1  # stride of the trunk's last stage (style AB)
-    ID_style: Literal["AB", "normal", "PCB"] = "AB"  # two heads, one head, or one per body part
-    norm_id: bool = False  # style normal: divide the appearance code by its norm
-    pool: Literal["max", "avg"] = "max"  # pooling of the appearance code and of the heads' input
-    train_bn: bool = True  # frozen passes use batch statistics (false: running ones)
+    ID_stride: Literal[1, 2] = 1
+    """Stride of the trunk's last stage (ID_style AB)."""
+    ID_style: Literal["AB", "normal", "PCB"] = "AB"
+    """Id net: AB has two heads (primary, fine-grained), normal has one, PCB has one per body part."""
+    norm_id: bool = False
+    """Divide the appearance code by its norm (ID_style normal)."""
+    pool: Literal["max", "avg"] = "max"
+    """Pooling of the appearance code and of the heads' input (ID_style AB and normal)."""
+    train_bn: bool = True
+    """Frozen passes normalise by the statistics of their batch; false: by the running statistics."""
     # ---- networks
     gen: GenConfig = GenConfig()
+    """Generator: see the keys gen.*."""
     dis: DisConfig = DisConfig()
-    input_dim_a: Literal[1] = 1  # channels of the structure encoder's input
-    single: Literal["gray", "edge"] = "gray"  # input of the structure encoder
-    # ---- loss weights (section 7)
-    B_w: Weight = 0.2  # fine-grained part of identity and teacher loss
-    T_w: Weight = 1.0  # KL part of the teacher loss
-    gan_w: Weight = 1.0  # adversarial
-    id_w: Weight = 1.0  # identity
-    pid_w: Weight = 1.0  # identity of the positive image
-    recon_x_w: Weight = 5.0  # self reconstruction
-    recon_xp_w: Weight = 5.0  # reconstruction from the positive image's code
-    recon_id_w: Weight = 0.5  # identity of the fakes
-    recon_f_w: Weight = 0.0  # appearance code of the fakes, ramped
-    recon_s_w: Weight = 0.0  # structure code of the fakes, ramped
-    recon_x_cyc_w: Weight = 0.0  # cycle, ramped
-    teacher_w: Weight = 0.0  # teacher on the fakes, ramped
-    vgg_w: Weight = 0.0  # perceptual
-    warm_iter: Annotated[int, Field(ge=0)] = 30000  # iteration after which the reconstruction weights rise
-    warm_scale: Weight = 0.0005  # rise of a ramped weight per iteration
-    warm_teacher_iter: Annotated[int, Field(ge=0)] = 30000  # iteration after which teacher_w rises
-    max_w: Weight = 1.0  # ceiling of recon_f_w and recon_s_w
-    max_cyc_w: Weight = 2.0  # ceiling of recon_x_cyc_w
-    max_teacher_w: Weight = 2.0  # ceiling of teacher_w
+    """Discriminator: see the keys dis.*."""
+    single: Literal["gray", "edge"] = "gray"
+    """What the structure encoder sees: the gray image, or its edges (needs OpenCV)."""
+    # ---- loss weights
+    B_w: Weight = 0.2
+    """Weight of the fine-grained head in the identity and the teacher loss."""
+    T_w: Weight = 1.0
+    """Weight of the soft labels (primary head) in the teacher loss."""
+    gan_w: Weight = 1.0
+    """Adversarial loss."""
+    id_w: Weight = 1.0
+    """Identity loss of the real images."""
+    pid_w: Weight = 1.0
+    """Identity loss of the other real images of the same identities."""
+    recon_x_w: Weight = 5.0
+    """Reconstruction from the image's own codes."""
+    recon_xp_w: Weight = 5.0
+    """Reconstruction with the appearance code of another image of the same identity."""
+    recon_id_w: Weight = 0.5
+    """Identity loss of the generated images, which trains the generator."""
+    recon_f_w: Weight = 0.0
+    """Reconstruction of the appearance code; rises to max_w."""
+    recon_s_w: Weight = 0.0
+    """Reconstruction of the structure code; rises to max_w."""
+    recon_x_cyc_w: Weight = 0.0
+    """Cycle: the generated images swapped back; rises to max_cyc_w."""
+    teacher_w: Weight = 0.0
+    """Teacher loss on the generated images, which trains the id net; rises to max_teacher_w."""
+    vgg_w: Weight = 0.0
+    """Perceptual loss."""
+    warm_iter: CountOrZero = 30000
+    """Iteration after which recon_f_w, recon_s_w and recon_x_cyc_w rise."""
+    warm_scale: Weight = 0.0005
+    """Rise of these weights and of teacher_w per iteration."""
+    warm_teacher_iter: CountOrZero = 30000
+    """Iteration after which teacher_w rises."""
+    max_w: Weight = 1.0
+    """Ceiling of recon_f_w and recon_s_w."""
+    max_cyc_w: Weight = 2.0
+    """Ceiling of recon_x_cyc_w."""
+    max_teacher_w: Weight = 2.0
+    """Ceiling of teacher_w."""
     # ---- teacher and draws
-    teacher: str = "best"  # name under models/, several separated by commas
-    teacher_style: Annotated[int, Field(ge=0, le=4)] = 0  # soft label of the fakes (section 7)
-    # What the id net learns from (added). recoloured: the swaps' colours on the structure image's brightness.
-    fed_back: Literal["generated", "recoloured"] = "generated"
-    use_encoder_again: Annotated[float, Field(allow_inf_nan=False)] = (
-        0.5  # probability of the live structure encoder on the fakes
-    )
-    erasing_p: Fraction = 0.5  # random erasing, probability per image
-    # ---- optimisers (section 8)
-    batch_size: Count = 8  # pairs per step, of all processes together
-    max_iter: Count = 100000  # steps
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Adam
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam
-    lr_g: Rate = 0.0001  # Adam of encoder and decoder
-    lr_d: Rate = 0.0001  # Adam of the discriminator
-    lr2: Rate = 0.002  # SGD of the id net's trunk; the heads get head_lr_factor times as much
-    lr_policy: Literal["constant", "step", "multistep", "cosine"] = "multistep"  # cosine (added): to 0 at max_iter
-    step_size: Count = 60000  # step and multistep
-    gamma: Fraction = 0.1  # factor of each step, encoder, decoder and discriminator
-    gamma2: Fraction = 0.1  # factor of each step, id net
+    teacher: str = "best"
+    """Name of a teacher under models/; several, separated by commas, are averaged."""
+    teacher_style: Annotated[int, Field(ge=0, le=4)] = 0
+    """Soft label of a generated image: 0 the teacher's prediction, 1 its maximum, 2 the identity of the clothes,
+    3 uniform, 4 the prediction restricted to the two identities."""
+    use_encoder_again: Annotated[float, Field(allow_inf_nan=False)] = 0.5
+    """Probability that the structure encoder learns from the generated images in a step; otherwise it is frozen."""
+    erasing_p: Fraction = 0.5
+    """Probability of random erasing per image."""
+    # ---- optimisers
+    batch_size: Annotated[int, Field(ge=2)] = 8
+    """Pairs per step, over all processes; BatchNorm needs two or more."""
+    max_iter: Annotated[Count, COSINE_ONLY] = 100000
+    """Steps."""
+    beta1: BelowOne = 0.0
+    """Adam's decay of the mean gradient."""
+    beta2: BelowOne = 0.999
+    """Adam's decay of the mean squared gradient."""
+    lr_g: Rate = 0.0001
+    """Rate of Adam for structure encoder, MLPs and decoder."""
+    lr_d: Rate = 0.0001
+    """Rate of Adam for the discriminator."""
+    lr2: Rate = 0.002
+    """Rate of SGD for the id net's trunk; its heads get head_lr_factor times as much."""
+    lr_policy: Literal["constant", "step", "multistep", "cosine"] = "multistep"
+    """step multiplies the rates at every step_size; multistep at 1, 1.5 and 1.75 times step_size; cosine ends at 0
+    at max_iter and is not a choice of the release."""
+    step_size: Count = 60000
+    """Steps: see lr_policy."""
+    gamma: Fraction = 0.1
+    """Factor of generator and discriminator: see lr_policy."""
+    gamma2: Fraction = 0.1
+    """Factor of the id net: see lr_policy."""
     # ---- logging
-    display_size: Count = 16  # test pairs in the image grids
-    image_display_iter: Count = 5000  # image grid to TensorBoard every so many steps
-    image_save_iter: Count = 5000  # image grid to outputs/NAME/images
-    log_iter: Count = 1  # losses to TensorBoard
-    snapshot_save_iter: Count = 10000  # checkpoints
-    new_size: Count | None = None  # the release's width before cropping; the images here are cropped at full size
+    display_size: Annotated[Count, NO_EFFECT] = 16
+    """Test pairs in an image grid."""
+    image_display_iter: Annotated[Count, NO_EFFECT] = 5000
+    """Steps between image grids in TensorBoard."""
+    image_save_iter: Annotated[Count, NO_EFFECT] = 5000
+    """Steps between image grids in outputs/NAME/images."""
+    log_iter: Annotated[Count, NO_EFFECT] = 1
+    """Steps between losses in TensorBoard."""
+    snapshot_save_iter: Annotated[Count, NO_EFFECT] = 10000
+    """Steps between snapshots."""
     # ---- added to the release's keys
-    apex: bool = False  # the release's name for precision: fp16
-    eval_iter: Annotated[int, Field(ge=0)] = 0  # re-id and swap scores to TensorBoard; 0: never
-    detach_f: bool = True  # false: reconstruction trains the id net through the appearance code (style AB)
-    accumulate: Count = 1  # parts of a batch whose gradients are added up, one in memory at a time
-    joint_bn: bool = False  # id net passes of a step as one, with common BatchNorm statistics; changes the numbers
-    recompute: bool = False  # make activations again in the backward instead of keeping them: less memory, slower
-    head_lr_factor: Rate = 10.0  # rate of the id net's heads, relative to its trunk's (lr2)
-    id_weight_decay: Weight | None = None  # of the id net's optimiser; none: weight_decay
-    id_init: Literal["backbone", "teacher"] = "backbone"  # teacher: start the id net from the teacher
-    id_freeze_iter: Annotated[int, Field(ge=0)] = 0  # steps at the start in which the id net is not updated
-    vgg_weights: str | None = None  # file of torchvision's VGG-16 weights
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apex_is_fp16(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("apex") in (True, "true"):
-            if values.get("precision", "fp16") != "fp16":
-                raise ValueError("apex: true means precision: fp16; remove one of the two")
-            return values | {"precision": "fp16"}
-        return values
+    fed_back: Literal["generated", "recoloured"] = "generated"
+    """What the id net learns from. recoloured puts a generated image's colours on the brightness of the structure
+    image (the mean over its channels). That keeps hair, bag and build sharp, and the old pattern of the clothes."""
+    eval_iter: Annotated[CountOrZero, NO_EFFECT] = 0
+    """Steps between evaluations on the test images in TensorBoard (embedded data: also of 64 swaps against the true
+    ones); the last step is evaluated too. 0: never."""
+    detach_f: bool = True
+    """false: image reconstruction trains the id net through the appearance code (ID_style AB)."""
+    joint_bn: bool = False
+    """Merge the id net's passes of one kind, which then share BatchNorm's statistics: faster, but not the published
+    method."""
+    recompute: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    head_lr_factor: Rate = 10.0
+    """Rate of the id net's heads, relative to lr2."""
+    id_weight_decay: Weight | None = None
+    """Weight decay of the id net's optimiser; null: weight_decay."""
+    id_init: Annotated[Literal["backbone", "teacher"], NO_EFFECT] = "backbone"
+    """teacher: start the id net's trunk and heads from the first teacher."""
+    id_freeze_iter: CountOrZero = 0
+    """Steps at the start in which the id net is not updated."""
+    vgg_weights: str | None = None
+    """File of torchvision's VGG-16 weights, for vgg_w."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> DGNetConfig:
@@ -222,7 +319,7 @@ class DGNetConfig(CommonConfig):
         if attention and self.dis.dim * 2 ** (self.dis.n_layer - 1) < 8:
             raise ValueError(
                 f"dis.non_local needs more channels than dis.dim {self.dis.dim} and dis.n_layer {self.dis.n_layer} "
-                "give; use more of either"
+                "give; increase either"
             )
         if self.dis.gan_type == "wgan":
             if (h, w) != (256, 128):
@@ -230,61 +327,61 @@ class DGNetConfig(CommonConfig):
         elif min(h, w) // 2 ** (self.dis.num_scales - 1 + self.dis.n_layer) < 2:
             raise ValueError(
                 f"crop_image_height {h} x crop_image_width {w} is too small for dis.num_scales {self.dis.num_scales} "
-                f"and dis.n_layer {self.dis.n_layer}; use fewer of either"
+                f"and dis.n_layer {self.dis.n_layer}; reduce either"
             )
         return self
 
     @model_validator(mode="after")
     def _named_teacher(self) -> DGNetConfig:
         if self.needs_teacher and not self.teachers:
-            raise ValueError("teacher names none; give the name of one under models/, or set max_teacher_w: 0")
-        return self
-
-    @model_validator(mode="after")
-    def _parts_of_a_batch(self) -> DGNetConfig:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate}: batch_size {self.batch_size} is not a multiple of it")
-        if self.accumulate > 1 and self.dis.gan_type == "wgan":
-            raise ValueError("accumulate needs dis.gan_type lsgan or nsgan: a loss of wgan is a sum over the batch")
-        if self.accumulate > 1 and self.gen.dropout > 0:
-            raise ValueError("accumulate needs gen.dropout 0: the fakes are made twice, and have to be the same")
-        if self.batch_size == self.accumulate:
-            parts = f" in {self.accumulate} parts (accumulate)" if self.accumulate > 1 else ""
-            raise ValueError(
-                f"batch_size {self.batch_size}{parts} is one pair at a time, too few for the statistics of BatchNorm; "
-                "use two or more"
-            )
+            raise ValueError("teacher is empty; name a teacher under models/, or set max_teacher_w: 0")
         return self
 
     @property
     def teachers(self) -> list[str]:
+        """The names in `teacher`."""
         return [name.strip() for name in self.teacher.split(",") if name.strip()]
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher's net is read at any iteration."""
+        """Whether any iteration needs a teacher's predictions or weights."""
         ramps = self.warm_scale > 0 and self.max_teacher_w > 0 and self.max_iter > self.warm_teacher_iter + 1
         labelled = (self.teacher_w > 0 or ramps) and self.teacher_style not in (2, 3)
         return labelled or self.id_init == "teacher"
 
 
 class TeacherConfig(CommonConfig):
-    """A teacher (or baseline) run: a one-head ResNet with average pooling, trained on identities alone."""
+    """Keys of a teacher (or baseline): a one-head ResNet with average pooling, trained on identities alone."""
 
     task: Literal["teacher"]
-    stride: Literal[1, 2] = 2  # stride of the trunk's last stage
-    batch_size: Annotated[int, Field(ge=2)] = 32  # images per step, of all processes together
-    epochs: Count = 60  # passes over the training images
-    warm_epochs: Annotated[int, Field(ge=0)] = 5  # linear warm-up of the rates
-    lr: Rate = 0.05  # of the head; the trunk gets a tenth
-    trunk_lr_factor: Fraction = 0.1  # rate of the trunk relative to the head
-    lr_policy: Literal["step", "cosine"] = "step"  # step: a tenth after two thirds; cosine: to 0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5  # before the classifier
-    erasing_p: Fraction = 0.0  # random erasing, probability per image
-    extra_data: str | None = None  # folder made by generate.py, trained on beside data_root
-    extra_labels: Literal["one_hot", "lsro", "soft"] = "one_hot"  # its labels: clothes' identity, uniform, manifest's
-    log_iter: Count = 20  # losses to TensorBoard
-    snapshot_epochs: Count = 10  # checkpoints
+    """What the run trains."""
+    stride: Literal[1, 2] = 2
+    """Stride of the trunk's last stage."""
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    """Images per step, over all processes; BatchNorm needs two or more."""
+    epochs: Count = 60
+    """Passes over the training images."""
+    warm_epochs: CountOrZero = 5
+    """Epochs over which the rates rise linearly."""
+    lr: Rate = 0.05
+    """Rate of SGD for the head."""
+    trunk_lr_factor: Fraction = 0.1
+    """Rate of the trunk, relative to lr."""
+    lr_policy: Literal["step", "cosine"] = "step"
+    """step: a tenth of the rates after two thirds of the epochs; cosine: down to 0."""
+    dropout: BelowOne = 0.5
+    """Dropout before the classifier."""
+    erasing_p: Fraction = 0.0
+    """Probability of random erasing per image."""
+    extra_data: str | None = None
+    """Folder made by generate.py, to train on beside data_root; its identities must be in data_root."""
+    extra_labels: Literal["one_hot", "lsro", "soft"] = "one_hot"
+    """Label of its images. one_hot: the identity of the clothes; lsro: uniform; soft: the manifest's, whose remainder
+    is spread over the identities that it does not name."""
+    log_iter: Annotated[Count, NO_EFFECT] = 20
+    """Steps between losses in TensorBoard."""
+    snapshot_epochs: Annotated[Count, NO_EFFECT] = 10
+    """Epochs between snapshots."""
 
     @model_validator(mode="after")
     def _labels_of_something(self) -> TeacherConfig:
@@ -298,10 +395,8 @@ Config = DGNetConfig | TeacherConfig
 
 # ---------------------------------------------------------------------------------------------- loading
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML silently keeps the last of two equal keys; a config must not say two things.
-
-    Nor may a few lines stand for gigabytes: aliases of lists and sections can be nested (`b: [*a, *a]`, `c: [*b, *b]`).
-    """
+    """Refuses what SafeLoader accepts: equal keys, of which it keeps the last, and aliases of lists and sections, by
+    which a few lines could stand for gigabytes (`b: [*a, *a]`, `c: [*b, *b]`)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
@@ -331,7 +426,7 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file. Raises UserError for anything else."""
+    """The mapping in a YAML file. Raises UserError for anything else."""
     try:
         with open(path, encoding="utf-8") as stream:
             values = yaml.load(stream, _UniqueKeyLoader)
@@ -342,17 +437,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct the file") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: empty, or not a list of `key: value` lines")
+        raise UserError(f"{path}: is empty or does not consist of `key: value` lines")
     return values
 
 
 def set_values(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """`values` with `--set` overrides such as `batch_size=4` and `gen.dim=8` applied."""
+    """A copy of `values` with `--set` overrides such as `batch_size=4` and `gen.dim=8`. Raises UserError."""
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for setting in settings:
         key, sign, text = setting.partition("=")
         if not sign:
-            raise UserError(f"--set {setting}: write key=value, for example --set batch_size=4 gen.dim=8")
+            raise UserError(f"--set {setting}: write key=value, as in --set batch_size=4 gen.dim=8")
         target = values
         *sections, leaf = key.strip().split(".")
         for section in sections:
@@ -397,20 +492,42 @@ def _describe(error: dict, model: type[BaseModel]) -> str:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes no more than 4,300 digits
+    except ValueError:  # Python refuses to write an integer of more than 4,300 digits.
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Validate `values`; `source` names them in messages. Raises UserError that lists every problem in one line."""
-    dead = [key for key in DEAD_KEYS if key in values]
-    if dead:
-        print(f"note: {source}: {', '.join(dead)}: read by nothing, in the release and here", file=sys.stderr)
-    values = {key: value for key, value in values.items() if key not in DEAD_KEYS}
-    model = _schema(values, source)
+def translated(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A DG-Net run's values without `RETIRED_KEYS`. `source` names them in notes and errors.
+
+    Raises UserError where a retired key asks for something that no longer exists.
+    """
+    kept = {key: value for key, value in values.items() if key not in RETIRED_KEYS}
+    if dead := [key for key in DEAD_KEYS if key in values]:
+        print(f"note: {source}: ignored {', '.join(dead)}, which the release does not read either", file=sys.stderr)
     if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
         print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)
+    if (channels := values.get("input_dim_a", 1)) != 1:
+        raise UserError(f"{source}: input_dim_a: must be 1, the gray or edge image (got {_shown(channels)})")
+    if (parts := values.get("accumulate", 1)) != 1:
+        raise UserError(
+            f"{source}: accumulate: no longer exists (got {_shown(parts)}); to save memory use recompute: true, "
+            "precision: bf16 or several processes"
+        )
+    if (apex := values.get("apex", False)) not in (True, False):
+        raise UserError(f"{source}: apex: must be true or false (got {_shown(apex)})")
+    if apex:
+        if values.get("precision", "fp16") != "fp16":
+            raise UserError(f"{source}: apex: true means precision: fp16; remove one of the two")
+        kept["precision"] = "fp16"
+    return kept
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validate `values`; `source` names them in messages. Raises UserError that lists every problem in one line."""
+    model = _schema(values, source)
+    if model is DGNetConfig:
+        values = translated(values, source)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -419,30 +536,30 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def of_another_version(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """A run folder's values with the release's fallbacks and without unknown keys, which are named in a warning."""
+    """A run folder's values with the release's fallbacks. Unknown keys are left out and named in a warning."""
     model = _schema(values, source)
-    kept: dict[str, Any] = (RELEASE_FALLBACKS if model is DGNetConfig else {}) | {"data_root": ""}
+    fallbacks = RELEASE_FALLBACKS if model is DGNetConfig else {}
+    kept: dict[str, Any] = {"data_root": ""} | fallbacks
     unknown = []
     for key, value in values.items():
-        if key in DEAD_KEYS:
+        if key in ("gen", "dis") and isinstance(value, dict) and key in model.model_fields:
+            fields = _section(model, (key,)).model_fields
+            kept[key] = {k: v for k, v in value.items() if k in fields}
+            unknown += [f"{key}.{k}" for k in value if k not in fields]
+        elif key in model.model_fields or (key in RETIRED_KEYS and model is DGNetConfig):
             kept[key] = value
-        elif key not in model.model_fields:
-            unknown.append(key)
-        elif isinstance(value, dict) and key in ("gen", "dis"):
-            known = _section(model, (key,)).model_fields
-            kept[key] = {k: v for k, v in value.items() if k in known}
-            unknown += [f"{key}.{k}" for k in value if k not in known]
         else:
-            kept[key] = value
+            unknown.append(key)
     if unknown:
         print(f"warning: {source}: ignored keys of another version: {', '.join(unknown)}", file=sys.stderr)
     return kept
 
 
 def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = True) -> Config:
-    """The configuration in a YAML file with `--set` overrides applied.
+    """The configuration in a YAML file, with `--set` overrides. Raises UserError.
 
-    strict  False: the file may be a release's run folder's or another version's (`of_another_version`)
+    strict  False for a run folder's file, which the release or another version may have written: see
+            `of_another_version`
     """
     values = read_yaml(Path(path))
     if not strict:
@@ -451,16 +568,24 @@ def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = Tr
 
 
 def flat_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values (`model_dump()`) with those of its sections as `gen.dim`."""
+    """A config's values (`model_dump()`) in one level: a section's key is written `gen.dim`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
+def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The schema's fields in one level, named like the keys of `flat_settings`."""
+    flat: dict[str, FieldInfo] = {}
+    for key, field in model.model_fields.items():
+        section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        flat |= {f"{key}.{name}": f for name, f in fields(field.annotation).items()} if section else {key: field}
+    return flat
+
+
 def changed_from_default(cfg: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that are not the schema's default, as key to (value, default); None for the default of those
-    that have to be given."""
+    """The settings that differ from the default, as key to (value, default). A required key has the default None."""
     required = {name: getattr(cfg, name) for name, field in type(cfg).model_fields.items() if field.is_required()}
     defaults = flat_settings(type(cfg)(**required).model_dump())
     changed = {k: (v, defaults[k]) for k, v in flat_settings(cfg.model_dump()).items() if v != defaults[k]}
@@ -468,13 +593,92 @@ def changed_from_default(cfg: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def exact_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings among a config's values (`model_dump()`) that decide a run's numbers; sections as `gen.dim`."""
-    flat = flat_settings(values)
-    # Only the cosine asks how long the run is.
-    unread = HARMLESS_KEYS | (set() if flat.get("lr_policy") == "cosine" else {"max_iter"})
-    return {key: value for key, value in flat.items() if key not in unread}
+    """The settings among a config's values (`model_dump()`) that affect a run's results; a section's key is `gen.dim`.
+
+    Keys that the schema does not know are left out: another version wrote them.
+    """
+    schema = fields(_schema(values, "config"))
+    ignored = {NO_EFFECT} if values.get("lr_policy") == "cosine" else {NO_EFFECT, COSINE_ONLY}
+    affecting = {key for key, field in schema.items() if ignored.isdisjoint(_marks(field))}
+    return {key: value for key, value in flat_settings(values).items() if key in affecting}
+
+
+def _marks(field: FieldInfo) -> set[str]:
+    return {mark for mark in field.metadata if isinstance(mark, str)}
 
 
 def dump_config(cfg: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(cfg.model_dump(), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------ docs/configuration.md
+PAGE = """# Configuration
+
+Made by `python config.py > docs/configuration.md` from the schema in `config.py`; change it there.
+
+A run's settings stand in a YAML file (`train.py --config FILE`) and are overridden by `--set batch_size=4 gen.dim=8`.
+They are validated before anything starts: an unknown key, a wrong type and a value out of range are errors. The
+resolved configuration is written to `config.yaml` in the run's folder.
+
+The last column says whether a key affects the results of a run that is resumed. If such a key differs from the
+snapshot, `--resume` prints the old and the new value. The other keys decide {no_effect}.
+
+The release's YAML files work unchanged. `apex: true` is read as `precision: fp16`; `new_size`, `input_dim_a` and the
+keys that the release never reads (`{dead}`) are dropped.
+"""
+
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def configuration_page() -> str:
+    """The reference page of all keys, as Markdown."""
+    page = PAGE.format(no_effect=NO_EFFECT, dead="`, `".join(DEAD_KEYS))
+    shared = CommonConfig.model_fields
+    for model, prefix in (
+        (CommonConfig, ""),
+        (DGNetConfig, ""),
+        (GenConfig, "gen."),
+        (DisConfig, "dis."),
+        (TeacherConfig, ""),
+    ):
+        page += f"\n## {model.__doc__.rstrip('.')}\n\n"
+        page += "| key | default | values | meaning | affects results |\n|---|---|---|---|---|\n"
+        for name, field in model.model_fields.items():
+            if (model is CommonConfig or name not in shared) and name not in ("gen", "dis"):
+                page += f"| `{prefix}{name}` | {' | '.join(_cells(field))} |\n"
+    return page
+
+
+def _cells(field: FieldInfo) -> tuple[str, str, str, str]:
+    """A field's default, values, meaning and effect."""
+    marks = _marks(field)
+    effect = "no" if NO_EFFECT in marks else "if `lr_policy` is cosine" if COSINE_ONLY in marks else "yes"
+    default = "required" if field.is_required() else _word(field.default)
+    return default, _values(field.annotation, field.metadata), " ".join(field.description.split()), effect
+
+
+def _word(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _values(annotation: Any, metadata: list[Any]) -> str:
+    """What a field of this type and these limits accepts."""
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _values(inner, [limit for m in more for limit in getattr(m, "metadata", [m])])
+    if get_origin(annotation) in (Union, UnionType):
+        return ", or ".join(_values(choice, []) for choice in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return ", ".join(_word(choice) for choice in get_args(annotation))
+    name = {bool: "true, false", int: "integer", float: "number", str: "text", NoneType: "null"}[annotation]
+    limits = [f"{sign} {getattr(m, limit)}" for m in metadata for limit, sign in SIGNS.items() if hasattr(m, limit)]
+    return ", ".join([name, *limits])
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")
