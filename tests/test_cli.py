@@ -23,7 +23,7 @@ from PIL import Image
 
 import demo
 import distributed
-import trainer
+import precision
 from config import load_config
 from data.folders import check_test_set
 from data.mannequins import make_dataset
@@ -311,7 +311,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
 def test_a_run_keeps_the_precision_that_auto_was(
     trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: bool
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: has)
     common = ("--name", "auto", "--output_path", tmp_path, "--device", "cpu")
     settings = ("--set", "precision=auto", "teacher_style=3", "snapshot_save_iter=1")
     out = clean(script("train", "--config", trained.config(), *common, *settings, "--dry-run"))
@@ -319,7 +319,7 @@ def test_a_run_keeps_the_precision_that_auto_was(
     clean(script("train", "--config", trained.config(), *common, *settings, "max_iter=1"))
     assert load_config(tmp_path / "outputs/auto/config.yaml").precision == ("bf16" if has else "fp32")
     # Elsewhere the folder's own config goes on as it was, `auto` with a note of what is different.
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     own = script("train", *common, "--resume", "--set", "max_iter=2")
     assert own.code == 0 and "precision was" not in own.err
     auto = script("train", "--config", trained.config(), *common, "--resume", *settings, "max_iter=3")
@@ -329,7 +329,7 @@ def test_a_run_keeps_the_precision_that_auto_was(
 def test_of_several_processes_the_first_decides_what_auto_is(
     trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     monkeypatch.setattr(distributed, "gather", lambda value: ["bf16", value])  # as the second of two
     where = ("--name", "auto", "--output_path", trained.folder, "--dry-run", "--set", "precision=auto")
     assert "on cpu in bf16, " in clean(script("train", "--config", trained.config(), *where))
