@@ -26,6 +26,7 @@ from files import write_whole
 from losses import RAMPED, loss_weights
 from networks import structure_input
 from parallel import collectives
+from parallel.layers import act_on_whole_batch
 from precision import pick_precision
 from runs.board import Board
 from runs.folder import (
@@ -138,7 +139,7 @@ def build_session(
         cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resumable
     )
     nets = [*trainer.networks().values(), *getattr(trainer, "teachers", [])]
-    collectives.act_on_whole_batch(nets, own_batch_size, sync_bn=cfg.sync_bn)
+    act_on_whole_batch(nets, own_batch_size, sync_bn=cfg.sync_bn)
     if isinstance(cfg, TeacherConfig):
         max_iter, snapshot_iter = cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch
     else:

@@ -522,13 +522,13 @@ def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch:
     """The name ends in the beginning of the checksum; what differs is not kept."""
     trunk = build_trunk("resnet10w8", last_stride=1)
     torch.save(trunk.state_dict(), tmp_path / "weights")
-    monkeypatch.setattr("runs.list_models", lambda _: ["resnet10w8"])
+    monkeypatch.setattr("runs.weights.list_models", lambda _: ["resnet10w8"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
     for prefix in ("00000000", right):
         source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
         url = type("Weights", (), {"url": source.as_uri()})
-        monkeypatch.setattr("runs.get_model_weights", lambda _, url=url: [url])
+        monkeypatch.setattr("runs.weights.get_model_weights", lambda _, url=url: [url])
         if prefix == right:
             load_imagenet(trunk, "resnet10w8", None)
         else:
