@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from checkpoint import Trainer
+from data.batch import Part
 from utils import UserError, one_line
 
 T = TypeVar("T")
@@ -124,32 +125,26 @@ def wait_for_all() -> None:
 
 
 # ---------------------------------------------------------------------------------- slices of the batch
-def own_batch_size(batch_size: int, *, sync_bn: bool, parts: int = 1, processes: int | None = None) -> int:
-    """How many images of each of a batch's `parts` a process has. Raises UserError where they cannot be shared out."""
+def own_batch_size(batch_size: int, *, sync_bn: bool, processes: int | None = None) -> int:
+    """How many images of every batch a process has. Raises UserError where they cannot be shared out."""
     processes = processes or world_size()
-    n, rest = divmod(batch_size, parts * processes)
-    what = f"batch_size {batch_size}" + (f" in {parts} parts (accumulate)" if parts > 1 else "")
+    n, rest = divmod(batch_size, processes)
     if rest:
         raise UserError(
-            f"{what} cannot be shared out equally over {processes} processes; batch_size counts the images of all: "
-            f"make it a multiple of {parts * processes}"
+            f"batch_size {batch_size} cannot be shared out equally over {processes} processes; it counts the images "
+            f"of all: make it a multiple of {processes}"
         )
     if n == 1 and processes > 1 and not sync_bn:
         raise UserError(
-            f"{what} over {processes} processes leaves one image in each, too few for the statistics of BatchNorm; "
-            "raise batch_size, use fewer processes or set sync_bn: true"
+            f"batch_size {batch_size} over {processes} processes leaves one image in each, too few for the statistics "
+            "of BatchNorm; raise batch_size, use fewer processes or set sync_bn: true"
         )
     return n
 
 
-def own_rows(values: T, images: int) -> T:
-    """Of values drawn for whole batches this process's part, rows (k * images, ...) of (k * whole batch, ...).
-
-    values  array or tensor; k batches one after the other
-    images  of a batch in this process
-    """
-    rest = values.shape[1:]
-    return values.reshape(-1, world_size(), images, *rest)[:, rank()].reshape(-1, *rest)
+def own_part() -> Part:
+    """The slice of every batch that this process has."""
+    return Part(rank(), world_size())
 
 
 class Dropout(nn.Dropout):
@@ -165,7 +160,7 @@ class Dropout(nn.Dropout):
         whole = x.new_ones(len(x) * world_size(), *x.shape[1:])
         if x.dim() == 4 and not x.is_contiguous():
             whole = whole.to(memory_format=torch.channels_last)  # masks are drawn in the order of memory
-        return x * own_rows(F.dropout(whole, self.p), self.images)
+        return x * own_part().rows(F.dropout(whole, self.p), self.images)
 
 
 class _NormaliseBatch(torch.autograd.Function):

@@ -124,8 +124,8 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
 
     from distributed import gather, world_size
     from generation import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
+    from precision import pick_precision
     from runs import generator_config, open_run, pick_epoch
-    from trainer import pick_precision
 
     devices = choose_devices(args, device)
     pick_precision(devices[0], args.precision)  # refuses what it cannot do

@@ -45,7 +45,6 @@ from data.generated import (
 )
 from data.images import denormalise, iter_images, normalise
 from distributed import gather, is_main, rank, world_size
-from reIDmodel import enlarge
 from runs import RunFolder, load_teacher
 from trainer import autocast
 from utils import UserError, make_folder, part_of, set_threads, write_json
@@ -129,7 +128,7 @@ class Nets:
         try:
             with autocast(self.device, self.precision):
                 pixels = denormalise(self.model.swap(x_app, x_str))
-                label = L.mean_prediction(self.teachers, enlarge(normalise(pixels))) if self.teachers else None
+                label = L.mean_prediction(self.teachers, normalise(pixels)) if self.teachers else None
         except torch.OutOfMemoryError:
             raise TooManyImages(
                 f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one"

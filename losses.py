@@ -1,13 +1,12 @@
-"""Every loss term of DG-Net and its weight over time (spec sections 5 and 7).
+"""Every loss term of DG-Net, its weight over time, and the total as one weighted sum (docs/method.md, "Losses").
 
-Loss functions return `(total, {name: term})`; the terms are unweighted and bear the names under which they are
-logged. `_a` and `_b` name the image of the pair whose reconstruction, code or identity is meant.
+A loss function returns `{name: term}`. The terms are unweighted and bear the names under which they are logged; `_a`
+and `_b` name the image of the pair whose reconstruction, code or identity is meant. `loss_weights` gives the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,43 +14,49 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed import world_size
 from networks import Discriminator
+from reIDmodel import Logits
 
 if TYPE_CHECKING:
     from config import DGNetConfig
 
-Logits = tuple[Tensor, ...]  # one (N, K) per head
+Terms = dict[str, Tensor]
+# Terms whose weight rises during training, and the config key of the weight that they begin with.
+RAMPED = {"recon_f": "recon_f_w", "recon_s": "recon_s_w", "cyc": "recon_x_cyc_w", "teacher": "teacher_w"}
 
 
 # ---------------------------------------------------------------------------------------------- weights
-@dataclass(frozen=True)
-class LossWeights:
-    """The weights of section 7 that change during training."""
-
-    recon_f_w: float
-    recon_s_w: float
-    recon_x_cyc_w: float
-    teacher_w: float
-
-
 def ramp(start: float, maximum: float, warm_start: int, warm_scale: float, t: int) -> float:
     """`start` up to and including iteration `warm_start`, then rising by `warm_scale` a step up to `maximum`."""
     return start if t <= warm_start else min(start + warm_scale * (t - warm_start), maximum)
 
 
-def loss_weights(cfg: DGNetConfig, t: int) -> LossWeights:
-    """The weights at iteration `t` (0-based), a pure function of it."""
+def loss_weights(cfg: DGNetConfig, t: int) -> dict[str, float]:
+    """The weight of every term of the generator and id loss at iteration `t` (0-based), a pure function of it.
 
-    def recon(start: float, maximum: float) -> float:
-        return ramp(start, maximum, cfg.warm_iter, cfg.warm_scale, t)
+    A key stands for the terms of both images: `recon_x` weighs `recon_x_a` and `recon_x_b`.
+    """
+    return {
+        "adv": cfg.gan_w,  # trains the generator
+        "recon_x": cfg.recon_x_w,  # encoder and decoder (and the id net with `detach_f: false`)
+        "recon_xp": cfg.recon_xp_w,  # the same
+        "recon_s": ramp(cfg.recon_s_w, cfg.max_w, cfg.warm_iter, cfg.warm_scale, t),  # encoder, or decoder
+        "recon_f": ramp(
+            cfg.recon_f_w, cfg.max_w, cfg.warm_iter, cfg.warm_scale, t
+        ),  # nothing, unless `detach_f: false`
+        "recon_id": cfg.recon_id_w,  # encoder and decoder
+        "cyc": ramp(cfg.recon_x_cyc_w, cfg.max_cyc_w, cfg.warm_iter, cfg.warm_scale, t),  # encoder and decoder
+        "vgg": cfg.vgg_w,  # encoder and decoder
+        "id": cfg.id_w,  # id net
+        "pid": cfg.pid_w,  # id net
+        "teacher": ramp(cfg.teacher_w, cfg.max_teacher_w, cfg.warm_teacher_iter, cfg.warm_scale, t),  # id net
+    }
 
-    return LossWeights(
-        recon_f_w=recon(cfg.recon_f_w, cfg.max_w),
-        recon_s_w=recon(cfg.recon_s_w, cfg.max_w),
-        recon_x_cyc_w=recon(cfg.recon_x_cyc_w, cfg.max_cyc_w),
-        teacher_w=ramp(cfg.teacher_w, cfg.max_teacher_w, cfg.warm_teacher_iter, cfg.warm_scale, t),
-    )
+
+def weighted_sum(terms: Terms, weights: dict[str, float]) -> Tensor:
+    """The total of the terms, each times its weight."""
+    weighted = [weights[name.removesuffix("_a").removesuffix("_b")] * term for name, term in terms.items()]
+    return torch.stack(weighted).sum()
 
 
 # -------------------------------------------------------------------------------------- elementary terms
@@ -65,11 +70,6 @@ def l1(p: Tensor, q: Tensor) -> Tensor:
     return (full(p) - full(q.detach())).abs().mean()
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over the whole batch, of which each process has an equal slice; means need nothing of the kind."""
-    return x.sum() * world_size()
-
-
 def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
     """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K)."""
     return sum(F.cross_entropy(full(p), y) for p in logits) / len(logits)
@@ -80,19 +80,20 @@ def kl_divergence(logits: Logits, q: Tensor) -> Tensor:
     return sum(F.kl_div(F.log_softmax(full(p), dim=1), q, reduction="batchmean") for p in logits) / len(logits)
 
 
-def split_heads(p: Logits, style: str) -> tuple[Logits, Logits]:
+def split_heads(p: Logits, id_style: str) -> tuple[Logits, Logits]:
     """Primary and fine-grained heads. Style AB has one of each; the others have primary heads only."""
-    return (p[:1], p[1:]) if style == "AB" else (p, ())
+    return (p[:1], p[1:]) if id_style == "AB" else (p, ())
 
 
 # ---------------------------------------------------------------------------------------- adversarial
-def discriminator_loss(
-    dis: Discriminator, real: Tensor, fake: Tensor, *, gan_type: str, penalty: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """D's loss on the two pairs (x_a, x_ba) and (x_b, x_ab), each with its gradient penalty (section 5).
+def discriminator_terms(
+    dis: Discriminator, real: Tensor, fake: Tensor, *, gan_type: str, penalty: float, processes: int = 1
+) -> Terms:
+    """D's loss `dis_a`, `dis_b` on the two pairs (x_a, x_ba) and (x_b, x_ab), with their gradient penalties.
 
     `real` and `fake` hold both images of the pair, (2N, 3, H, W): D has no batch statistics, so one pass serves both.
     The penalty is the squared norm of d(sum of D(real))/d(real) at full resolution, mean over the batch.
+    `processes` share the batch: the sums of wgan are over all of it.
     """
     real = real.detach().requires_grad_()
     with torch.autocast(real.device.type, enabled=False):  # the penalty's second derivatives need full precision
@@ -109,22 +110,48 @@ def discriminator_loss(
                 loss = F.binary_cross_entropy_with_logits(f, torch.zeros_like(f))
                 loss = loss + F.binary_cross_entropy_with_logits(r, torch.ones_like(r))
             else:  # wgan
-                loss = f.mean() - r.mean() + 0.001 * (total(f.square()) + total(r.square()))
+                squares = f.square().sum() * processes + r.square().sum() * processes
+                loss = f.mean() - r.mean() + 0.001 * squares
             terms[name] = terms[name] + loss + penalty * g.flatten(1).square().sum(dim=1).mean()
-    return terms["dis_a"] + terms["dis_b"], terms
+    return terms
 
 
-def adversarial_loss(scores: Sequence[Tensor], gan_type: str) -> Tensor:
-    """G's loss for one fake from D's score maps of it (section 5)."""
-    loss = 0.0
-    for d in map(full, scores):
-        if gan_type == "lsgan":
-            loss = loss + 2 * (d - 1).square().mean()
-        elif gan_type == "nsgan":
-            loss = loss + F.binary_cross_entropy_with_logits(d, torch.ones_like(d))
-        else:  # wgan
-            loss = loss - d.mean() + 0.001 * total(d.square())
-    return loss
+def adversarial_terms(dis: Discriminator, fake: Tensor, *, gan_type: str, processes: int = 1) -> Terms:
+    """G's loss `adv_a`, `adv_b` for x_ba and x_ab, which `fake` (2N, 3, H, W) holds; it reaches the fakes only."""
+    terms = {"adv_a": 0.0, "adv_b": 0.0}
+    for scores in dis(fake):  # per scale
+        for name, d in zip(terms, full(scores).chunk(2), strict=True):
+            if gan_type == "lsgan":
+                loss = 2 * (d - 1).square().mean()
+            elif gan_type == "nsgan":
+                loss = F.binary_cross_entropy_with_logits(d, torch.ones_like(d))
+            else:  # wgan
+                loss = -d.mean() + 0.001 * (d.square().sum() * processes)
+            terms[name] = terms[name] + loss
+    return terms
+
+
+# ------------------------------------------------------------------------------------------ identities
+def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float) -> Tensor:
+    """CE(p_prim, y) + fine_w CE(p_fine, y).
+
+    At weight 0 the second part still yields gradients (zeros), so that weight decay applies to its head.
+    """
+    prim, fine = split_heads(p, id_style)
+    loss = cross_entropy(prim, y)
+    return loss + fine_w * cross_entropy(fine, y) if fine else loss
+
+
+def primary_loss(p: Logits, y: Tensor, *, id_style: str) -> Tensor:
+    """CE(p_prim, y)."""
+    return cross_entropy(split_heads(p, id_style)[0], y)
+
+
+def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: float, b_w: float) -> Tensor:
+    """T_w KL(q || p_prim) + B_w CE(p_fine, structure identity) for one fake."""
+    prim, fine = split_heads(p, id_style)
+    loss = t_w * kl_divergence(prim, q)
+    return loss + b_w * cross_entropy(fine, y_str) if fine else loss
 
 
 # --------------------------------------------------------------------------------------------- teacher
@@ -137,9 +164,10 @@ def mean_prediction(teachers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def soft_labels(
     prediction: Tensor | None, y_app: Tensor, y_str: Tensor, *, style: int, num_classes: int, dtype: torch.dtype
 ) -> Tensor:
-    """The label q (N, K) of a fake with appearance identity `y_app` and structure identity `y_str` (section 7).
+    """The label q (N, K) of a fake with appearance identity `y_app` and structure identity `y_str`.
 
-    `prediction` is the teachers' averaged distribution; styles 2 (one-hot) and 3 (uniform) need none.
+    style  0 `prediction`, the teachers' averaged distribution; 1 one-hot of its maximum; 2 one-hot of y_app;
+           3 uniform; 4 `prediction` of the two identities alone. Styles 2 and 3 need no prediction
     """
     if style == 0:
         return prediction
@@ -154,20 +182,6 @@ def soft_labels(
     share = masked.sum(dim=1, keepdim=True)
     # Where the teachers' softmax has underflowed for both, neither is more likely.
     return torch.where(share > 0, masked / share, allowed / allowed.sum(dim=1, keepdim=True))
-
-
-def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: float, b_w: float) -> Tensor:
-    """T_w KL(q || p_prim) + B_w CE(p_fine, structure identity) for one fake."""
-    prim, fine = split_heads(p, id_style)
-    loss = t_w * kl_divergence(prim, q)
-    return loss + b_w * cross_entropy(fine, y_str) if fine else loss
-
-
-def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float) -> Tensor:
-    """CE(p_prim, y) + fine_w CE(p_fine, y); at weight 0 the second part gives zero gradients, not none."""
-    prim, fine = split_heads(p, id_style)
-    loss = cross_entropy(prim, y)
-    return loss + fine_w * cross_entropy(fine, y) if fine else loss
 
 
 def perceptual_loss(vgg: nn.Module, x: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The generator and the discriminator of DG-Net (spec sections 3, 4 and 5).
+"""The generator and the discriminator of DG-Net, as docs/method.md describes them ("Networks").
 
 Legend of the shape comments, at 256 x 128 with `dim` 16:
     x    image in normalised space (N, 3, 256, 128);  g  its gray version (N, 1, 256, 128)
@@ -11,45 +11,69 @@ state_dict of these classes *is* the interchange format and no renaming table is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import UserError
+from data.batch import ALL, Part
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 ACTIVATIONS = {
-    # In place where autograd allows: each follows an operation that does not need its own output again.
-    "lrelu": lambda: nn.LeakyReLU(0.2, inplace=True),
-    "relu": lambda: nn.ReLU(inplace=True),
+    "lrelu": lambda: nn.LeakyReLU(0.2),
+    "relu": nn.ReLU,
     "prelu": nn.PReLU,
-    "selu": lambda: nn.SELU(inplace=True),
+    "selu": nn.SELU,
     "tanh": nn.Tanh,
     "none": nn.Identity,
 }
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "zero": "zeros"}
 INIT_GAIN = 2**0.5
+CANNY_THRESHOLDS = (10, 200)
+EDGE_NOISE = 0.1
+
+
+# ------------------------------------------------------------------------ what the structure encoder sees
+def to_gray(x: Tensor) -> Tensor:
+    """Normalised image (N, 3, H, W) to the mean of its channels (N, 1, H, W)."""
+    return x.mean(dim=1, keepdim=True)
+
+
+def to_edge(x: Tensor, rng: np.random.Generator, images: int | None = None, part: Part = ALL) -> Tensor:
+    """Normalised image (N, 3, H, W) to its Canny edges (N, 1, H, W) in -0.5..0.5 plus N(0, 0.1) noise, no gradient.
+
+    images, part  where x holds a process's slices of batches: images of a slice, and which slice; the noise is drawn
+                  for the whole batches
+    """
+    import cv2
+
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    rgb = ((x.detach() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    edges = np.stack([cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), *CANNY_THRESHOLDS) for image in rgb])
+    n, *size = edges.shape
+    noise = part.rows(rng.standard_normal((n * part.count, 1, *size)), images or n)
+    return torch.from_numpy(edges[:, None] / 255 - 0.5 + EDGE_NOISE * noise).to(x)
+
+
+def structure_input(
+    x: Tensor, single: str, rng: np.random.Generator | None = None, images: int | None = None, part: Part = ALL
+) -> Tensor:
+    """What the structure encoder sees of normalised images: (N, 1, H, W). `single` is gray or edge (config).
+
+    rng, images, part  as in `to_edge`; gray needs none of them
+    """
+    return to_gray(x) if single == "gray" else to_edge(x, rng, images, part)
 
 
 # ------------------------------------------------------------------------------------------------ norms
-def instance_norm(x: Tensor) -> Tensor:
-    """Per sample and channel: subtract the mean, divide by the root of the biased variance + 1e-5."""
-    if x.is_cpu and x.is_contiguous():
-        # One group per channel is the same thing, and three times faster on a CPU.
-        return F.group_norm(x, x.shape[1])
-    return F.instance_norm(x)
-
-
-class InstanceNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return instance_norm(x)
-
-
 class LayerNorm(nn.Module):
-    """`(x - mean) / (std + eps)` per sample, unbiased std, eps outside the root; gamma, beta per channel."""
+    """`(x - mean) / (std + eps)` per sample over C, H, W, then gamma and beta per channel.
+
+    The standard deviation is the unbiased one, and eps stands outside the root.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -58,12 +82,9 @@ class LayerNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = tuple(range(1, x.dim()))
+        std, mean = torch.std_mean(x, dim=tuple(range(1, x.dim())), keepdim=True)  # (N, 1, 1, 1)
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        std, mean = torch.std_mean(x, dim=dims, keepdim=True)  # (N, 1, 1, 1)
-        # One scale and one shift per sample and channel: a single pass over x, and only x is kept for the backward.
-        scale = self.gamma.view(shape) / (std + self.eps)
-        return torch.addcmul(self.beta.view(shape) - mean * scale, x, scale)
+        return (x - mean) / (std + self.eps) * self.gamma.view(shape) + self.beta.view(shape)
 
 
 class AdaIN(nn.Module):
@@ -78,44 +99,15 @@ class AdaIN(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return instance_norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        return F.instance_norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
     """A normalisation without batch statistics: none, in (instance) or ln (layer)."""
-    return {
-        "none": nn.Identity,
-        "in": InstanceNorm,
-        "ln": lambda: LayerNorm(channels),
-    }[kind]()
+    return {"none": nn.Identity, "in": nn.InstanceNorm2d, "ln": LayerNorm}[kind](channels)
 
 
 # ----------------------------------------------------------------------------------------------- blocks
-def reflect(x: Tensor, pad: int) -> Tensor:
-    """F.pad(x, 4 * (pad,), "reflect") of pieces, whose backward adds in a fixed order on a GPU too: `deterministic`."""
-    for dim in (2, 3):
-        before, after = x.narrow(dim, 1, pad), x.narrow(dim, x.shape[dim] - 1 - pad, pad)
-        x = torch.cat([before.flip(dim), x, after.flip(dim)], dim)
-    return x
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d, but for the padding.
-
-    Autocast on a CPU leaves it in the input's precision. It would go to float32 there and back again for the product:
-    copies of values that do not change.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        fixed = self.padding_mode == "reflect" and torch.are_deterministic_algorithms_enabled()
-        cast = x.is_cpu and self.padding_mode != "zeros" and torch.is_autocast_enabled("cpu")
-        if not (fixed or cast):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            x = reflect(x, self.padding[0]) if fixed else F.pad(x, 4 * self.padding[:1], self.padding_mode)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation)
-
-
 class ConvBlock(nn.Module):
     """Pad, convolve with bias, normalise, activate. The padding keeps the size at stride 1."""
 
@@ -139,30 +131,31 @@ class ConvBlock(nn.Module):
         pad = dilation * (kernel // 2) if pad is None else pad
         # Padding by nothing would copy the image.
         padding_mode = PADDING_MODES[pad_type] if pad else "zeros"
-        self.conv = Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=padding_mode)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, pad, dilation, padding_mode=padding_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.norm(self.conv(x)))
 
 
 class AdaINBlock(nn.Module):
-    """A 3x3 block conditioned on the appearance (section 4): `kind` basic, series or parallel."""
+    """A 3x3 block conditioned on the appearance: `kind` basic, series or parallel."""
 
     def __init__(self, channels: int, *, kind: str, activ: str, pad_type: str) -> None:
         super().__init__()
         self.kind = kind
         self.norm = AdaIN(channels)
+        self.instance_norm = nn.InstanceNorm2d(channels)  # kinds series and parallel
         self.activation = ACTIVATIONS[activ]()
-        self.conv = Conv2d(channels, channels, 3, padding=1, padding_mode=PADDING_MODES[pad_type])
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, padding_mode=PADDING_MODES[pad_type])
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y = self.conv(x)
         if self.kind == "basic":
             y = self.norm(y, scale, shift)
         elif self.kind == "series":
-            y = instance_norm(self.norm(y, scale, shift) + y)
+            y = self.instance_norm(self.norm(y, scale, shift) + y)
         else:
-            y = instance_norm(y + self.norm(x, scale, shift))
+            y = self.instance_norm(y + self.norm(x, scale, shift))
         return self.activation(y)
 
 
@@ -221,64 +214,6 @@ class AdaINResBlocks(nn.Module):
         return x
 
 
-class UpConvBlock(ConvBlock):
-    """A ConvBlock (5x5) on the nearest-neighbour enlargement, twice as large, without making the enlargement.
-
-    Each output pixel sees 5 x 5 pixels of the enlargement but only 3 x 3 of the input, so four 3x3 convolutions, one
-    per place in a 2x2 square, give the same numbers with 9 products in place of 25 (and none of the memory).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(self.enlarge_and_convolve(x)))
-
-    def enlarge_and_convolve(self, x: Tensor) -> Tensor:
-        """(N, c_in, h, w) to (N, c_out, 2h, 2w)."""
-        weight, mode = self.conv.weight, self.conv.padding_mode
-        pad = "constant" if mode == "zeros" else "replicate"
-        y = self.convolve(F.pad(x, (1, 1, 1, 1), pad), places(places(weight, 2), 4))
-        if mode != "reflect":
-            return y
-        # Reflection at the enlargement's edge is no padding of x: the outermost lines have taps of their own.
-        sides = self.convolve(F.pad(outer(x, 3), (0, 0, 1, 1), pad), fold(places(weight, 2), 4))
-        ends = self.convolve(F.pad(outer(x, 2), (1, 1, 0, 0), pad), places(fold(weight, 2), 4))
-        corners = self.convolve(outer(outer(x, 3), 2), fold(fold(weight, 2), 4)).chunk(4)
-        (left, right), (top, bottom), inner = sides[:, :, 1:-1].chunk(2), ends[..., 1:-1].chunk(2), y[..., 1:-1, 1:-1]
-        rows = (corners[0], top, corners[1]), (left, inner, right), (corners[2], bottom, corners[3])
-        return torch.cat([torch.cat(row, dim=3) for row in rows], dim=2)
-
-    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """One convolution for all places, weight (c_out, c_in, places, taps, places, taps), put where they belong."""
-        c_out, c_in, py, ky, px, kx = weight.shape
-        weight = weight.permute(0, 2, 4, 1, 3, 5).reshape(c_out * py * px, c_in, ky, kx)
-        y = F.conv2d(x, weight, self.conv.bias.repeat_interleave(py * px))
-        n, _, h, w = y.shape
-        return y.view(n, c_out, py, px, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c_out, h * py, w * px)
-
-
-def places(weight: Tensor, dim: int) -> Tensor:
-    """Five taps on an enlargement as three on what was enlarged, for an even and for an odd place.
-
-    weight (..., 5, ...) to (..., 2, 3, ...) at `dim`
-    """
-    a, b, c, d, e = weight.unbind(dim)
-    even, odd = torch.stack([a + b, c + d, e], dim), torch.stack([a, b + c, d + e], dim)
-    return torch.stack([even, odd], dim)
-
-
-def fold(weight: Tensor, dim: int) -> Tensor:
-    """Five taps at a reflecting edge of an enlargement as two on the outermost lines of what was enlarged.
-
-    weight (..., 5, ...) to (..., 1, 2, ...) at `dim`
-    """
-    a, b, c, d, e = weight.unbind(dim)
-    return torch.stack([b + c + d, a + e], dim).unsqueeze(dim)
-
-
-def outer(x: Tensor, dim: int) -> Tensor:
-    """The two lines at either edge, the outermost first: (2N, ...), of the first edge, then of the last."""
-    return torch.cat([x.narrow(dim, 0, 2), x.narrow(dim, -2, 2).flip(dim)])
-
-
 class SelfAttention(nn.Module):
     """Softmax over the key positions of unscaled dot products, times a learnt scalar that starts at 0, plus input."""
 
@@ -298,7 +233,7 @@ class SelfAttention(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Four branches that see 1x1 and 3x3 with dilation 3, 6, 9, fused to twice the channels (section 3.3)."""
+    """Four branches that see 1x1 and 3x3 with dilation 3, 6, 9, fused to twice the channels."""
 
     def __init__(self, channels: int, *, norm: str, activ: str, pad_type: str) -> None:
         super().__init__()
@@ -323,7 +258,7 @@ class ASPP(nn.Module):
 
 # -------------------------------------------------------------------------------------------- generator
 class StructureEncoder(nn.Module):
-    """Gray image to structure code (section 3)."""
+    """Gray image to structure code."""
 
     def __init__(self, *, dim: int, n_downsample: int, n_res: int, activ: str, pad_type: str, tanh: bool) -> None:
         super().__init__()
@@ -334,10 +269,7 @@ class StructureEncoder(nn.Module):
         ]
         c = 2 * dim
         for _ in range(n_downsample - 1):
-            layers += [
-                ConvBlock(c, c, 3, **block),
-                ConvBlock(c, 2 * c, 3, stride=2, **block),
-            ]  # (N, 64, 64, 32)
+            layers += [ConvBlock(c, c, 3, **block), ConvBlock(c, 2 * c, 3, stride=2, **block)]  # (N, 64, 64, 32)
             c *= 2
         layers += [ResBlocks(n_res, c, **block), ASPP(c, **block)]  # (N, 128, 64, 32)
         if tanh:
@@ -350,7 +282,7 @@ class StructureEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Structure code and AdaIN parameters to an image in normalised space (section 4)."""
+    """Structure code and AdaIN parameters to an image in normalised space."""
 
     def __init__(
         self,
@@ -365,17 +297,13 @@ class Decoder(nn.Module):
         pad_type: str,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [
-            nn.Dropout(dropout),
-            AdaINResBlocks(n_res, dim, kind=kind, activ=activ, pad_type=pad_type),
-        ]
+        block = dict(activ=activ, pad_type=pad_type)
+        layers: list[nn.Module] = [nn.Dropout(dropout), AdaINResBlocks(n_res, dim, kind=kind, **block)]
         if non_local:
             layers.append(SelfAttention(dim))
-        block = dict(activ=activ, pad_type=pad_type)
         c = dim
         for _ in range(n_upsample):
-            # The published numbering counts the enlargement as a layer of its own.
-            layers += [nn.Identity(), UpConvBlock(c, c // 2, 5, norm="ln", **block)]
+            layers += [nn.Upsample(scale_factor=2), ConvBlock(c, c // 2, 5, norm="ln", **block)]
             c //= 2
         layers += [ConvBlock(c, c, 3, **block), ConvBlock(c, c, 3, **block)]  # (N, 32, 256, 128)
         layers += [ConvBlock(c, 3, 1, activ="none", pad_type=pad_type)]  # (N, 3, 256, 128)
@@ -417,7 +345,7 @@ class MLP(nn.Module):
 class Generator(nn.Module):
     """Structure encoder, AdaIN MLPs and decoder: `decode(encode(gray(x_a)), f_b)` puts b's clothes on a.
 
-    `code_dim` is the length of the appearance code; it must be `n_res * id_dim` (section 4).
+    `code_dim` is the length of the appearance code; it must be `n_res * id_dim`.
     """
 
     def __init__(
@@ -472,7 +400,7 @@ class Generator(nn.Module):
 
 # ---------------------------------------------------------------------------------------- discriminator
 class Discriminator(nn.Module):
-    """Multi-scale discriminator, or the single strided net of `gan_type: wgan` (section 5).
+    """Multi-scale discriminator, or the single strided net of `gan_type: wgan`.
 
     `forward` returns one score map per scale, full resolution first.
     """
@@ -511,11 +439,8 @@ class Discriminator(nn.Module):
 
 def scale_net(*, dim: int, n_layer: int, n_res: int, non_local: int, **block: str) -> nn.Sequential:
     """The discriminator of one scale: strided blocks, residual blocks, optional attention, 1x1 to a score."""
-    layers: list[nn.Module] = [
-        ConvBlock(3, dim, 1, **block),
-        ConvBlock(dim, dim, 3, **block),
-        ConvBlock(dim, dim, 3, stride=2, **block),
-    ]
+    layers: list[nn.Module] = [ConvBlock(3, dim, 1, **block), ConvBlock(dim, dim, 3, **block)]
+    layers.append(ConvBlock(dim, dim, 3, stride=2, **block))
     c = dim
     for _ in range(n_layer - 1):
         wider = min(2 * c, 512)
@@ -533,16 +458,13 @@ def scale_net(*, dim: int, n_layer: int, n_res: int, non_local: int, **block: st
 def wgan_net(dim: int, **block: str) -> nn.Sequential:
     """Six 4x4 stride-2 blocks and a (4, 2) convolution: 256 x 128 to one number."""
     widths = [3] + [min(dim * 2**i, 512) for i in range(6)]
-    layers: list[nn.Module] = [
-        ConvBlock(c_in, c_out, 4, stride=2, pad=1, **block) for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
-    ]
-    layers.append(nn.Conv2d(widths[-1], 1, (4, 2)))
-    return nn.Sequential(*layers)
+    strided = (ConvBlock(c_in, c_out, 4, stride=2, pad=1, **block) for c_in, c_out in pairwise(widths))
+    return nn.Sequential(*strided, nn.Conv2d(widths[-1], 1, (4, 2)))
 
 
 # ----------------------------------------------------------------------------------------- initialising
 def init_weights(net: nn.Module, kind: str) -> None:
-    """Initialise every convolution and linear weight by `kind`, with zero biases (end of section 4)."""
+    """Initialise every convolution and linear weight by `kind`, with zero biases."""
     initialise = {
         "kaiming": lambda w: nn.init.kaiming_normal_(w, a=0, mode="fan_in"),  # gain sqrt 2
         "gaussian": lambda w: nn.init.normal_(w, 0.0, 0.02),
@@ -554,20 +476,3 @@ def init_weights(net: nn.Module, kind: str) -> None:
             initialise(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-@contextmanager
-def weights_frozen(*nets: nn.Module) -> Iterator[None]:
-    """Passes inside record no graph for these nets' weights; gradients still reach their inputs.
-
-    Autograd decides at forward time what a pass differentiates, so nothing has to be copied and the
-    backward may come after the context has ended.
-    """
-    weights = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for p in weights:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in weights:
-            p.requires_grad_(True)

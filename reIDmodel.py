@@ -1,4 +1,4 @@
-"""The id net, which is also the appearance encoder, and the teacher (spec section 2).
+"""The id net, which is also the appearance encoder, and the teacher (docs/method.md, "Networks").
 
 Legend of the shape comments, ResNet-50 on 256 x 128 with the last stride removed:
     x  normalised image (N, 3, 256, 128);  m  feature map (N, 2048, 16, 8);  f  appearance code (N, 8192)
@@ -11,38 +11,25 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor
-from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models import get_model, list_models
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from checkpoint import read_tensors
-from networks import weights_frozen
 from utils import UserError
 
+Logits = tuple[Tensor, ...]  # one (N, K) per head
 PARTS = 4  # horizontal strips of the body that the appearance code keeps apart
+# Below 8 input channels, channels-last, oneDNN's weight gradient of a strided 1x1 convolution writes past its memory on
+# CPUs with AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or continue with wrong numbers.
+NARROWEST = 8
+POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
 
 
 # ------------------------------------------------------------------------------------------------ trunk
-class Shortcut(nn.Conv2d):
-    """A 1x1 convolution with a stride, as a plain one of the pixels that it sees.
-
-    With fewer than 8 input channels, channels-last, the weight gradient of oneDNN's strided one writes past its memory
-    on CPUs that have AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or go on with other numbers.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.stride
-        return F.conv2d(x[:, :, ::rows, ::columns], self.weight)
-
-
 class NarrowResNet(ResNet):
     """ResNet with one basic block per stage and `width` channels in the first: for CPUs."""
 
@@ -53,10 +40,7 @@ class NarrowResNet(ResNet):
         self.bn1 = nn.BatchNorm2d(width)
         for stage in range(4):
             stride = 1 if stage == 0 else 2
-            layer = self._make_layer(BasicBlock, width * 2**stage, 1, stride)
-            if stage > 0 and (c_in := width * 2 ** (stage - 1)) < 8:
-                layer[0].downsample[0] = Shortcut(c_in, width * 2**stage, 1, stride=stride, bias=False)
-            setattr(self, f"layer{stage + 1}", layer)
+            setattr(self, f"layer{stage + 1}", self._make_layer(BasicBlock, width * 2**stage, 1, stride))
         self.fc = nn.Linear(8 * width, 1)  # unused, as in every trunk here
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -68,14 +52,15 @@ def build_trunk(name: str, *, last_stride: int) -> ResNet:
 
     `last_stride` becomes the stride of layer4's first block. Raises UserError for an unknown name.
     """
-    if match := re.fullmatch(r"resnet10(?:w([1-9]\d{0,3}))?", name, re.ASCII):
+    match = re.fullmatch(r"resnet10(?:w([1-9]\d{0,3}))?", name, re.ASCII)
+    if match and int(match[1] or 64) >= NARROWEST:
         trunk: nn.Module = NarrowResNet(int(match[1] or 64))
     elif name in list_models(torchvision.models) and isinstance(trunk := get_model(name, weights=None), ResNet):
         pass
     else:
         raise UserError(
             f"backbone {name}: not a ResNet of torchvision; use resnet50, resnet18, another resnet*, "
-            "resnext* or wide_resnet* name, or resnet10w32 for a CPU"
+            f"resnext* or wide_resnet* name, or for a CPU resnet10w32 (at least w{NARROWEST})"
         )
     set_last_stride(trunk, last_stride)
     return trunk
@@ -87,55 +72,6 @@ def set_last_stride(trunk: ResNet, stride: int) -> None:
     strided = block.conv1 if isinstance(block, BasicBlock) else block.conv2
     strided.stride = (stride, stride)
     block.downsample[0].stride = (stride, stride)
-
-
-def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
-    """Load ImageNet weights from `file`, or from torchvision's cache (downloading them where that is possible).
-
-    Raises UserError that says which file to put where.
-    """
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"--backbone-weights {file}: no such file")
-    else:
-        if name not in list_models(torchvision.models):
-            raise UserError(
-                f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
-            )
-        # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
-        url = next(iter(get_model_weights(name))).url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # The end of the name is the beginning of the file's SHA-256.
-                prefix = path.stem.rpartition("-")[2]
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-            except (OSError, RuntimeError):
-                raise UserError(
-                    f"ImageNet weights of {name} cannot be downloaded here; put {path.name} into {path.parent}, "
-                    "or give --backbone-weights FILE, or set pretrained: false"
-                ) from None
-    try:
-        trunk.load_state_dict(read_tensors(path))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first informative line of an exception's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    heading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
-    return lines[1 if heading else 0][:200]
-
-
-def feature_map(trunk: ResNet, x: Tensor) -> Tensor:
-    """Image (N, 3, H, W) to the last feature map (N, 2048, h, w)."""
-    x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
-    return trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(x))))
 
 
 # ------------------------------------------------------------------------------------------------ heads
@@ -159,33 +95,9 @@ class Head(nn.Module):
         return self.classifier(self.add_block(v))
 
 
-class StripePool(nn.Module):
-    """Maximum or mean of `stripes` horizontal stripes of a map: (N, C, h, w) to (N, C, stripes, 1).
-
-    Stripe k has the rows from floor(k h / stripes) to ceil((k + 1) h / stripes), as PyTorch's adaptive pooling.
-    """
-
-    def __init__(self, kind: str, stripes: int) -> None:
-        super().__init__()
-        self.kind, self.stripes = kind, stripes
-
-    def extra_repr(self) -> str:
-        return f"{self.kind}, stripes={self.stripes}"
-
-    def forward(self, m: Tensor) -> Tensor:
-        if not torch.are_deterministic_algorithms_enabled():
-            pool = {"max": F.adaptive_max_pool2d, "avg": F.adaptive_avg_pool2d}[self.kind]
-            return pool(m, (self.stripes, 1))
-        # Of pieces, since the backward of the above adds in no fixed order on a GPU.
-        h, n = m.shape[2], self.stripes
-        pieces = [m[:, :, k * h // n : -(-(k + 1) * h // n)].flatten(2) for k in range(n)]
-        pooled = [piece.max(2).values if self.kind == "max" else piece.mean(2) for piece in pieces]
-        return torch.stack(pooled, 2).unsqueeze(3)
-
-
 # ---------------------------------------------------------------------------------------------- id nets
 class IdNet(nn.Module, ABC):
-    """What the three styles share. `forward` returns `(f, logits)`, `embed` the test-time bottlenecks per head."""
+    """What the three styles share. Called on images it returns `(f, logits)`; `embed` is for test time."""
 
     def __init__(self, backbone: str, last_stride: int) -> None:
         super().__init__()
@@ -200,8 +112,28 @@ class IdNet(nn.Module, ABC):
     def num_classes(self) -> int:
         return self.heads()[0].classifier[0].out_features
 
+    def forward(self, x: Tensor, erased: Tensor | None = None) -> tuple[Tensor, Logits]:
+        """Appearance code (N, 4C) and logits of normalised images (N, 3, H, W); `erased` as in `feature_map`."""
+        return self.code_and_logits(self.feature_map(x, erased))
+
     def embed(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.embed_map(feature_map(self.model, x))
+        """What is compared at test time: the bottleneck (N, 512) of every head, before mirrors and normalising."""
+        return self.embed_map(self.feature_map(x))
+
+    def feature_map(self, x: Tensor, erased: Tensor | None = None) -> Tensor:
+        """Normalised images (N, 3, H, W) to the trunk's last map (N, 2048, h, w).
+
+        erased  (N, 1, H', W') bool, the pixels to set to 0, the ImageNet mean, of what `seen_size` says
+        """
+        trunk, x = self.model, enlarge(x)
+        if erased is not None:
+            x = x.masked_fill(erased, 0)
+        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+        return trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(x))))
+
+    @abstractmethod
+    def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
+        """Feature map (N, 2048, h, w) to the appearance code (N, 8192) and one (N, K) per head."""
 
     @abstractmethod
     def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
@@ -217,13 +149,12 @@ class IdNetAB(IdNet):
     def __init__(self, num_classes: int, *, backbone: str, stride: int, pool: str, detach_f: bool = True) -> None:
         super().__init__(backbone, stride)
         self.detach_f = detach_f
-        self.part_pool = StripePool(pool, PARTS)
-        self.pool = StripePool(pool, 1)
+        self.part_pool = POOLS[pool]((PARTS, 1))
+        self.pool = POOLS[pool]((1, 1))
         self.classifier1 = Head(self.channels, num_classes, dropout=0.5)
         self.classifier2 = Head(self.channels, num_classes, dropout=0.75)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        m = feature_map(self.model, x)
+    def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
         f = self.part_pool(m).flatten(1)  # (N, 8192), index = 4 * channel + part
         v = self.pool(m).flatten(1)  # (N, 2048)
         return f.detach() if self.detach_f else f, (self.classifier1(v), self.classifier2(v))
@@ -248,12 +179,11 @@ class IdNetNormal(IdNet):
     ) -> None:
         super().__init__(backbone, stride)
         self.norm_id = norm_id
-        self.part_pool = StripePool(pool, PARTS)
-        self.pool = StripePool(pool, 1)
+        self.part_pool = POOLS[pool]((PARTS, 1))
+        self.pool = POOLS[pool]((1, 1))
         self.classifier = Head(self.channels, num_classes, dropout=dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        m = feature_map(self.model, x)
+    def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
         f = self.part_pool(m).flatten(1)  # (N, 8192)
         if self.norm_id:
             f = f / (f.norm(dim=1, keepdim=True) + 1e-8)
@@ -268,13 +198,13 @@ class IdNetPCB(IdNet):
 
     def __init__(self, num_classes: int, *, backbone: str) -> None:
         super().__init__(backbone, last_stride=1)
-        self.avgpool = StripePool("avg", PARTS)
+        self.avgpool = nn.AdaptiveAvgPool2d((PARTS, 1))
         self.dropout = nn.Dropout(0.5)
         for part in range(PARTS):
             self.add_module(f"classifier{part}", Head(self.channels, num_classes, dropout=0.5, bottleneck=256))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        parts = self.avgpool(feature_map(self.model, x))  # (N, 2048, 4, 1)
+    def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
+        parts = self.avgpool(m)  # (N, 2048, 4, 1)
         dropped = self.dropout(parts)
         return parts.flatten(1), tuple(head(dropped[:, :, k, 0]) for k, head in enumerate(self.heads()))
 
@@ -317,49 +247,10 @@ def head_names(net: IdNet) -> list[str]:
 
 # --------------------------------------------------------------------------------------------- passes
 def enlarge(x: Tensor) -> Tensor:
-    """Images at most 128 high are enlarged twice (nearest) before the id net and the teacher (section 2)."""
+    """Images at most 128 high become twice as large (nearest neighbour)."""
     return F.interpolate(x, scale_factor=2) if x.shape[2] <= 128 else x
 
 
-@contextmanager
-def frozen(net: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Passes inside treat `net` as a frozen copy (section 6, point 6) without copying it.
-
-    No graph for the weights, dropout off; BatchNorm uses the batch's statistics or the running ones as they
-    stand, and changes neither. Afterwards everything is as before.
-    """
-    modules = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.Dropout)]
-    before = [(m, m.training, getattr(m, "track_running_stats", None)) for m in modules]
-    for m in modules:
-        if isinstance(m, nn.Dropout):
-            m.training = False
-        elif batch_statistics:
-            m.training, m.track_running_stats = True, False
-        else:
-            m.training = False
-    try:
-        with weights_frozen(net):
-            yield
-    finally:
-        for m, training, track in before:
-            m.training = training
-            if track is not None:
-                m.track_running_stats = track
-                if not batch_statistics:
-                    # The graph keeps the buffers that it has read; later training passes update others.
-                    m.running_mean, m.running_var = m.running_mean.clone(), m.running_var.clone()
-
-
-@contextmanager
-def same_statistics(net: nn.Module) -> Iterator[None]:
-    """Training passes inside leave the running statistics of BatchNorm as they were."""
-    modules = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in modules]
-    for m in modules:
-        m.running_mean, m.running_var = m.running_mean.clone(), m.running_var.clone()
-        m.num_batches_tracked = m.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for m, (mean, var, batches) in zip(modules, before, strict=True):
-            m.running_mean, m.running_var, m.num_batches_tracked = mean, var, batches
+def seen_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which an id net sees images of this size, after `enlarge`."""
+    return (2 * height, 2 * width) if height <= 128 else (height, width)

@@ -16,14 +16,19 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torchvision.models
 import yaml
 from torch import Tensor
+from torchvision.models import get_model_weights, list_models
+from torchvision.models.resnet import ResNet
 
 from checkpoint import Damaged, load_network, read_network, read_tensors, snapshots, write_atomically
 from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config, read_yaml
 from data.folders import ImageList, check_images, read_split, require_identities
+from distributed import average_gradients, own_part
+from fast import accelerate
 from networks import Generator
-from reIDmodel import IdNet, build_id_net, build_teacher, load_imagenet
+from reIDmodel import IdNet, build_id_net, build_teacher
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, part_of, set_threads, write_text
 
@@ -252,14 +257,15 @@ def build_trainer(
     initialise: bool,
 ) -> DGNetTrainer | TeacherTrainer:
     """The trainer of `cfg`; with `initialise` its trunk gets its starting weights (not when resuming)."""
+    together = dict(part=own_part(), average_gradients=average_gradients)
     if isinstance(cfg, TeacherConfig):
-        trainer = TeacherTrainer(cfg, classes, device, steps_per_epoch=steps_per_epoch)
+        trainer = TeacherTrainer(cfg, classes, device, steps_per_epoch=steps_per_epoch, **together)
         if initialise and cfg.pretrained:
             load_imagenet(trainer.net.model, cfg.backbone, cfg.backbone_weights)
         return trainer
     teachers = [load_teacher(name, output_path, classes) for name in cfg.teachers] if cfg.needs_teacher else []
     vgg = load_vgg(cfg) if cfg.vgg_w > 0 else None
-    trainer = DGNetTrainer(cfg, classes, device, teachers=teachers, vgg=vgg)
+    trainer = DGNetTrainer(cfg, classes, device, teachers=teachers, vgg=vgg, **together)
     if initialise:
         if cfg.id_init == "teacher":
             start_from_teacher(trainer.id_net, teachers[0], cfg)
@@ -295,6 +301,50 @@ def load_vgg(cfg: DGNetConfig) -> nn.Module:
     net = vgg16(weights=None)
     load_network(net, read_tensors(path), path)
     return net.features[:30].requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------- ImageNet weights
+def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
+    """Load ImageNet weights from `file`, or from torchvision's cache (downloading them where that is possible).
+
+    Raises UserError that says which file to put where.
+    """
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"--backbone-weights {file}: no such file")
+    else:
+        if name not in list_models(torchvision.models):
+            raise UserError(
+                f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
+            )
+        # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
+        url = next(iter(get_model_weights(name))).url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The end of the name is the beginning of the file's SHA-256.
+                prefix = path.stem.rpartition("-")[2]
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+            except (OSError, RuntimeError):
+                raise UserError(
+                    f"ImageNet weights of {name} cannot be downloaded here; put {path.name} into {path.parent}, "
+                    "or give --backbone-weights FILE, or set pretrained: false"
+                ) from None
+    try:
+        trunk.load_state_dict(read_tensors(path))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first informative line of an exception's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    heading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
+    return lines[1 if heading else 0][:200]
 
 
 # ------------------------------------------------------------------------------- nets of finished runs
@@ -348,7 +398,7 @@ def load_generator(run: RunFolder, cfg: DGNetConfig, iteration: int, code_dim: i
     state, path = _load_part(run, "gen", iteration)
     net = Generator(code_dim=code_dim, **cfg.gen.model_dump())
     load_network(net, state, path)
-    return net.to(device).eval()
+    return accelerate(net, device).eval()
 
 
 @dataclass(frozen=True)

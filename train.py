@@ -82,7 +82,7 @@ def main() -> int:
     if processes > 1 and not launch.started():
         with contextlib.redirect_stderr(io.StringIO()):  # its notes are process 0's to print
             cfg, _ = read_config(args)  # what is wrong with it is said before anything starts
-        own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, parts=getattr(cfg, "accumulate", 1), processes=processes)
+        own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, processes=processes)
         return launch.launch(processes, args.device, gpu_ids)
     with launch.process_group(args.device, gpu_ids) as device:
         return run_training(args, device)

@@ -31,12 +31,15 @@ from checkpoint import (
     snapshots,
 )
 from config import Config, DGNetConfig, TeacherConfig
+from data.batch import Batch
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
-from data.pairs import Batch, PairLoader
+from data.pairs import PairLoader
 from guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
-from losses import loss_weights
+from losses import RAMPED, loss_weights
+from networks import structure_input
+from precision import pick_precision
 from runs import (
     NETWORKS,
     TEACHER_FILES,
@@ -50,7 +53,7 @@ from runs import (
     update_config,
 )
 from runs import training_images as read_training_images
-from trainer import DGNetTrainer, TeacherTrainer, pick_precision
+from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, own_command, set_deterministic, write_whole
 from visual_tools.grid import paint_pairs
 
@@ -105,8 +108,7 @@ def prepare(
         cfg = cfg.model_copy(update={"precision": distributed.gather(pick_precision(device, "auto"))[0]})
     if isinstance(cfg, DGNetConfig) and cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
-    parts = cfg.accumulate if isinstance(cfg, DGNetConfig) else 1
-    own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, parts=parts)
+    own_batch_size = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
     images = read_training_images(cfg)
     classes = num_classes(cfg, images)
     common = dict(
@@ -159,7 +161,7 @@ def describe(s: Session) -> str:
     if isinstance(s.trainer, DGNetTrainer):
         x = torch.cat([batch.x, batch.x]).to(s.device)[:2]
         with torch.no_grad():
-            code = s.trainer.gen.encode(s.trainer.structure_input(x, np.random.default_rng(0)))
+            code = s.trainer.gen.encode(structure_input(x, s.cfg.single, np.random.default_rng(0)))
         lines.append(f"  structure code {tuple(code.shape[1:])}, appearance code ({s.trainer.id_net.code_dim},)")
     lines.append(
         f"  {s.max_iter} steps, {s.loaders[0].batches_per_epoch} per epoch, a snapshot every {s.snapshot_iter}"
@@ -180,7 +182,8 @@ def schedule(s: Session, t: int) -> dict[str, float]:
             "lr_d": cfg.lr_d * factors["dis"],
             "lr2": cfg.lr2 * factors["id"] * (t >= cfg.id_freeze_iter),
         }
-        return rates | vars(loss_weights(cfg, t))
+        weights = loss_weights(cfg, t)
+        return rates | {key: weights[name] for name, key in RAMPED.items()}
     factor = s.trainer.lr_factor(t)
     return {"lr_trunk": cfg.trunk_lr_factor * cfg.lr * factor, "lr_head": cfg.lr * factor}
 

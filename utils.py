@@ -74,6 +74,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
+@contextlib.contextmanager
+def evaluating(*nets: torch.nn.Module) -> Iterator[None]:
+    """Passes inside find the nets in eval mode; afterwards every module is in the mode it was in."""
+    before = [(module, module.training) for net in nets for module in net.modules()]
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def own_command() -> str:
     """The command line of this process, its script named from the project's folder."""
     script = Path(sys.argv[0]).resolve()

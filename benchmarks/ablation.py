@@ -292,7 +292,7 @@ def main() -> int:
     check_args(args)
 
     from benchmarks.ablation_runs import Study, prepare_data
-    from trainer import pick_precision
+    from precision import pick_precision
 
     set_threads(args.threads)
     device, preset, name = pick_device(args.device), PRESETS[args.preset], args.preset

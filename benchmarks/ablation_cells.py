@@ -107,10 +107,10 @@ PRESETS: dict[str, Preset] = {
         dict(seed=7, preset="tiny", train_ids=12, group_size=3),
         "configs/demo-teacher.yaml",
         "configs/demo.yaml",
-        teacher=dict(backbone="resnet10w4", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
+        teacher=dict(backbone="resnet10w8", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
         dgnet=dict(
-            backbone="resnet10w4",
-            gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=64, mlp_dim=16),
+            backbone="resnet10w8",
+            gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=128, mlp_dim=16),
             dis=dict(dim=4, n_layer=1, n_res=1, num_scales=1),
             batch_size=2,
             max_iter=8,

@@ -23,18 +23,20 @@ from benchmarks.machine import clock_of
 from checkpoint import manifest_path, read_manifest, snapshots
 from config import Config, exact_settings, load_config
 from data.archives import Image
+from data.batch import Batch
 from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
 from data.generated import MANIFEST
 from data.images import normalise
 from data.mannequins import Factors, is_embedded, load_factors, make_dataset
-from data.pairs import Batch, augment
+from data.pairs import augment
 from data.prepare import Task, place, prepare
 from gen_eval.against_truth import ask_teacher
 from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
 from gen_eval.swaps import clothes_shares, draw_swaps, measure_swaps, shrink
+from precision import pick_precision
 from reid_eval.features import extract_data_set
 from reid_eval.ranking import rank
-from reIDmodel import IdNet, enlarge, feature_map
+from reIDmodel import IdNet
 from runs import (
     NETWORKS,
     TEACHER_FILES,
@@ -45,7 +47,7 @@ from runs import (
     make_run_folder,
     resolve_data_root,
 )
-from trainer import Generated, pick_precision
+from trainer import Decoded
 from utils import ROOT, UserError, read_json, seed_everything, write_json
 from visual_tools.swapper import load_swapper
 
@@ -151,7 +153,7 @@ class TrueSwaps:
         drawn = [shrink(image, self.size) for image in self.swaps(*names)]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
-    def __call__(self, a: Batch, b: Batch, g: Generated, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, a: Batch, b: Batch, d: Decoded, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         swaps = self.draw(torch.cat([a.index, b.index]), torch.cat([b.index, a.index]))
         n, places = len(swaps), 2 * self.pad + 1
         draws = rng.random(n) < 0.5, rng.integers(0, places, n), rng.integers(0, places, n)
@@ -362,7 +364,7 @@ def pooled_trunk(net: IdNet) -> Network:
 
     def network(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return net.pool(feature_map(net.model, enlarge(normalise(images)))).flatten(1)
+            return net.pool(net.feature_map(normalise(images))).flatten(1)
 
     return network
 

@@ -30,11 +30,11 @@ from torchvision import transforms
 from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from data.folders import read_split
 from data.mannequins import make_dataset
+from precision import has_bf16
 from reid_eval.evaluate import report
 from reid_eval.features import extract_data_set, extract_features
-from reIDmodel import build_id_net, enlarge
+from reIDmodel import build_id_net
 from runs import open_net, resolve_data_root
-from trainer import has_bf16
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -80,7 +80,7 @@ def plain_features(net, paths: list[Path], height: int, width: int, device: torc
     for x in DataLoader(PlainImages(paths, height, width), batch_size=PLAIN_BATCH):
         total = 0
         for view in (x, torch.flip(x, [3])):
-            found = torch.stack(net.embed(enlarge(view.to(device))), dim=1)
+            found = torch.stack(net.embed(view.to(device)), dim=1)
             total = total + F.normalize(found, dim=2)
         parts.append(F.normalize(total, dim=2).cpu())
     return torch.cat(parts).numpy()

@@ -27,11 +27,11 @@ from utils import ROOT, UserError, run_cli
 
 STEPS_PER_KILL = 6  # about as many as a killed process gets on by
 SETTINGS = dict(
-    backbone="resnet10w4",
+    backbone="resnet10w8",
     pretrained=False,
     teacher_style=3,  # needs no teacher
     batch_size=2,
-    gen=dict(dim=4, n_downsample=1, id_dim=32, mlp_dim=16, dropout=0.2),
+    gen=dict(dim=4, n_downsample=1, id_dim=64, mlp_dim=16, dropout=0.2),
     dis=dict(dim=4, n_layer=1, n_res=1, num_scales=2),
     # Every term, ramps that rise during the first kills.
     **dict(recon_f_w=0.5, recon_s_w=0.5, recon_x_cyc_w=0.5, teacher_w=0.5),

@@ -2,7 +2,7 @@
 
 Whole steps of configs/latest.yaml with every loss active (ramps at their end, erasing, a teacher), in turn:
 
-plain       section 6 of the specification line by line (benchmarks/plain.py), in fp32 without TF32
+plain       docs/method.md line by line, with textbook layers (benchmarks/plain.py), in fp32 without TF32
 plain tf32  the same with TF32, on CUDA alone
 fp32        the real step as configured by default
 bf16        precision: bf16, channels_last: true, where the device computes in it
@@ -35,15 +35,16 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from benchmarks.plain import PlainTrainer
 from config import DGNetConfig, load_config
-from data.pairs import Batch
+from data.batch import Batch
+from precision import AUTOCAST, has_bf16, pick_precision
 from reIDmodel import build_teacher
-from trainer import AUTOCAST, DGNetTrainer, has_bf16, pick_precision
+from trainer import DGNetTrainer
 from training import to_device
 from utils import ROOT, UserError, pick_device, run_cli, set_threads
 
 CLASSES = 751
 AFTER_ALL_RAMPS = 40_000
-PHASES = ("encode", "compose", "classify_erased", "update_discriminator", "generator_and_id_loss")
+PHASES = ("encode", "decode", "classify", "update_discriminator", "generator_and_id_terms")
 FAST = dict(channels_last=True)
 
 

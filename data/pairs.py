@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.batch import Batch
 from data.cache import cached_images
 from data.folders import ImageList
 from data.generated import SoftLabels
@@ -36,24 +37,6 @@ _DEATHS, _CLOSE = 3, 1000
 COPY_FROM = 192 * 96
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
 _PERMUTATION, _DRAW = 0, 1
-
-
-class Batch(NamedTuple):
-    """N training images.
-
-    x      (N, 3, H, W) float32, augmented, normalised with the ImageNet mean and std
-    xp     (N, 3, H, W) float32, another image of the same identity (the same image when it is the identity's
-           only one), augmented independently; (0, 3, H, W) from a loader without positives
-    y      (N,) int64 class numbers, those of `ImageList.labels()`
-    index  (N,) int64 positions of x in the image list
-    q      (N, K) float32 soft labels that take the place of y; None: y is the label
-    """
-
-    x: Tensor
-    xp: Tensor
-    y: Tensor
-    index: Tensor
-    q: Tensor | None = None
 
 
 class _Raw(NamedTuple):

@@ -22,7 +22,6 @@ from gen_eval.similarity import ssim
 from reid_eval.evaluate import report
 from reid_eval.features import Features, embed_images
 from reid_eval.top import main_setting
-from reIDmodel import enlarge
 from utils import UserError
 from visual_tools.grid import to_uint8
 
@@ -250,7 +249,7 @@ def predict(
     for k in range(0, len(images), batch_size):
         x = _as_input(images[k : k + batch_size], size).to(device)
         with torch.inference_mode():
-            parts.append([p.argmax(dim=1).cpu().numpy() for p in net(enlarge(x))[1]])
+            parts.append([p.argmax(dim=1).cpu().numpy() for p in net(x)[1]])
     return [np.concatenate(head) for head in zip(*parts, strict=True)]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.folders import read_split
-from utils import UserError, check_zip, make_folder, one_line, write_whole
+from utils import UserError, check_zip, evaluating, make_folder, one_line, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -47,17 +46,6 @@ class FeatureFile:
     multi: Features | None = None
 
 
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 def embed_images(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
     """Features (N, heads, dim) of a batch of normalised images (N, 3, H, W), in x's dtype (section 9).
 
@@ -68,11 +56,10 @@ def embed_images(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
     import torch
     from torch.nn import functional as F
 
-    from reIDmodel import enlarge
-    from trainer import autocast
+    from precision import autocast
 
-    with torch.inference_mode(), _evaluating(net):
-        both = enlarge(torch.cat([x, x.flip(-1)]))
+    with torch.inference_mode(), evaluating(net):
+        both = torch.cat([x, x.flip(-1)])
         if x.device.type == "cpu" or precision != "fp32":
             both = both.contiguous(memory_format=torch.channels_last)
         with autocast(x.device, precision):
@@ -104,7 +91,7 @@ def extract_features(
         height, width: size the images are read at, in pixels.
         batch_size: images per pass. None: 32 on a CPU, and on a GPU as many as fit in its memory, at most 512; they are
             found by halving.
-        precision: of the net, "fp32", "bf16", "fp16" or "auto" (`trainer.pick_precision`).
+        precision: of the net, "fp32", "bf16", "fp16" or "auto" (`precision.pick_precision`).
         progress: a progress bar on stderr, where that is a terminal.
 
     Raises:
@@ -115,7 +102,7 @@ def extract_features(
 
     from data.images import iter_images
     from distributed import gather, rank, world_size
-    from trainer import pick_precision
+    from precision import pick_precision
 
     device = torch.device(device)
     precision = pick_precision(device, precision)

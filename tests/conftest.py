@@ -15,26 +15,26 @@ import torch
 from PIL import Image
 
 from config import DGNetConfig, TeacherConfig, parse_config
+from data.batch import Batch
 from data.mannequins import make_dataset
-from data.pairs import Batch
 from trainer import DGNetTrainer
 from utils import ROOT, run_cli
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 64, 32
 TINY_IMAGES = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, crop_padding=2, num_workers=0, cache_images=False)
-# resnet10w4 ends in 32 channels: an appearance code of 128 numbers, 32 per chunk.
+# resnet10w8 ends in 64 channels: an appearance code of 256 numbers, 64 per chunk.
 TINY_DGNET = TINY_IMAGES | dict(
     data_root="",
-    backbone="resnet10w4",
+    backbone="resnet10w8",
     pretrained=False,
     batch_size=2,
-    gen=dict(dim=4, n_downsample=1, id_dim=32, mlp_dim=16),
+    gen=dict(dim=4, n_downsample=1, id_dim=64, mlp_dim=16),
     dis=dict(dim=4, n_layer=1, n_res=1, num_scales=2),
     display_size=2,
 )
 TINY_TEACHER = TINY_IMAGES | dict(
-    task="teacher", data_root="", backbone="resnet10w4", pretrained=False, batch_size=16, epochs=2, warm_epochs=1
+    task="teacher", data_root="", backbone="resnet10w8", pretrained=False, batch_size=16, epochs=2, warm_epochs=1
 )
 # Every term but the perceptual one, and ramps that are rising after two steps.
 ALL_LOSSES = dict(

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from config import DGNetConfig, parse_config, set_values
-from data.pairs import Batch
+from data.batch import Batch
 from reIDmodel import build_teacher
 from trainer import DGNetTrainer
 

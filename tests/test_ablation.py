@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ALL_LOSSES, CPU, random_batches, tiny_config, tiny_trainer
 
-import trainer
+import precision
 from benchmarks import ablation, ablation_runs
 from benchmarks import ablation_table as table
 from benchmarks.ablation_cells import BETAS, CELLS, PRESETS, cell_config, common_steps, is_both, needs, starts_as_both
@@ -258,7 +258,7 @@ def test_every_cell_of_every_preset_has_a_configuration():
 @pytest.mark.parametrize("has", [True, False])
 def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     """So that a run which goes on is compared with what it was started with."""
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: has)
     whole = replace(study, preset=PRESETS["small"])
     assert {whole.config(name, 0).precision for name in ("teacher", "both")} == {"bf16" if has else "fp32"}
 
@@ -268,9 +268,9 @@ def test_a_folder_is_of_one_precision(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dgnet={}, teacher={}))  # auto, as the files say
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     ablation.same_study(out, dict(preset="tiny", data_root=None, precision="bf16"))
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     assert command(out) == 2
     assert (
         capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_only_the_teacher_loss_reads_the_images_that_are_fed_back():
 
     def step(replaced: bool) -> dict[str, float]:
         torch.manual_seed(0)
-        trainer = tiny_trainer(cfg, teachers=[build_teacher(4, backbone="resnet10w4")])
+        trainer = tiny_trainer(cfg, teachers=[build_teacher(4, backbone="resnet10w8")])
         if replaced:
             trainer.fed_back = lambda a, b, g, rng: (a.x, b.x)
         return {name: float(value) for name, value in trainer.step(*random_batches(cfg), 3).items()}

@@ -115,7 +115,7 @@ def test_speeds_of_the_loader_are_of_the_same_images(tiny_data):
 
 def test_the_plain_loops_features_are_ours(tiny_data):
     torch.manual_seed(0)
-    net = build_id_net("AB", 4, backbone="resnet10w4").eval()
+    net = build_id_net("AB", 4, backbone="resnet10w8").eval()
     paths = read_split(tiny_data, "query").paths
     plain = plain_features(net, paths, 64, 32, CPU)
     ours = extract_features(net, paths, height=64, width=32, batch_size=5, device=CPU, progress=False)

@@ -305,11 +305,11 @@ def assert_same_tensors(found: dict[str, Any], expected: dict[str, Any]) -> None
 
 
 def small_id_net(classes: int = 4) -> nn.Module:
-    return build_id_net("AB", classes, backbone="resnet10w4")
+    return build_id_net("AB", classes, backbone="resnet10w8")
 
 
 def test_known_extras_are_let_through_with_one_note(capsys: pytest.CaptureFixture) -> None:
-    gen = Generator(code_dim=128, **tiny_config().gen.model_dump())
+    gen = Generator(code_dim=256, **tiny_config().gen.model_dump())
     state = copy_of(gen)
     block = "dec.model.1.model.0.model.0.nonloc"
     extras = {f"{block}.{name}": torch.ones(2) for name in ("gamma", "query_conv.weight", "key_conv.weight")}
@@ -697,7 +697,7 @@ def test_resuming_dgnet_is_exact(tmp_path: Path, tiny_data: Path, classes: int) 
     changes = dict(max_iter=6, snapshot_save_iter=3, step_size=4, gen=dict(dropout=0.2), image_save_iter=2)
     cfg = tiny_config(data_root=str(tiny_data), teacher="T", **ALL_LOSSES | changes)
     torch.manual_seed(0)
-    teacher = build_teacher(classes, backbone="resnet10w4", stride=2)
+    teacher = build_teacher(classes, backbone="resnet10w8", stride=2)
     for output in ("whole", "parts"):
         teacher_cfg = tiny_teacher_config(stride=2)
         save_teacher(open_run(str(tmp_path / output), "T"), teacher_cfg, teacher, classes)
@@ -758,6 +758,6 @@ def test_the_id_net_may_start_from_the_teacher(tmp_path: Path) -> None:
         assert_same_tensors(head.state_dict(), teacher.heads()[0].state_dict())
     resumed = build(cfg, initialise=False).id_net.state_dict()
     assert not torch.equal(resumed["model.conv1.weight"], expected["model.conv1.weight"])
-    wider = cfg.model_copy(update=dict(backbone="resnet10w8", gen=cfg.gen.model_copy(update=dict(id_dim=64))))
-    with pytest.raises(UserError, match="T has another backbone than resnet10w8"):
+    wider = cfg.model_copy(update=dict(backbone="resnet10w16", gen=cfg.gen.model_copy(update=dict(id_dim=128))))
+    with pytest.raises(UserError, match="T has another backbone than resnet10w16"):
         build(wider, initialise=True)

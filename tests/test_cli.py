@@ -23,7 +23,7 @@ from PIL import Image
 
 import demo
 import distributed
-import trainer
+import precision
 from config import load_config
 from data.folders import check_test_set
 from data.mannequins import make_dataset
@@ -134,7 +134,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
     assert f"teacher written to {trained.folder / 'models' / 'tutor'}" in clean(trained.teacher)
     opts = yaml.safe_load((trained.folder / "models" / "tutor" / "opts.yaml").read_text())
-    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w4")
+    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w8")
     state = torch.load(trained.folder / "models" / "tutor" / "net_last.pth", weights_only=True)
     assert state["classifier.classifier.0.weight"].shape == (8, 512)
 
@@ -291,7 +291,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
         "run dry: dgnet on",
         f"{n} images of 8 identities",
         "batch x (2, 3, 64, 32)",
-        "structure code (16, 32, 16), appearance code (128,)",
+        "structure code (16, 32, 16), appearance code (256,)",
         f"6 steps, {n // 2} per epoch, a snapshot every 3",
         "Generator",
         "Discriminator",
@@ -311,7 +311,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
 def test_a_run_keeps_the_precision_that_auto_was(
     trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: bool
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: has)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: has)
     common = ("--name", "auto", "--output_path", tmp_path, "--device", "cpu")
     settings = ("--set", "precision=auto", "teacher_style=3", "snapshot_save_iter=1")
     out = clean(script("train", "--config", trained.config(), *common, *settings, "--dry-run"))
@@ -319,7 +319,7 @@ def test_a_run_keeps_the_precision_that_auto_was(
     clean(script("train", "--config", trained.config(), *common, *settings, "max_iter=1"))
     assert load_config(tmp_path / "outputs/auto/config.yaml").precision == ("bf16" if has else "fp32")
     # Elsewhere the folder's own config goes on as it was, `auto` with a note of what is different.
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     own = script("train", *common, "--resume", "--set", "max_iter=2")
     assert own.code == 0 and "precision was" not in own.err
     auto = script("train", "--config", trained.config(), *common, "--resume", *settings, "max_iter=3")
@@ -329,7 +329,7 @@ def test_a_run_keeps_the_precision_that_auto_was(
 def test_of_several_processes_the_first_decides_what_auto_is(
     trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     monkeypatch.setattr(distributed, "gather", lambda value: ["bf16", value])  # as the second of two
     where = ("--name", "auto", "--output_path", trained.folder, "--dry-run", "--set", "precision=auto")
     assert "on cpu in bf16, " in clean(script("train", "--config", trained.config(), *where))
@@ -494,13 +494,13 @@ def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
 
     other = tmp_path / "output" / "models" / "other"
     other.mkdir()
-    torch.save(build_teacher(5, backbone="resnet10w4").state_dict(), other / "net_last.pth")
-    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\n")
+    torch.save(build_teacher(5, backbone="resnet10w8").state_dict(), other / "net_last.pth")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\n")
     assert "the teacher knows 5 identities, the data 8" in refused("teacher=other")
     assert "the teacher knows 5 identities, the data 8" in refused("teacher=other", "id_init=teacher", "teacher_w=0")
     (other / "opts.yaml").write_text("stride: 3\n")
     assert "stride must be 1 or 2" in refused("teacher=other")
-    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w4\ncrop_image_height: tall\n")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n")
     assert "opts.yaml: " in refused("teacher=other")
     cut(other / "net_last.pth")
     (other / "opts.yaml").unlink()
@@ -585,7 +585,7 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
         ([], ["--name", ".."], "--name '..': must be a plain folder name"),
         (["batch_size"], [], "--set batch_size: write key=value"),
         (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "vgg16-397923af.pth"),
-        (["pretrained=true"], [], "backbone resnet10w4 has no ImageNet weights; set pretrained: false"),
+        (["pretrained=true"], [], "backbone resnet10w8 has no ImageNet weights; set pretrained: false"),
         (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
     ],
 )
@@ -611,7 +611,7 @@ def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
 
 
 def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: Path) -> None:
-    weights = build_teacher(3, backbone="resnet10w4").model.state_dict()
+    weights = build_teacher(3, backbone="resnet10w8").model.state_dict()
     torch.save(weights, tmp_path / "trunk.pth")
     start = ("train", "--config", trained.config(), "--output_path", tmp_path, "--name", "new", "--set")
     settings = ("pretrained=true", "max_iter=1", "lr2=1e-12", "teacher_style=3")

@@ -27,11 +27,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import distributed
 import launch
+from data.batch import Batch, Part
 from data.cache import cached_images
 from data.folders import read_split
 from data.images import decoded
-from data.pairs import Batch, PairLoader
-from losses import adversarial_loss, discriminator_loss
+from data.pairs import PairLoader
+from losses import adversarial_terms, discriminator_terms
 from networks import Discriminator
 from reid_eval.evaluate import report
 from reid_eval.features import Features, extract_features
@@ -64,6 +65,10 @@ def loader(data: Path, batch_size: int, seed: int, **options: Any) -> PairLoader
     return PairLoader(images, batch_size=batch_size, height=HEIGHT, width=WIDTH, seed=seed, pad=2, part=part, **options)
 
 
+def together() -> dict[str, Any]:
+    return dict(part=distributed.own_part(), average_gradients=distributed.average_gradients)
+
+
 def gradients(nets: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     return {
         net: {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
@@ -75,8 +80,8 @@ def dgnet_trainer(changes: dict[str, Any], dtype: torch.dtype) -> Any:
     size = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH)
     cfg = tiny_config(**merged(ALL_LOSSES | size | dict(batch_size=4), changes))
     torch.manual_seed(0)
-    teacher = build_teacher(CLASSES, backbone="resnet10w4")
-    trainer = build_tiny(cfg, classes=CLASSES, dtype=dtype, teachers=[teacher])
+    teacher = build_teacher(CLASSES, backbone="resnet10w8")
+    trainer = build_tiny(cfg, classes=CLASSES, dtype=dtype, teachers=[teacher], **together())
     own = distributed.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn or not cfg.train_bn)
     distributed.act_on_whole_batch([*trainer.networks().values(), teacher], own, sync_bn=cfg.sync_bn)
     if not cfg.train_bn:
@@ -100,7 +105,7 @@ def dgnet_step(data: Path, changes: dict[str, Any]) -> dict[str, Any]:
 def teacher_steps(data: Path) -> dict[str, Any]:
     cfg = tiny_teacher_config(batch_size=8, erasing_p=0.5, sync_bn=True)
     torch.manual_seed(0)
-    trainer = TeacherTrainer(cfg, CLASSES, CPU, steps_per_epoch=4)
+    trainer = TeacherTrainer(cfg, CLASSES, CPU, steps_per_epoch=4, **together())
     trainer.net.double()
     own = distributed.own_batch_size(8, sync_bn=True)
     distributed.act_on_whole_batch([trainer.net], own, sync_bn=True)
@@ -115,12 +120,12 @@ def wgan_terms() -> dict[str, Any]:
     torch.manual_seed(0)
     dis = Discriminator(dim=4, n_layer=1, n_res=1, gan_type="wgan").double()
     real, fake = torch.randn(2, 8, 3, 256, 128, dtype=torch.float64)
-    real, fake = (distributed.own_rows(v, 4 // distributed.world_size()) for v in (real, fake))
-    loss, terms = discriminator_loss(dis, real, fake, gan_type="wgan", penalty=0.01)
-    (loss + adversarial_loss(dis(fake), "wgan")).backward()
+    real, fake = (distributed.own_part().rows(v, 4 // distributed.world_size()) for v in (real, fake))
+    how = dict(gan_type="wgan", processes=distributed.world_size())
+    terms = discriminator_terms(dis, real, fake, penalty=0.01, **how) | adversarial_terms(dis, fake, **how)
+    sum(terms.values()).backward()
     distributed.average_gradients(torch.optim.SGD(dis.parameters(), lr=1))
-    terms = distributed.average_terms(terms | {"adv": adversarial_loss(dis(fake), "wgan")})
-    return dict(losses=[terms], gradients=gradients({"dis": dis}))
+    return dict(losses=[distributed.average_terms(terms)], gradients=gradients({"dis": dis}))
 
 
 def batches_of(data: Path) -> dict[str, Batch]:
@@ -151,7 +156,7 @@ def cache_of(data: Path) -> dict[str, Any]:
 
 def features_of(data: Path) -> np.ndarray:
     torch.manual_seed(0)
-    net = build_id_net("AB", CLASSES, backbone="resnet10w4").eval()
+    net = build_id_net("AB", CLASSES, backbone="resnet10w8").eval()
     paths = read_split(data, "gallery").paths
     return extract_features(net, paths, height=64, width=32, batch_size=5, device=CPU)
 
@@ -206,9 +211,9 @@ def twenty_steps(data: Path) -> dict[str, Any]:
 def refusals() -> dict[str, str]:
     found = {}
     n = distributed.world_size()
-    for name, size, sync, parts in (("unequal", n + 1, True, 1), ("one each", n, False, 1), ("parts", 2 * n, False, 2)):
+    for name, size, sync in (("unequal", n + 1, True), ("one each", n, False)):
         try:
-            distributed.own_batch_size(size, sync_bn=sync, parts=parts)
+            distributed.own_batch_size(size, sync_bn=sync)
         except UserError as error:
             found[name] = str(error)
     return found
@@ -391,7 +396,6 @@ def test_batches_that_cannot_be_shared_out_are_refused(found: Any, size: int) ->
     for own in found[size]:
         assert f"cannot be shared out equally over {size} processes" in own["refusals"]["unequal"]
         assert "leaves one image in each" in own["refusals"]["one each"]
-        assert f"batch_size {2 * size} in 2 parts (accumulate) over" in own["refusals"]["parts"]
 
 
 @several
@@ -399,12 +403,10 @@ def test_one_process_writes_and_all_decide_alike(found: Any, size: int) -> None:
     assert [own["main"] for own in found[size]] == [True] + [False] * (size - 1)
 
 
-def test_own_rows_are_slices_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+def test_own_rows_are_slices_of_each_batch() -> None:
     drawn = np.array([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])  # two batches of six images
-    assert distributed.own_rows(drawn, 2).tolist() == [2, 3, 12, 13]
-    assert distributed.own_rows(torch.from_numpy(drawn)[:, None], 2).tolist() == [[2], [3], [12], [13]]
+    assert Part(1, 3).rows(drawn, 2).tolist() == [2, 3, 12, 13]
+    assert Part(1, 3).rows(torch.from_numpy(drawn)[:, None], 2).tolist() == [[2], [3], [12], [13]]
 
 
 def test_buckets_keep_order_and_size() -> None:
@@ -496,7 +498,7 @@ def test_torchrun_tests_a_teacher_as_one_process_does(script: Any, tiny_data: Pa
     torch.manual_seed(0)
     folder = tmp_path / "models" / "best"
     folder.mkdir(parents=True)
-    torch.save(build_teacher(CLASSES, backbone="resnet10w4").state_dict(), folder / "net_last.pth")
+    torch.save(build_teacher(CLASSES, backbone="resnet10w8").state_dict(), folder / "net_last.pth")
     (folder / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data))))
     common = ("--teacher", "best", "--output_path", tmp_path, "--device", "cpu", "--batchsize", 7, "--rerank")
     outcome = script("test", *common, "--threads", 1, "--save-features", tmp_path / "one.npz")

@@ -163,7 +163,7 @@ def test_any_config_of_dgnet_takes_a_step_and_is_saved(
     gen = changes.setdefault("gen", {})
     gen["id_dim"] = 128 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
     cfg = parsed(merged(TINY_DGNET, changes), least=2)
-    teachers = [build_teacher(4, backbone="resnet10w4") for _ in cfg.teachers]
+    teachers = [build_teacher(4, backbone="resnet10w8") for _ in cfg.teachers]
     trainer = tiny_trainer(cfg, teachers=teachers)
     values = trainer.step(*random_batches(cfg), t)
     assert all(np.isfinite(float(value)) for value in values.values()), values
@@ -374,7 +374,7 @@ def test_a_damaged_folder_of_the_release_is_refused_or_read_as_it_was(tmp_path: 
 
 
 def test_a_damaged_teacher_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
-    run, net = RunFolder(tmp_path, "tutor"), build_teacher(4, backbone="resnet10w4")
+    run, net = RunFolder(tmp_path, "tutor"), build_teacher(4, backbone="resnet10w8")
     save_teacher(run, parse_config(TINY_TEACHER, "tiny"), net, 4)
     before = weights(net)
     refused = damaged(

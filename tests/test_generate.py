@@ -44,7 +44,7 @@ from data.generated import (
 )
 from data.images import decode_images, normalise
 from data.pairs import Batch, PairLoader
-from reIDmodel import build_teacher, enlarge
+from reIDmodel import build_teacher
 from runs import RunFolder, load_teacher, save_teacher, start_folder
 from trainer import TeacherTrainer
 from utils import ROOT, UserError
@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     start_folder(run, cfg, resume=False)
     save_snapshot(run.checkpoints, tiny_trainer(cfg, classes=8), 4)
     torch.manual_seed(1)
-    net = build_teacher(8, backbone="resnet10w4")
+    net = build_teacher(8, backbone="resnet10w8")
     torch.nn.init.normal_(net.classifier.classifier[0].weight)  # labels that are far from uniform
     save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
     return folder
@@ -263,7 +263,7 @@ def test_the_images_are_the_swaps_that_the_manifest_names(
     assert np.abs(to_uint8(model.swap(x_app, x_str)).astype(int) - written).max() <= 1
     teacher = load_teacher("tutor", runs, 8)
     with torch.no_grad():
-        x = enlarge(normalise(torch.from_numpy(written).permute(0, 3, 1, 2)))
+        x = normalise(torch.from_numpy(written).permute(0, 3, 1, 2))
         p = sum(torch.softmax(teacher(v)[1][0], dim=1) for v in (x, x.flip(3))) / 2
     classes = read_split(tiny_data, "train_all").classes
     for row, expected in zip(rows, p, strict=True):

@@ -120,19 +120,19 @@ def test_the_plain_step_of_the_benchmarks(path: Any, case: dict[str, Any]) -> No
 
 def check_case(trainer: DGNetTrainer, case: dict[str, Any]) -> None:
     recorded: dict[str, Any] = {}
-    encode, compose = trainer.encode, trainer.compose
+    encode, decode = trainer.encode, trainer.decode
 
     def recording_encode(*args: Any) -> Any:
         result = encode(*args)
         recorded.update(vars(result))
         return result
 
-    def recording_compose(*args: Any) -> Any:
-        result = compose(*args)
+    def recording_decode(*args: Any) -> Any:
+        result = decode(*args)
         recorded.update(vars(result))
         return result
 
-    trainer.encode, trainer.compose = recording_encode, recording_compose
+    trainer.encode, trainer.decode = recording_encode, recording_decode
     for t, golden in enumerate(case["steps"]):
         with SmallConvolutions():
             terms = trainer.step(*golden_batches(case, t), t)

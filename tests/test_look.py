@@ -30,7 +30,7 @@ from reid_eval.features import Features, load_features
 from reid_eval.index import SearchIndex, fingerprint, open_index
 from reid_eval.ranking import Ranking, rank
 from reid_eval.top import best_scores, first_entries
-from reIDmodel import IdNet, build_id_net, build_teacher, enlarge
+from reIDmodel import IdNet, build_id_net, build_teacher
 from utils import ROOT, UserError
 from visual_tools.activation import activation_maps
 from visual_tools.page import Hit, Result, write_page
@@ -55,7 +55,7 @@ def settle(net: IdNet, x: torch.Tensor) -> IdNet:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     with torch.no_grad():
-        net.train()(enlarge(x))
+        net.train()(x)
     return net.eval()
 
 
@@ -76,10 +76,10 @@ def runs(
     model.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"data_root": str(tiny_data)}))
     for iteration in (1, 2):
-        net = settled(build_id_net("AB", 8, backbone="resnet10w4"))
+        net = settled(build_id_net("AB", 8, backbone="resnet10w8"))
         write_atomically(run / "checkpoints" / f"id_{iteration:08d}.pt", {"a": net.state_dict()})
         (run / "checkpoints" / f"gen_{iteration:08d}.pt").touch()  # there, as in any run, but not read
-    write_atomically(model / "net_last.pth", settled(build_teacher(8, backbone="resnet10w4")).state_dict())
+    write_atomically(model / "net_last.pth", settled(build_teacher(8, backbone="resnet10w8")).state_dict())
     (model / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | {"data_root": str(tiny_data), "stride": 2}))
     return Runs(folder, tiny_data)
 
@@ -357,13 +357,13 @@ def affine(head: torch.nn.Module, v: torch.Tensor) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize(("style", "pool"), [("AB", "max"), ("AB", "avg"), ("normal", "max"), ("PCB", "avg")])
 def test_activation_maps_are_the_documented_formula(style: str, pool: str, settled: Callable) -> None:
     torch.manual_seed(3)
-    net = settled(build_id_net(style, 5, backbone="resnet10w4", pool=pool)).double()
+    net = settled(build_id_net(style, 5, backbone="resnet10w8", pool=pool)).double()
     x = torch.randn(2, 3, HEIGHT, WIDTH, dtype=torch.float64)
     maps = activation_maps(net, x)
     with torch.no_grad():
         seen: list[torch.Tensor] = []
         hook = net.model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        embeddings = net.embed(enlarge(x))
+        embeddings = net.embed(x)
         hook.remove()
         m = seen[0]
         height, width = m.shape[2:]
@@ -629,7 +629,7 @@ def test_a_fingerprint_is_of_all_that_features_depend_on() -> None:
     found = []
     for changes in ({}, {}, dict(pool="avg"), dict(stride=2)):
         torch.manual_seed(0)
-        net = build_id_net("AB", 3, backbone="resnet10w4", **changes)
+        net = build_id_net("AB", 3, backbone="resnet10w8", **changes)
         found.append(fingerprint(net, (64, 32)))
     found.append(fingerprint(net, (64, 64)))
     assert found[0] == found[1] and len(set(found)) == 4

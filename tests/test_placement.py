@@ -30,7 +30,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "live encoder": dict(use_encoder_again=1.0),
     "frozen encoder": dict(use_encoder_again=-1.0),
     "recompute": dict(recompute=True),
-    "accumulate": dict(accumulate=2, batch_size=4),
     "joint_bn": dict(joint_bn=True),
     "channels_last": dict(channels_last=True),
     "deterministic": dict(deterministic=True),
@@ -75,7 +74,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_step_stays_on_the_gpu_and_waits_for_no_number(pretended: None, changes: dict[str, Any]) -> None:
     cfg = tiny_config(**ALL_LOSSES | dict(erasing_p=0.5) | changes)
     set_deterministic(cfg.deterministic)
-    trainer = DGNetTrainer(cfg, 4, GPU, teachers=[build_teacher(4, backbone="resnet10w4")])
+    trainer = DGNetTrainer(cfg, 4, GPU, teachers=[build_teacher(4, backbone="resnet10w8")])
     a, b = (to_device(batch, GPU, cfg) for batch in random_batches(cfg))
     watch = FiniteWatch(GPU)
     for t in (9, 10):
@@ -97,7 +96,7 @@ def test_a_step_of_a_teacher(pretended: None) -> None:
 
 def test_a_tensor_left_behind_is_noticed(pretended: None) -> None:
     cfg = tiny_config(**ALL_LOSSES)
-    trainer = DGNetTrainer(cfg, 4, GPU, teachers=[build_teacher(4, backbone="resnet10w4")])
+    trainer = DGNetTrainer(cfg, 4, GPU, teachers=[build_teacher(4, backbone="resnet10w8")])
     a, b = (to_device(batch, GPU, cfg) for batch in random_batches(cfg))
     with pytest.raises(RuntimeError, match="at least two devices, cpu and cuda:0"):
         trainer.step(a._replace(x=a.x.cpu()), b, 10)

@@ -1,7 +1,8 @@
-"""The plain step of the benchmarks against the real one: two texts of section 6 that must compute the same."""
+"""The plain step of the benchmarks against the real one: two texts of the method that must compute the same."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 import torch
 import yaml
 from conftest import ALL_LOSSES, CPU, TINY_DGNET, random_batches, tiny_config, tiny_trainer
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import trainer
+import precision
 from benchmarks import train_step
 from benchmarks.all import table
-from benchmarks.plain import PLAIN, PlainTrainer, make_plain
-from data.pairs import Batch
-from reIDmodel import StripePool, build_teacher
+from benchmarks.plain import PlainTrainer
+from fast import FASTER, UpConvBlock, accelerate
+from reIDmodel import build_teacher
 from trainer import DGNetTrainer
 from training import to_device
 from utils import set_deterministic
@@ -47,7 +49,7 @@ def both(**changes: Any) -> tuple[PlainTrainer, Any]:
     """A plain and a real trainer with the same weights, in float64 and without dropout (their draws differ)."""
     cfg = tiny_config(**(ALL_LOSSES | dict(batch_size=3) | changes))
     torch.manual_seed(0)
-    teacher = build_teacher(4, backbone="resnet10w4").double()
+    teacher = build_teacher(4, backbone="resnet10w8").double()
     real = tiny_trainer(cfg, dtype=torch.float64, teachers=[teacher])
     plain = PlainTrainer(cfg, 4, CPU, teachers=[teacher])
     for name, net in plain.networks().items():
@@ -74,25 +76,18 @@ def test_the_plain_step_is_the_real_step(changes: dict[str, Any]) -> None:
             torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_every_fast_layer_has_a_plain_one() -> None:
+def test_the_plain_step_has_none_of_the_faster_layers() -> None:
     plain, real = both(gen=dict(mlp_norm="ln"))
-    for net in real.networks().values():
-        make_plain(net)
-    for net in [*plain.networks().values(), *real.networks().values()]:
-        kinds = {type(module) for module in net.modules()}
-        assert not kinds & PLAIN.keys()
-        assert not any(
-            getattr(module, "inplace", False) for module in net.modules() if "Leaky" in type(module).__name__
-        )
+    for trainer, used in ((plain, set()), (real, {*FASTER.values(), UpConvBlock})):
+        kinds = {type(module) for net in trainer.networks().values() for module in net.modules()}
+        assert kinds & {*FASTER.values(), UpConvBlock} == used
 
 
 # ---------------------------------------------------------------------- the step's options for speed and memory
-def one_step(cfg_changes: dict[str, Any], *, double: bool = False) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Terms and gradients of one step with every loss, without dropout; `double`: on every image twice."""
+def one_step(cfg_changes: dict[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Terms, gradients and statistics of one step with every loss, without dropout."""
     _, real = both(**(dict(batch_size=4) | cfg_changes))
-    batches = random_batches(tiny_config(batch_size=2 if double else 4), dtype=torch.float64)
-    if double:
-        batches = [Batch(*(None if v is None else torch.cat([v, v]) for v in batch)) for batch in batches]
+    batches = random_batches(real.cfg, dtype=torch.float64)
     terms = real.step(*batches, 10)
     grads = {
         f"{name}.{key}": p.grad.clone()
@@ -119,18 +114,6 @@ def assert_same(got: tuple[dict, dict], expected: tuple[dict, dict], rtol: float
 def test_recomputed_activations_change_no_number(live: float, train_bn: bool) -> None:
     changes = dict(use_encoder_again=live, train_bn=train_bn, erasing_p=0.5)
     assert_same(one_step(changes | dict(recompute=True)), one_step(changes))
-
-
-@pytest.mark.parametrize("changes", [{}, dict(ID_style="PCB"), dict(recompute=True)], ids=["AB", "PCB", "recompute"])
-def test_a_batch_in_equal_parts_gives_the_gradients_of_the_whole(changes: dict[str, Any]) -> None:
-    """Each half of the batch is the same images, whose statistics are those of the whole."""
-    changes = changes | dict(erasing_p=0)
-    (terms, grads), (expected, whole) = (one_step(changes | dict(accumulate=n), double=True) for n in (2, 1))
-    # Running statistics are updated by every part, so they alone move further.
-    for found in (grads, whole):
-        for name in [n for n in found if "running" in n or "tracked" in n]:
-            del found[name]
-    assert_same((terms, grads), (expected, whole))
 
 
 class Operations(TorchDispatchMode):
@@ -187,42 +170,16 @@ def test_deterministic_algorithms_give_the_same_numbers(changes: dict[str, Any],
     assert_same(*found)
 
 
-@pytest.mark.parametrize("pool", [StripePool("max", 4), StripePool("avg", 4), StripePool("max", 1)], ids=repr)
-def test_stripes_of_any_height(pool: StripePool) -> None:
+@pytest.mark.parametrize("pool", [nn.AdaptiveMaxPool2d((4, 1)), nn.AdaptiveAvgPool2d((4, 1))], ids=repr)
+def test_stripes_of_any_height(pool: nn.Module) -> None:
+    faster = accelerate(copy.deepcopy(pool), CPU)
     for height in range(1, 14):
         m = torch.randn(2, 3, height, 2, dtype=torch.float64)
-        expected = pool(m)
         set_deterministic(True)
         try:
-            torch.testing.assert_close(pool(m), expected, rtol=1e-12, atol=0)
+            torch.testing.assert_close(faster(m), pool(m), rtol=1e-12, atol=0)
         finally:
             set_deterministic(False)
-
-
-def test_the_first_pass_of_a_part_leaves_no_trace() -> None:
-    """Two parts update the running statistics exactly as two steps' passes do: one update for each pass."""
-    updates = [one_step(dict(accumulate=n))[1]["model.bn1.num_batches_tracked"] for n in (1, 2)]
-    assert updates[1] == 2 * updates[0]
-
-
-def test_both_passes_of_a_part_draw_the_same_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also from edges, whose noise is drawn anew in every pass."""
-    _, real = both(batch_size=4, accumulate=2, single="edge")
-    found: dict[str, list[torch.Tensor]] = {"rehearse": [], "draw": []}
-    for name, fakes in found.items():
-        method = getattr(real, name)
-
-        def noted(*args: Any, method: Any = method, fakes: list[torch.Tensor] = fakes, **kwargs: Any) -> Any:
-            made = method(*args, **kwargs)
-            fakes.append(made[-1].x_ba.detach())
-            return made
-
-        monkeypatch.setattr(real, name, noted)
-    real.step(*random_batches(real.cfg, dtype=torch.float64), 10)
-    assert len(found["rehearse"]) == len(found["draw"]) == 2
-    for first, second in zip(found["rehearse"], found["draw"], strict=True):
-        torch.testing.assert_close(first, second)
-    assert not torch.equal(*found["draw"])
 
 
 def test_joint_statistics_are_one_pass_for_all() -> None:
@@ -248,7 +205,7 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
     """No host synchronisation in a whole step: nothing is read back, nothing copied from pageable memory and waited."""
     cfg = tiny_config(**ALL_LOSSES, precision=precision, erasing_p=0.5)
     device = torch.device("cuda")
-    trainer = DGNetTrainer(cfg, 4, device, teachers=[build_teacher(4, backbone="resnet10w4")])
+    trainer = DGNetTrainer(cfg, 4, device, teachers=[build_teacher(4, backbone="resnet10w8")])
     batches = [to_device(batch, device, cfg) for batch in random_batches(cfg)]
     trainer.step(*batches, 9)
     torch.cuda.set_sync_debug_mode("error")
@@ -264,7 +221,7 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY_DGNET | ALL_LOSSES))
     for has in (False, True):
-        for module in (train_step, trainer):
+        for module in (train_step, precision):
             monkeypatch.setattr(module, "has_bf16", lambda device, has=has: has)
         names = ["plain", "fp32", *["bf16"] * has, "recompute"]
         assert list(train_step.variants(CPU, short=False)) == names

@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, one_thread:
     torch.manual_seed(0)
     model = folder / "models" / "tutor"
     model.mkdir(parents=True)
-    write_atomically(model / "net_last.pth", build_teacher(8, backbone="resnet10w4").state_dict())
+    write_atomically(model / "net_last.pth", build_teacher(8, backbone="resnet10w8").state_dict())
     (model / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(data), stride=2)))
     place = Place(folder, data)
     place.train(NAME)

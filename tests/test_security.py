@@ -41,8 +41,8 @@ from checkpoint import save_snapshot
 from data.folders import list_images, read_split
 from data.generated import SETTINGS, Row, write_manifest
 from data.mannequins import load_factors
-from reIDmodel import build_teacher, build_trunk, load_imagenet
-from runs import RunFolder, save_teacher, start_folder
+from reIDmodel import build_teacher, build_trunk
+from runs import RunFolder, load_imagenet, save_teacher, start_folder
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +98,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         save_snapshot(run.checkpoints, trainer, 1)
     next(run.checkpoints.glob("state_*")).rename(run.checkpoints / "optimizer.pt")
     next(run.checkpoints.glob("snapshot_*")).unlink()
-    net = build_teacher(8, backbone="resnet10w4")
+    net = build_teacher(8, backbone="resnet10w8")
     save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
     return folder
 
@@ -518,20 +518,20 @@ def test_a_backbone_of_any_width(place: Place) -> None:
 
 def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name ends in the beginning of the checksum; what differs is not kept."""
-    trunk = build_trunk("resnet10w4", last_stride=1)
+    trunk = build_trunk("resnet10w8", last_stride=1)
     torch.save(trunk.state_dict(), tmp_path / "weights")
-    monkeypatch.setattr("reIDmodel.list_models", lambda _: ["resnet10w4"])
+    monkeypatch.setattr("runs.list_models", lambda _: ["resnet10w8"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
     for prefix in ("00000000", right):
         source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
         url = type("Weights", (), {"url": source.as_uri()})
-        monkeypatch.setattr("reIDmodel.get_model_weights", lambda _, url=url: [url])
+        monkeypatch.setattr("runs.get_model_weights", lambda _, url=url: [url])
         if prefix == right:
-            load_imagenet(trunk, "resnet10w4", None)
+            load_imagenet(trunk, "resnet10w8", None)
         else:
             with pytest.raises(UserError, match="cannot be downloaded here"):
-                load_imagenet(trunk, "resnet10w4", None)
+                load_imagenet(trunk, "resnet10w8", None)
         kept = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()]
         assert kept == ([source.name] if prefix == right else [])
         source.rename(tmp_path / "weights")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from reIDmodel import IdNet, enlarge, feature_map
+from reIDmodel import IdNet
 
 # Dark blue over green to yellow, of even steps in lightness; anchors at equal distances.
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
@@ -29,7 +29,7 @@ _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), 
 def activation_maps(net: IdNet, x: Tensor) -> Tensor:
     """The maps M (N, heads, h, w) of normalised images (N, 3, H, W), unscaled; `net` is in eval mode."""
     with torch.no_grad():
-        m = feature_map(net.model, enlarge(x))
+        m = net.feature_map(x)
     m.requires_grad_()
     with torch.enable_grad():
         embeddings = net.embed_map(m)

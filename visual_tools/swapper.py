@@ -14,10 +14,9 @@ from torch import Tensor
 from checkpoint import WrongNetwork, read_tensors
 from config import DGNetConfig
 from data.images import iter_images
-from networks import Generator
-from reIDmodel import IdNet, enlarge
+from networks import Generator, structure_input
+from reIDmodel import IdNet
 from runs import RunFolder, generator_config, load_generator, load_id_net, open_run, pick_epoch
-from structure_input import structure_input
 from utils import UserError, pick_device, set_threads
 from visual_tools.grid import to_uint8
 
@@ -45,7 +44,7 @@ class Swapper:
     @torch.no_grad()
     def appearance(self, x: Tensor) -> Tensor:
         """Appearance codes of images."""
-        return self.id_net(enlarge(x.to(self.device)))[0]
+        return self.id_net(x.to(self.device))[0]
 
     @torch.no_grad()
     def decode(self, s: Tensor, f: Tensor) -> Tensor:
