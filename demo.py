@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError for what a later step would refuse."""
     from config import load_config
-    from runs import open_run
+    from runs.folder import open_run
     from utils import pick_device, set_threads
 
     for name in (args.name, args.teacher):
@@ -127,7 +127,7 @@ def main() -> None:
     settings: dict[str, Any] = {"seed": args.seed, "data_root": args.data}
     max_iter = demo_length()
 
-    call("embedded data", "-m", "data.mannequins", "--out", str(data))
+    call("embedded data", "-m", "mannequins.dataset", "--out", str(data))
     trained = (teacher / "net_last.pth").is_file()
     train(
         "teacher",
@@ -143,7 +143,7 @@ def main() -> None:
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
     call("re-identification of DG-Net", "test.py", "--name", args.name, *common)
-    call("swaps against the truth", "-m", "gen_eval.against_truth", "--name", args.name, *common)
+    call("swaps against the truth", "-m", "mannequins.against_truth", "--name", args.name, *common)
     grid = run / "swap_grid.png"
     call("swap grid", "visual_tools/show_rainbow.py", "--name", args.name, "--out", str(grid), "--force", *common)
     call("report", "visual_tools/report.py", "--name", args.name, *common)
@@ -198,7 +198,8 @@ def quickest_threads(most: int) -> int:
 
 def threads_before(run: Path) -> int | None:
     """The CPU threads with which an interrupted run was trained so far; with others its numbers would differ."""
-    from checkpoint import Damaged, read_manifest
+    from files import Damaged
+    from runs.snapshot import read_manifest
 
     for path in sorted((run / "checkpoints").glob("snapshot_*.json"), reverse=True):
         with contextlib.suppress(Damaged):

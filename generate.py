@@ -65,8 +65,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def choose_devices(args: argparse.Namespace, own: torch.device) -> list[torch.device]:
     """The device of each process; `own` is that of this one, which torchrun may have started with others."""
-    from distributed import world_size
-    from launch import own_device, parse_gpu_ids
+    from parallel.collectives import world_size
+    from parallel.launch import own_device, parse_gpu_ids
 
     if world_size() > 1:
         return [own] * world_size()
@@ -78,7 +78,7 @@ def choose_devices(args: argparse.Namespace, own: torch.device) -> list[torch.de
 def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
     """The folder of the images to combine, and the checked images."""
     from data.folders import check_images, is_data_set, read_people
-    from runs import resolve_data_root
+    from runs.folder import resolve_data_root
 
     root = resolve_data_root(args.input or cfg.data_root)
     images = read_people(root, cfg.train_split if is_data_set(root) else None)
@@ -88,7 +88,8 @@ def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageL
 def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[str], list[str]]:
     """The teachers' names and the identities of their classes; both empty without soft labels."""
     from data.folders import read_split
-    from runs import find_teacher, open_run, resolve_data_root
+    from runs.folder import open_run, resolve_data_root
+    from runs.load import find_teacher
 
     if args.no_soft_labels:
         return [], []
@@ -110,7 +111,7 @@ def main() -> None:
     args = parse_args()
     check_args(args)
 
-    import launch
+    from parallel import launch
 
     gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
     if launch.started():
@@ -122,10 +123,11 @@ def main() -> None:
 def make_data_set(args: argparse.Namespace, device: torch.device, started: float) -> None:
     import torch
 
-    from distributed import gather, world_size
-    from generation import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
+    from parallel.collectives import gather, world_size
     from precision import pick_precision
-    from runs import generator_config, open_run, pick_epoch
+    from runs.folder import generator_config, open_run
+    from runs.load import pick_epoch
+    from runs.swap_set import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
 
     devices = choose_devices(args, device)
     pick_precision(devices[0], args.precision)  # refuses what it cannot do

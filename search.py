@@ -62,7 +62,7 @@ def main() -> None:
     from reid_eval.features import extract_features
     from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
     from reid_eval.top import main_setting
-    from runs import open_net
+    from runs.load import open_net
     from visual_tools.page import Hit, Result, write_page
 
     queries = [path for query in args.query for path in find_images(query, "--query")]

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, run_cli, write_json
+from files import write_json
+from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, run_cli
 
 if TYPE_CHECKING:
     import torch
 
-    from runs import TestNet
+    from runs.load import TestNet
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +40,7 @@ def main() -> int | None:
     if args.batchsize is not None and args.batchsize < 1:
         raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
 
-    import launch
+    from parallel import launch
 
     processes = launch.count_processes(args.processes, None)
     if processes > 1 and not launch.started():
@@ -50,10 +51,11 @@ def main() -> int | None:
 
 def run_test(args: argparse.Namespace, device: torch.device) -> None:
     from data.folders import check_test_set, data_set_name
-    from distributed import is_main
-    from reid_eval.evaluate import format_comparison
+    from parallel.collectives import is_main
     from reid_eval.features import check_feature_file
-    from runs import open_net, resolve_data_root
+    from reid_eval.report import format_comparison
+    from runs.folder import resolve_data_root
+    from runs.load import open_net
     from visual_tools.rank_figure import check_count
 
     if args.rank_figure is not None:
@@ -78,11 +80,11 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
 def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Evaluate on one data set, print and write what is asked for; returns the report."""
     from data.folders import data_set_name, other_data_set
-    from distributed import is_main
-    from reid_eval.evaluate import format_table, rankings, summary
+    from parallel.collectives import is_main
     from reid_eval.features import extract_data_set, save_features
+    from reid_eval.report import format_table, rankings, summary
     from reid_eval.top import main_setting
-    from runs import resolve_data_root
+    from runs.folder import resolve_data_root
     from visual_tools.rank_figure import write_rank_figure
 
     size, cameras = tested.size, not args.no_cameras

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from config import Config
-    from runs import RunFolder
+    from runs.folder import RunFolder
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 def read_config(args: argparse.Namespace) -> tuple[Config, str]:
     """The config with its overrides, and the run's name. A resumed run may take its folder's config."""
     from config import load_config
-    from runs import open_run
+    from runs.folder import open_run
     from utils import ROOT
 
     file = Path(args.config or ROOT / "configs" / "latest.yaml")
@@ -60,7 +60,7 @@ def read_config(args: argparse.Namespace) -> tuple[Config, str]:
 
 def resume_command(args: argparse.Namespace, run: RunFolder) -> str:
     """The command that continues a run on the same hardware; its folder has the settings."""
-    import launch
+    from parallel import launch
     from utils import ROOT
 
     if launch.started() and args.processes is None and args.gpu_ids is None:
@@ -74,8 +74,8 @@ def resume_command(args: argparse.Namespace, run: RunFolder) -> str:
 def main() -> int:
     args = parse_args()
 
-    import launch
-    from distributed import own_batch_size
+    from parallel import launch
+    from parallel.collectives import own_batch_size
 
     gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
     processes = launch.count_processes(args.processes, gpu_ids)
@@ -91,18 +91,18 @@ def main() -> int:
 def run_training(args: argparse.Namespace, device: torch.device) -> int:
     cfg, name = read_config(args)
 
-    import training
-    from runs import open_run
+    from runs.folder import open_run
+    from runs.session import build_session, describe, train
 
     set_threads(args.threads)
     seed_everything(cfg.seed)
     run = open_run(args.output_path, name)
     command = resume_command(args, run)
-    session = training.prepare(cfg, run, device, resume=args.resume is not None, command=command)
+    session = build_session(cfg, run, device, resume=args.resume is not None, command=command)
     if args.dry_run:
-        print(training.describe(session))
+        print(describe(session))
         return 0
-    return training.train(session, resume=args.resume)
+    return train(session, resume=args.resume)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -12,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
@@ -193,93 +192,3 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.deterministic = on
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product on the GPU
-
-
-def check_zip(path: Path, *, growth: int, checksums: bool = False) -> None:
-    """Raise ValueError for a zip file whose parts unpack to more than `growth` times its size; nothing is unpacked.
-
-    checksums  also read everything and compare it with the checksums in the file
-    """
-    import zipfile
-
-    with zipfile.ZipFile(path) as file:
-        size, unpacked = path.stat().st_size, sum(part.file_size for part in file.infolist())
-        if unpacked > growth * size:
-            raise ValueError(f"{size} bytes that claim to hold {unpacked}")
-        if checksums and (bad := file.testzip()):
-            raise ValueError(f"the checksum of {bad} is wrong")
-
-
-def part_of(path: Path) -> Path:
-    """The temporary name under which a file is written before it takes its own."""
-    return path.with_name(f".{path.name}.part")
-
-
-@contextlib.contextmanager
-def own_part(path: Path) -> Iterator[BinaryIO]:
-    """The empty temporary file of `path`, for this writer alone; others wait until it is done with it."""
-    import fcntl
-
-    part = part_of(path)
-    while True:
-        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "wb") as file:
-            with contextlib.suppress(OSError):  # file systems without locks: several writers may then mix
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited, the file may have been renamed: then it is no temporary file any more.
-            try:
-                renamed = not os.path.samestat(os.fstat(file.fileno()), part.stat())
-            except FileNotFoundError:
-                renamed = True
-            if not renamed:
-                file.truncate()
-                yield file
-                return
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a temporary file, sync it, then rename it to `path`: there is the whole file or none.
-
-    Of several processes that write `path` at once the last one's file stays. Raises UserError where it cannot be
-    written.
-    """
-    try:
-        with own_part(path) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(part_of(path), path)
-            except OSError:
-                part_of(path).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return path
-
-
-def make_folder(folder: Path) -> Path:
-    """The folder, made with its parents where it is missing. Raises UserError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
-    return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and its folder, whole or not at all. Raises UserError where it cannot be written."""
-    make_folder(path.parent)
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: Path, remedy: str) -> Any:
-    """The content of a JSON file. Raises UserError with the remedy for a damaged or unreadable one."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all. Raises UserError where it cannot be written."""
-    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -29,12 +29,13 @@ from torchvision import transforms
 
 from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from data.folders import read_split
-from data.mannequins import make_dataset
+from mannequins.dataset import make_dataset
 from precision import has_bf16
-from reid_eval.evaluate import report
 from reid_eval.features import extract_data_set, extract_features
+from reid_eval.report import report
 from reIDmodel import build_id_net
-from runs import open_net, resolve_data_root
+from runs.folder import resolve_data_root
+from runs.load import open_net
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,

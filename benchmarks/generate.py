@@ -47,13 +47,14 @@ def make_run(folder: Path, backbone: str, size: tuple[int, int]) -> None:
     """A run `random` of the default config with its teacher, and the embedded data in its smallest size."""
     import torch
 
-    from checkpoint import write_atomically
     from config import DGNetConfig, TeacherConfig, parse_config
     from data.folders import read_split
-    from data.mannequins import make_dataset
+    from files import write_atomically
+    from mannequins.dataset import make_dataset
     from networks import Generator
     from reIDmodel import build_id_net, build_teacher
-    from runs import RunFolder, make_run_folder, save_teacher
+    from runs.folder import RunFolder, make_run_folder
+    from runs.load import save_teacher
 
     data = folder / "data"
     make_dataset(data, preset="tiny")

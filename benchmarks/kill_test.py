@@ -150,7 +150,7 @@ def main() -> int:
 
 
 def run(scratch: Path, args: argparse.Namespace) -> dict:
-    from data.mannequins import make_dataset
+    from mannequins.dataset import make_dataset
 
     machine = describe_machine()
     data = Path(args.data) if args.data else scratch / "data"

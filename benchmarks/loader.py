@@ -32,10 +32,10 @@ from torchvision import transforms
 from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from config import load_config
 from data.folders import ImageList, read_split
-from data.mannequins import make_dataset
-from data.pairs import PairLoader
-from runs import open_run
-from training import prepare, to_device
+from data.loader import PairLoader
+from mannequins.dataset import make_dataset
+from runs.folder import open_run
+from runs.session import build_session, to_device
 from utils import IMAGENET_MEAN, IMAGENET_STD, ROOT, UserError, pick_device, run_cli, set_threads
 
 HEIGHT, WIDTH, PAD = 256, 128, 10
@@ -116,7 +116,7 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, sk
     file, own = RUNS[name]
     changes = [setting.format(data=data) for setting in ALONE] + own
     cfg = load_config(ROOT / "configs" / f"{file}.yaml", changes)
-    session = prepare(cfg, open_run(str(data), "benchmark"), device, resume=False)
+    session = build_session(cfg, open_run(str(data), "benchmark"), device, resume=False)
     streams = [loader.batches() for loader in session.loaders]
     waited, whole, making = [], [], []
     try:

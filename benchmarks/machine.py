@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import write_json
+from files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -38,8 +38,8 @@ from config import DGNetConfig, load_config
 from data.batch import Batch
 from precision import AUTOCAST, has_bf16, pick_precision
 from reIDmodel import build_teacher
+from runs.session import to_device
 from trainer import DGNetTrainer
-from training import to_device
 from utils import ROOT, UserError, pick_device, run_cli, set_threads
 
 CLASSES = 751

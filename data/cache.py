@@ -13,8 +13,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-import distributed
 from data.images import decoded, fill, load_image, resized
+from parallel import collectives
 from utils import UserError
 
 Shape = tuple[int, int, int, int]
@@ -36,7 +36,7 @@ def cached_images(paths: Sequence[Path], mode: bool | str, height: int, width: i
     """
     if not mode:
         return None
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return _decode(paths, mode, (height, width), limit_mb, lambda shape: torch.empty(shape, dtype=torch.uint8))
     return _shared(paths, mode, (height, width), limit_mb)
 
@@ -88,7 +88,7 @@ def _decoder(tried: tuple[int, int], size: tuple[int, int]) -> Callable[[Path], 
 # --------------------------------------------------------------------------------- one copy for several processes
 def _shared(paths: Sequence[Path], mode: bool | str, size: tuple[int, int], limit_mb: int) -> Tensor | None:
     """`cached_images` in every one of several processes."""
-    local = int(os.environ.get("LOCAL_RANK", distributed.rank()))
+    local = int(os.environ.get("LOCAL_RANK", collectives.rank()))
     files: list[BinaryIO] = []
 
     def allocate(shape: Shape) -> Tensor:
@@ -107,7 +107,7 @@ def _shared(paths: Sequence[Path], mode: bool | str, size: tuple[int, int], limi
                 told = f"/proc/{os.getpid()}/fd/{files[-1].fileno()}", tuple(pixels.shape)
         except UserError as error:
             told = error
-    told = distributed.gather(told)[distributed.rank() - local]
+    told = collectives.gather(told)[collectives.rank() - local]
     if isinstance(told, UserError):
         raise told
     if told is not None and local > 0:
@@ -116,7 +116,7 @@ def _shared(paths: Sequence[Path], mode: bool | str, size: tuple[int, int], limi
         except (OSError, RuntimeError):
             # In a container of its own a process cannot see the first one's files.
             pixels = _own_copy(paths, told[1], size)
-    distributed.wait_for_all()
+    collectives.wait_for_all()
     for file in files:
         file.close()
     return pixels

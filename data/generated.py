@@ -22,7 +22,8 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from data.folders import UNFINISHED_MARK, ImageList, check_images
-from utils import UserError, part_of, write_whole
+from files import part_of, write_whole
+from utils import UserError
 
 MANIFEST = "manifest.csv"
 SETTINGS = "generate.json"

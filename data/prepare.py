@@ -25,7 +25,8 @@ from tqdm import tqdm
 from data import archives
 from data.archives import Splits
 from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, list_images
-from utils import UserError, write_whole
+from files import write_whole
+from utils import UserError
 
 DATASETS = ("market1501", "msmt17", "cuhk03-np", "dukemtmc-reid", "veri776", "folder", "csv")
 IDENTITIES_FILE = "identities.csv"

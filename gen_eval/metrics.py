@@ -20,9 +20,9 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 
-from checkpoint import read_tensors
 from data.folders import ImageList
 from data.images import iter_images
+from files import read_tensors
 from gen_eval.similarity import ssim
 from utils import UserError
 from visual_tools.grid import to_uint8

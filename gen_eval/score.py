@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, pick_device, run_cli, set_threads, write_json
+from files import write_json
+from utils import UserError, pick_device, run_cli, set_threads
 
 if TYPE_CHECKING:
     import torch

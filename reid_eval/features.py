@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.folders import read_split
-from utils import UserError, check_zip, evaluating, make_folder, one_line, write_whole
+from files import check_zip, make_folder, write_whole
+from utils import UserError, evaluating, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def extract_features(
     from tqdm import tqdm
 
     from data.images import iter_images
-    from distributed import gather, rank, world_size
+    from parallel.collectives import gather, rank, world_size
     from precision import pick_precision
 
     device = torch.device(device)

@@ -21,10 +21,11 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import digest_weights
 from data.folders import check_images, find_images
+from files import check_zip, make_folder, part_of, write_whole
 from reid_eval.top import main_setting
-from utils import UserError, check_zip, make_folder, one_line, part_of, write_whole
+from runs.weights import digest_weights
+from utils import UserError, one_line
 
 INDEX_FILE = "index.npz"
 FORMAT = 1

@@ -16,7 +16,7 @@ from PIL import Image
 
 from config import DGNetConfig, TeacherConfig, parse_config
 from data.batch import Batch
-from data.mannequins import make_dataset
+from mannequins.dataset import make_dataset
 from trainer import DGNetTrainer
 from utils import ROOT, run_cli
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, add_machine_arguments, make_folder, write_whole
+from files import make_folder, write_whole
+from utils import UserError, add_machine_arguments
 
 if TYPE_CHECKING:
     import numpy as np
 
     from data.folders import ImageList
-    from visual_tools.swapper import Swapper
+    from runs.swapper import Swapper
 
 AT_MOST = 100  # images or pairs of a figure: it has to be opened
 LABEL_LENGTH = 8  # letters that fit above a cell
@@ -54,7 +55,7 @@ def check_arguments(args: argparse.Namespace, *, count: tuple[int, int | None]) 
 # --------------------------------------------------------------------------------------------- images
 def input_folder(args: argparse.Namespace, model: Swapper) -> Path:
     """The folder that `--input` names, or the run's data set."""
-    from runs import resolve_data_root
+    from runs.folder import resolve_data_root
 
     return resolve_data_root(args.input or model.cfg.data_root)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from utils import make_folder, write_whole
+from files import make_folder, write_whole
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import load_image
+from files import make_folder, write_whole
 from reid_eval.features import Features
 from reid_eval.ranking import Ranking
 from reid_eval.top import Entry, first_entries, main_setting
-from utils import UserError, make_folder, write_whole
+from utils import UserError
 from visual_tools.grid import INK, WHITE, paint_grid
 from visual_tools.page import Hit, Result, write_page
 

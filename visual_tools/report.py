@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import ROOT, UserError, make_folder, own_command, run_cli, write_whole
+from files import make_folder, write_whole
+from utils import ROOT, UserError, own_command, run_cli
 from visual_tools.figure import add_figure_arguments, check_arguments, new_file
 
 if TYPE_CHECKING:
     from config import Config
-    from runs import RunFolder
+    from runs.folder import RunFolder
 
 T = TypeVar("T")
 COUNT = 6  # images of the swap matrix
@@ -47,8 +48,9 @@ def parse_args() -> argparse.Namespace:
 
 def newest_snapshot(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, str]]:
     """Steps of the newest snapshot, and what besides the config decided its numbers; None and nothing without one."""
-    from checkpoint import Damaged, read_manifest, snapshots
-    from runs import NETWORKS
+    from files import Damaged
+    from runs.folder import NETWORKS
+    from runs.snapshot import read_manifest, snapshots
     from visual_tools.report_tables import show
 
     found = snapshots(run.checkpoints, NETWORKS[cfg.task])
@@ -92,11 +94,11 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     import numpy as np
 
     from config import DGNetConfig
+    from runs.swapper import open_swapper
     from visual_tools.curves import draw_panels, read_log
     from visual_tools.rank_figure import LEGEND
     from visual_tools.report_pictures import draw_pictures, retrievals
     from visual_tools.report_tables import generation_tables, highlights, reid_tables, results, settings_tables
-    from visual_tools.swapper import open_swapper
 
     missing: dict[str, str] = {}  # why sections are empty
 
@@ -112,7 +114,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
 
     generates = isinstance(cfg, DGNetConfig)
     where = ["--output_path", args.output_path] if args.output_path else []
-    truth = command("-m", "gen_eval.against_truth", "--name", run.name, *where)
+    truth = command("-m", "mannequins.against_truth", "--name", run.name, *where)
     score = command("-m", "gen_eval.score", "--real", "DATA", "--fake", "DIR", "--out", run.path / "score.json")
     commands = {
         "train": command("train.py", "--config", run.config_file, "--name", "NEW", *where),
@@ -187,7 +189,7 @@ def main() -> None:
         raise UserError("--features and --no-retrievals: give one of the two")
 
     from config import TeacherConfig
-    from runs import open_run, run_config
+    from runs.folder import open_run, run_config
     from utils import set_threads
 
     run = open_run(args.output_path, args.name)

@@ -16,15 +16,16 @@ from PIL import Image
 from config import Config
 from data.folders import have_cameras, read_split
 from data.images import load_image
-from reid_eval.evaluate import rankings
 from reid_eval.features import Features, extract_data_set, load_features
+from reid_eval.report import rankings
 from reid_eval.top import first_entries, main_setting
-from runs import RunFolder, load_run_for_test, load_teacher_for_test, resolve_data_root
+from runs.folder import RunFolder, resolve_data_root
+from runs.load import load_run_for_test, load_teacher_for_test
+from runs.swapper import Swapper
 from utils import UserError, pick_device
 from visual_tools.figure import choose_images, labels, read_input
 from visual_tools.rank_figure import choose_queries, entry_caption
 from visual_tools.smooth import interpolate
-from visual_tools.swapper import Swapper
 
 STEPS, LISTS = 7, 4  # points of an interpolation; retrievals of each kind
 HEIGHT = 192  # pixels of an image of a ranked list, at most

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from config import Config, DGNetConfig, changed_from_default, flat_settings
-from gen_eval.against_truth import describe_shares, named_table, swap_table
+from files import read_json
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PUBLISHED_NOTE, score_cells
-from reid_eval.evaluate import COLUMNS, ROW_LABELS
+from mannequins.against_truth import describe_shares, named_table, swap_table
 from reid_eval.ranking import BOTH
-from runs import RunFolder, find_teacher
-from utils import UserError, read_json
+from reid_eval.report import COLUMNS, ROW_LABELS
+from runs.folder import RunFolder
+from runs.load import find_teacher
+from utils import UserError
 
 T = TypeVar("T")
 DIFFERENCE = "mAP - teacher"
@@ -147,7 +149,7 @@ def reid_table(data_set: str, title: str, nets: list[Tested]) -> Table:
 
 
 def swaps_table(result: dict[str, Any]) -> Table:
-    """What `gen_eval.against_truth` has written."""
+    """What `mannequins.against_truth` has written."""
     heads, rows = swap_table(result)
     caption = (
         f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
@@ -166,7 +168,7 @@ def swaps_table(result: dict[str, Any]) -> Table:
 
 
 def people_table(named: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """Whom the run's own heads name of generated and true swaps, by `gen_eval.against_truth`."""
+    """Whom the run's own heads name of generated and true swaps, by `mannequins.against_truth`."""
     heads, rows = named_table(named)
     note = (
         "How often a head gives the class of the structure image's person, and of the clothes' owner. What it names on "

@@ -39,8 +39,8 @@ def main() -> None:
     from tqdm import tqdm
 
     from data.folders import is_data_set
+    from runs.swapper import open_swapper
     from visual_tools.figure import choose_images, file_names, input_folder, new_folder, read_input, write_image
-    from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
     found = read_input(args, model)

@@ -34,7 +34,7 @@ def main() -> None:
     from data.folders import find_images
     from data.images import decode_images, normalise
     from reIDmodel import head_names
-    from runs import open_net
+    from runs.load import open_net
     from visual_tools.activation import activation_maps, overlay
     from visual_tools.figure import new_file, write_image
     from visual_tools.grid import paint_grid, to_uint8

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from visual_tools.swapper import Swapper
+    from runs.swapper import Swapper
 
 COUNT = 4
 
@@ -81,8 +81,8 @@ def paint(model: Swapper, args: argparse.Namespace, *, code: str) -> tuple[np.nd
 
 def draw(args: argparse.Namespace, *, code: str, file: str) -> None:
     """What the scripts do once they have their options: PNG and GIF, neither over an existing file unasked."""
+    from runs.swapper import open_swapper
     from visual_tools.figure import figure_file, new_file, write_gif, write_image
-    from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
     out = figure_file(args, model, file)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from data.folders import ImageList
-    from visual_tools.swapper import Swapper
+    from runs.swapper import Swapper
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,8 +87,8 @@ def main() -> None:
     check_arguments(args, count=(1, None))
 
     from data.folders import check_images
+    from runs.swapper import open_swapper
     from visual_tools.figure import choose, new_folder, read_input
-    from visual_tools.swapper import open_swapper
 
     model = open_swapper(args)
     images = read_input(args, model)

@@ -1,0 +1,209 @@
+"""Swaps of a run against the truth, on the embedded data: `python -m mannequins.against_truth --name demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a file, from any directory
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from files import write_json
+from utils import UserError, run_cli
+from visual_tools.figure import add_run_arguments
+
+if TYPE_CHECKING:
+    from mannequins.truth import Swaps
+    from runs.swapper import Swapper
+
+TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's own heads name
+LABELS = {
+    "generated": "generated swap",
+    "copy": "copy of the structure image",
+    "recoloured": "copy in the true swap's colours",
+    "other": "true swap, third person's clothes",
+    "reconstruction": "reconstruction (truth: its input)",
+    "true": "true swap",
+    "appearance": "the appearance image itself",
+}
+NAMED = {
+    "generated": "generated swap",
+    "true": "true swap",
+    "generated changed": "changed pixels generated, rest true",
+    "true changed": "changed pixels true, rest generated",
+}
+# Columns of the table by the keys of `image_errors`, with their decimals.
+ERRORS = {
+    "changed": ("L1 changed", 1),
+    "brightness": ("brightness", 1),
+    "colour": ("colour", 1),
+    "l1": ("L1", 1),
+    "psnr": ("PSNR dB", 1),
+    "ssim": ("SSIM", 3),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Generated swaps against the renderer's own drawing (embedded data).")
+    add_run_arguments(parser, name="demo")
+    parser.add_argument("--data_root", help="embedded data set (default: the run's)")
+    parser.add_argument("--count", type=int, default=512, help="swaps to draw (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of swaps")
+    return parser.parse_args()
+
+
+def ask_teacher(
+    model: Swapper, root: Path, swaps: Swaps, training: Swaps | None = None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the run's first teacher recognises: re-identification of swaps of test images, top-1 of `training` ones.
+
+    The second is empty without them, or where the teacher's classes are not the data set's training identities. Raises
+    UserError for a run without a teacher, or one whose files are not there.
+    """
+    from data.folders import read_split
+    from mannequins.truth import classify, recognise
+    from reid_eval.features import Features, extract_features
+    from runs.load import find_teacher, load_teacher
+
+    if not model.cfg.teachers:
+        raise UserError("the run's config names no teacher")
+    name = model.cfg.teachers[0]
+    files = find_teacher(name, model.run.output_path)
+    net = load_teacher(name, model.run.output_path).to(model.device)
+    size = files.height, files.width
+    gallery = read_split(root, "gallery")
+    features = extract_features(net, gallery.paths, height=size[0], width=size[1], batch_size=64, device=model.device)
+    known = Features(features, gallery.pids, gallery.camids)
+    by_reid = recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
+    if training is None:
+        return by_reid, {}
+    people = read_split(root, "train_all")
+    if people.num_classes != net.num_classes:
+        return by_reid, {}
+    return by_reid, classify(net, size, training, people.labels(), device=model.device)
+
+
+def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """The table of `swaps.json`: heads of the columns, and the cells of each row by its label, "-" where empty."""
+    asked = "recognised" in result
+    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
+    rows = {}
+    for row, label in LABELS.items():
+        errors = result["images"].get(row, {})  # in a file of an earlier version without some
+        cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
+        if asked:
+            official = result["recognised"].get(row, {}).get("official", {})
+            top1 = result["top1"].get(row)
+            cells += [f"{100 * official[key]:.1f}" if official else "-" for key in ("rank1", "mAP")]
+            cells += [f"{100 * top1:.1f}" if top1 is not None else "-"]
+        if errors or asked and row in result["recognised"]:
+            rows[label] = cells
+    return heads, rows
+
+
+def format_swaps(result: dict[str, Any]) -> str:
+    """The table of `swaps.json` for a terminal."""
+    heads, rows = swap_table(result)
+    lines = [" " * 35 + "".join(f"{head:>11}" for head in heads)]
+    lines += [f"  {label:33}" + "".join(f"{cell:>11}" for cell in cells) for label, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def describe_shares(shares: dict[str, dict[str, float]]) -> str:
+    """What `clothes_shares` found, in words: "shade 39 and 48 %, pattern 71 and 3 %, colour 1 and 35 %"."""
+    parts = ((name, *(round(100 * share[side]) for side in ("structure", "truth"))) for name, share in shares.items())
+    return ", ".join(f"{name} {structure} and {truth} %" for name, structure, truth in parts)
+
+
+def named_table(named: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
+    """The table of `name_people`'s result: heads of the columns, and the cells of each row by its label."""
+    heads = [f"{head}: {whose}" for head, sides in next(iter(named.values())).items() for whose in sides]
+    rows = {
+        NAMED[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
+        for row, by_head in named.items()
+    }
+    return heads, rows
+
+
+def format_named(named: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The same for a terminal: a line for each head."""
+    heads, rows = named_table(named)
+    lines = [" " * 28 + "".join(f"  {label}" for label in rows)]
+    for k, head in enumerate(heads):
+        lines.append(f"  {head:26}" + "".join(f"  {cells[k]:>{len(label)}}" for label, cells in rows.items()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be at least 0")
+
+    from data.folders import data_set_name, other_data_set, read_split
+    from mannequins.dataset import load_factors
+    from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, name_people
+    from reIDmodel import head_names
+    from runs.folder import resolve_data_root
+    from runs.swapper import open_swapper
+
+    model = open_swapper(args)
+    run = model.run
+    root = resolve_data_root(args.data_root or model.cfg.data_root)
+    factors = load_factors(root)
+    swaps = draw_swaps(
+        model.swap, factors, read_split(root, "query"), size=model.size, count=args.count, seed=args.seed
+    )
+    rows = measure_swaps(swaps)
+    generated, copy = rows["generated"]["changed"], rows["copy"]["changed"]
+    result = {
+        "name": run.name,
+        "iteration": model.iteration,
+        "tested_on": data_set_name(root),
+        "seed": args.seed,
+        "pairs": len(swaps.appearance),
+        "generated": generated,
+        "copy": copy,
+        "reduction": 1 - generated / copy,
+        "images": rows,
+        "shares": clothes_shares(swaps),
+    }
+    # Classes are people of the run's own data set.
+    elsewhere, training = other_data_set(root, resolve_data_root(model.cfg.data_root)), None
+    try:
+        if not elsewhere:
+            people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
+            training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
+            if people.num_classes == model.id_net.num_classes:
+                names = head_names(model.id_net)
+                result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
+    except UserError as error:
+        print(f"swaps of training images are left out: {error}")
+    try:
+        result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
+    except UserError as error:
+        print(f"recognition by the teacher is left out: {error}")
+    print(
+        f"{run.name} after {model.iteration} steps, {len(swaps.appearance)} swaps of test images, L1 on the changed "
+        f"pixels (grey levels): generated {generated:.1f}, copying the structure image {copy:.1f}, "
+        f"reduction {100 * result['reduction']:.1f} %\n{format_swaps(result)}"
+    )
+    print(f"clothes of the structure image and of the truth in generated swaps: {describe_shares(result['shares'])}")
+    if "recognised" in result:
+        print(
+            f"Rank-1, mAP: teacher {model.cfg.teachers[0]}, these images as queries for the appearance identity "
+            "(official convention); top-1: its classes, swaps of training images"
+        )
+    if "named" in result:
+        print(f"whom the run's own heads name, {count} swaps of training images, percent")
+        print(format_named(result["named"]))
+    file = run.path / f"swaps{elsewhere}.json"  # swaps.json is always about the data set that the config names
+    write_json(file, result)
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,532 @@
+"""The embedded data set: drawn pedestrians in the folders and file names of Market-1501.
+
+    python -m mannequins.dataset --out datasets/mannequins --preset demo
+    load_factors("datasets/mannequins").true_swap(appearance_of=name_i, structure_of=name_j)
+
+`factors.json` keeps what every image was drawn from (an `Appearance`, a `Body`, a `Shot`), so that any image,
+and the right answer to any swap, can be drawn again. Identities come in groups that wear the same colours and
+differ in pattern or sleeves, hair, bag and build; test identities wear colour pairs that no train identity wears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.folders import UNFINISHED_MARK
+from mannequins.render import (
+    BAGS,
+    CAMERAS,
+    HAIR_STYLES,
+    LOWER_KINDS,
+    OCCLUDERS,
+    RGB,
+    UPPER_KINDS,
+    Appearance,
+    Body,
+    Shot,
+    person_mask,
+    render,
+)
+from utils import UserError, run_cli
+
+__all__ = [
+    "Appearance",
+    "Body",
+    "Factors",
+    "Settings",
+    "Shot",
+    "load_factors",
+    "make_dataset",
+    "make_settings",
+    "person_mask",
+    "render",
+]
+
+TRAIN, TEST, QUERY, GT = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"
+DRAWING = 1  # raise it when the drawing changes, so that old folders are not taken for current ones
+JPEG_QUALITY = 95
+
+GARMENTS: dict[str, RGB] = {
+    "red": (206, 46, 48),
+    "orange": (240, 132, 34),
+    "yellow": (246, 208, 56),
+    "green": (66, 160, 72),
+    "teal": (28, 148, 150),
+    "sky": (104, 182, 232),
+    "blue": (40, 78, 176),
+    "violet": (126, 62, 166),
+    "pink": (236, 110, 166),
+    "brown": (122, 78, 46),
+    "white": (238, 236, 228),
+    "black": (50, 50, 58),
+}
+SHOES: tuple[RGB, ...] = ((235, 235, 232), (40, 40, 44), (122, 74, 44), (190, 48, 46), (52, 84, 160))
+SKINS: tuple[RGB, ...] = ((246, 212, 186), (228, 182, 148), (192, 136, 98), (138, 92, 66))
+# Hair and bags belong to the structure, of which a swap sees grey only: their tones are calm.
+HAIR_TONES: tuple[RGB, ...] = ((34, 30, 30), (84, 56, 38), (148, 100, 58), (214, 180, 112), (172, 172, 174))
+BAG_TONES: tuple[RGB, ...] = ((62, 62, 68), (140, 104, 70), (176, 170, 158))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _key(default: float, help: str, low: float, high: float):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that determines a data set. Recorded in factors.json."""
+
+    seed: int = _key(0, "random seed", 0, 2**32 - 1)
+    train_ids: int = _key(288, "identities to train on", 1, 4000)
+    test_ids: int = _key(96, "identities to test on", 1, 4000)
+    cameras: int = _key(6, "cameras", 2, CAMERAS)
+    min_cameras: int = _key(3, "every identity is seen by at least this many of them", 2, CAMERAS)
+    train_cameras: int = _key(
+        CAMERAS, "training identities are seen by no more of them, not even min_cameras", 1, CAMERAS
+    )
+    images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
+    distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
+    junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
+    group_size: int = _key(6, "training identities that wear the same colours", 1, 12)
+    test_group_size: int = _key(6, "test identities that wear the same colours", 1, 12)
+    tint: float = _key(0.05, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
+    light: float = _key(0.08, "difference in brightness of the cameras, log gain", 0.0, 1.0)
+    noise: float = _key(3.0, "pixel noise, standard deviation in grey levels", 0.0, 64.0)
+    occluders: float = _key(0.08, "share of pictures with something in front", 0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            value, low, high = getattr(self, key.name), key.metadata["low"], key.metadata["high"]
+            whole = key.type == "int"
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise UserError(f"{key.name}={value!r}: must be {'a whole' if whole else 'a'} number")
+            if not low <= value <= high:
+                raise UserError(f"{key.name}={value}: must lie between {low} and {high}")
+            if not whole:
+                object.__setattr__(self, key.name, float(value))
+        if self.min_cameras > self.cameras:
+            raise UserError(f"min_cameras={self.min_cameras}: there are only {self.cameras} cameras")
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "tiny": {"train_ids": 8, "test_ids": 6, "images_per_camera": 2, "distractors": 4, "junk": 4},
+    # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
+    "demo": {"train_ids": 84, "group_size": 3, "test_group_size": 12},
+    "large": {
+        "train_ids": 400,
+        "test_ids": 200,
+        "cameras": 8,
+        "images_per_camera": 4,
+        "distractors": 400,
+        "junk": 200,
+    },
+}
+DIFFICULTY_KEYS = ("tint", "light", "noise", "occluders")
+
+
+def make_settings(seed: int = 0, preset: str = "demo", difficulty: float = 1.0, **changes) -> Settings:
+    """The preset with `difficulty` multiplied into tint, light, noise and occluders, then `changes`."""
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r}: unknown; use one of {', '.join(PRESETS)}")
+    keys = {key.name: key.default for key in dataclasses.fields(Settings)}
+    unknown = sorted(set(changes) - set(keys))
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown setting; use one of {', '.join(keys)}")
+    if not 0 <= difficulty < math.inf:
+        raise UserError(f"difficulty={difficulty}: must not be negative")
+    keys |= PRESETS[preset] | {"seed": seed}
+    for name in DIFFICULTY_KEYS:
+        keys[name] = round(keys[name] * difficulty, 6)
+    keys["occluders"] = min(1.0, keys["occluders"])
+    return Settings(**(keys | changes))
+
+
+# ---------------------------------------------------------------- who is seen where
+
+
+@dataclass(frozen=True)
+class Person:
+    appearance: Appearance
+    body: Body
+    split: str  # train, test, stranger
+    group: int  # identities of one group wear the same colours; -1 for strangers
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One image: who, in which shot, and the folders that hold it."""
+
+    person: str  # key of Factors.people
+    shot: Shot
+    folders: tuple[str, ...]
+
+
+def _number(value: float) -> float:
+    return round(float(value), 4)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def _colour_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Every pair of two garment colours, upper and lower, shuffled."""
+    pairs = [(upper, lower) for upper in GARMENTS for lower in GARMENTS if upper != lower]
+    return [pairs[k] for k in rng.permutation(len(pairs))]
+
+
+def _outfit(rng: np.random.Generator, pair: tuple[str, str]) -> Appearance:
+    upper, lower = pair
+    grey = {name: 0.299 * r + 0.587 * g + 0.114 * b for name, (r, g, b) in GARMENTS.items()}
+    # A pattern has to be seen in grey too.
+    seconds = [name for name in GARMENTS if name != lower and abs(grey[name] - grey[upper]) > 50]
+    return Appearance(
+        upper=GARMENTS[upper],
+        upper_second=GARMENTS[_pick(rng, seconds)],
+        upper_kind=_pick(rng, UPPER_KINDS),
+        sleeves=_pick(rng, ("long", "short")),
+        lower=GARMENTS[lower],
+        lower_kind=_pick(rng, ("trousers", "trousers", "shorts", "skirt")),
+        shoes=_pick(rng, SHOES),
+        skin=_pick(rng, SKINS),
+    )
+
+
+def _body(rng: np.random.Generator, hair: str, bag: str) -> Body:
+    return Body(
+        height=_number(rng.uniform(0.90, 1.08)),
+        build=_number(rng.uniform(0.85, 1.18)),
+        hair=hair,
+        hair_tone=_pick(rng, HAIR_TONES),
+        bag=bag,
+        bag_tone=_pick(rng, BAG_TONES),
+    )
+
+
+def _groups(rng: np.random.Generator, count: int, group_size: int, split: str, pairs: list) -> list[Person]:
+    people = []
+    for group in range(math.ceil(count / group_size)):
+        outfit = _outfit(rng, pairs[group % len(pairs)])
+        kinds = [UPPER_KINDS[k] for k in rng.permutation(len(UPPER_KINDS))[:2]]
+        looks = [(hair, bag) for hair in HAIR_STYLES for bag in BAGS]
+        order = rng.permutation(len(looks))
+        for member in range(min(group_size, count - len(people))):
+            appearance = dataclasses.replace(
+                outfit, upper_kind=_pick(rng, kinds), sleeves=_pick(rng, ("long", "short"))
+            )
+            people.append(Person(appearance, _body(rng, *looks[order[member]]), split, group))
+    return people
+
+
+def _shot(rng: np.random.Generator, settings: Settings, camera: int, tint: np.ndarray, light: float) -> Shot:
+    jitter = np.exp(rng.normal(0, 0.15 * settings.tint, 3))
+    hidden = rng.random() < settings.occluders
+    edge = 0.06 if rng.random() < 0.5 else 0.94
+    return Shot(
+        camera=camera,
+        yaw=_number(_pick(rng, (0, 90, 180, 270)) + rng.uniform(-28, 28)),
+        phase=_number(rng.uniform(0, 2 * math.pi)),
+        x=_number(0.5 + rng.normal(0, 0.03)),
+        foot=_number(rng.uniform(0.945, 0.975)),
+        scale=_number(rng.uniform(0.80, 0.86)),
+        pan=_number(rng.uniform(-0.12, 0.12)),
+        light=_number(light * math.exp(rng.normal(0, 0.25 * settings.light))),
+        light_side=(-0.8, 0.8)[camera % 2],
+        tint=tuple(_number(gain) for gain in tint * jitter),
+        noise=settings.noise,
+        noise_seed=int(rng.integers(2**31)),
+        occluder=_pick(rng, OCCLUDERS) if hidden else "none",
+        occluder_x=_number(edge + rng.uniform(-0.05, 0.05)),
+    )
+
+
+def _plan(settings: Settings) -> Factors:
+    """Everything that `settings` asks for, before anything is drawn."""
+    people_rng, camera_rng, rng = (np.random.default_rng((settings.seed, stream)) for stream in range(3))
+
+    # Cameras: casts spread over the hue circle, brightness over its range.
+    n = settings.cameras
+    hues = 2 * math.pi * (camera_rng.permutation(n) + camera_rng.random()) / n
+    channels = 2 * math.pi / 3 * np.arange(3)
+    tints = np.exp(settings.tint * np.cos(hues[:, None] - channels))
+    lights = 1.06 * np.exp(settings.light * camera_rng.permutation(np.linspace(-1, 1, n)))
+
+    # People: train and test identities are numbered in one shuffled range, as in Market-1501.
+    train_groups = math.ceil(settings.train_ids / settings.group_size)
+    test_groups = math.ceil(settings.test_ids / settings.test_group_size)
+    pairs = _colour_pairs(people_rng)
+    share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
+    identities = _groups(people_rng, settings.train_ids, settings.group_size, "train", pairs[:share])
+    identities += _groups(people_rng, settings.test_ids, settings.test_group_size, "test", pairs[share:])
+    numbers = 1 + people_rng.permutation(len(identities))
+    people = {f"{k:04d}": person for k, person in sorted(zip(numbers.tolist(), identities, strict=True))}
+
+    frames = np.zeros(n + 1, int)  # the last frame number used, per camera
+    images: dict[str, Sight] = {}
+
+    def add(label: str, person: str, camera: int, box: int, folders: tuple[str, ...], **changes) -> None:
+        shot = _shot(rng, settings, camera, tints[camera - 1], lights[camera - 1])
+        frames[camera] += int(rng.integers(5, 26))
+        frame = int(frames[camera])
+        name = f"{label}_c{camera}s{1 + frame // 20000}_{frame:06d}_{box:02d}.jpg"
+        images[name] = Sight(person, dataclasses.replace(shot, **changes), folders)
+
+    for key, person in people.items():
+        seen_by = int(rng.integers(settings.min_cameras, n + 1))
+        if person.split == "train":
+            seen_by = min(seen_by, settings.train_cameras)
+        for camera in sorted(1 + rng.permutation(n)[:seen_by]):
+            frames[camera] += int(rng.integers(40, 200))
+            for box in range(1, settings.images_per_camera + 1):
+                folders = (TRAIN,) if person.split == "train" else (TEST, GT)
+                add(key, key, int(camera), box, folders)
+            if person.split == "test":  # box 00 is the hand-drawn one, as in Market-1501
+                add(key, key, int(camera), 0, (QUERY, GT))
+    for k in range(settings.distractors + settings.junk):
+        key = f"stranger-{k:04d}"
+        outfit = _outfit(people_rng, _pick(people_rng, pairs))
+        body = _body(people_rng, _pick(people_rng, HAIR_STYLES), _pick(people_rng, BAGS))
+        people[key] = Person(outfit, body, "stranger", -1)
+        camera = 1 + int(rng.integers(n))
+        if k < settings.distractors:
+            add("0000", key, camera, 1, (TEST,))
+        else:  # a box that missed: half a person, or far too close
+            x, scale = _pick(rng, ((0.02, 0.8), (0.98, 0.8), (0.4, 1.5), (0.6, 1.6)))
+            add("-1", key, camera, 1, (TEST,), x=x, scale=scale, foot=_number(0.95 + 0.5 * (scale - 0.8)))
+    return Factors(settings, people, images)
+
+
+# ---------------------------------------------------------------- factors.json
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What every image of a data set was drawn from. Images go by their file name."""
+
+    settings: Settings
+    people: dict[str, Person]  # by four digits for identities, "stranger-0001" for others
+    images: dict[str, Sight]
+
+    def factors_of(self, name: str) -> tuple[Appearance, Body, Shot]:
+        sight = self.images.get(Path(name).name)
+        if sight is None:
+            raise UserError(f"{name}: no such image in factors.json")
+        person = self.people[sight.person]
+        return person.appearance, person.body, sight.shot
+
+    def image(self, name: str, size: tuple[int, int] = (128, 64)) -> np.ndarray:
+        """The image as drawn, before JPEG: (H, W, 3) uint8."""
+        return render(*self.factors_of(name), size)
+
+    def true_swap(self, appearance_of: str, structure_of: str, size: tuple[int, int] = (128, 64)) -> np.ndarray:
+        """The right answer to a swap: these clothes on that body in that shot, (H, W, 3) uint8."""
+        appearance = self.factors_of(appearance_of)[0]
+        _, body, shot = self.factors_of(structure_of)
+        return render(appearance, body, shot, size)
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted file names of one folder."""
+        return sorted(name for name, sight in self.images.items() if folder in sight.folders)
+
+
+def _dump(factors: Factors) -> str:
+    """JSON with a line per person and per image."""
+
+    def block(entries: dict) -> str:
+        lines = (f"  {json.dumps(key)}: {json.dumps(dataclasses.asdict(value))}" for key, value in entries.items())
+        return "{\n" + ",\n".join(lines) + "\n }"
+
+    return (
+        f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(dataclasses.asdict(factors.settings))},\n'
+        f' "people": {block(factors.people)},\n "images": {block(factors.images)}\n}}\n'
+    )
+
+
+def _tuples(entry: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+
+def _is_person(person: Person) -> bool:
+    """Whether the renderer can draw someone."""
+    a, b = person.appearance, person.body
+    colours = (a.upper, a.upper_second, a.lower, a.shoes, a.skin, b.hair_tone, b.bag_tone)
+    return (
+        a.upper_kind in UPPER_KINDS
+        and a.sleeves in ("long", "short")
+        and a.lower_kind in LOWER_KINDS
+        and b.hair in HAIR_STYLES
+        and b.bag in BAGS
+        and all(len(c) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in c) for c in colours)
+        and all(0.5 <= size <= 2 for size in (b.height, b.build))
+    )
+
+
+def _is_sight(sight: Sight, people: dict[str, Person]) -> bool:
+    """Whether the renderer can draw a shot, and knows who is in it."""
+    shot = sight.shot
+    lengths = (shot.x, shot.foot, shot.light, shot.light_side, *shot.tint, shot.noise, shot.occluder_x)
+    return (
+        sight.person in people
+        and shot.occluder in ("none", *OCCLUDERS)
+        and all(isinstance(number, int) for number in (shot.camera, shot.noise_seed))
+        and 1 <= shot.camera <= CAMERAS
+        and shot.noise_seed >= 0
+        and 0.1 <= shot.scale <= 5
+        and abs(shot.pan) <= 0.1201
+        and len(shot.tint) == 3
+        and all(abs(angle) <= 1000 for angle in (shot.yaw, shot.phase))
+        and all(abs(length) <= 256 for length in lengths)
+    )
+
+
+def is_embedded(path: Path | str) -> bool:
+    """Whether a folder is a data set of this renderer's."""
+    return (Path(path) / "factors.json").is_file()
+
+
+def load_factors(path: Path | str) -> Factors:
+    """Read factors.json, given itself or its folder."""
+    path = Path(path)
+    if path.suffix != ".json":
+        path = path / "factors.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["drawing"] != DRAWING:
+            raise UserError(f"{path}: written by another version of the renderer; make the data set again")
+        people = {
+            key: Person(
+                Appearance(**_tuples(entry["appearance"])),
+                Body(**_tuples(entry["body"])),
+                entry["split"],
+                entry["group"],
+            )
+            for key, entry in table["people"].items()
+        }
+        images = {
+            name: Sight(entry["person"], Shot(**_tuples(entry["shot"])), tuple(entry["folders"]))
+            for name, entry in table["images"].items()
+        }
+        for entries, possible in ((people, _is_person), (images, lambda sight: _is_sight(sight, people))):
+            for name, entry in entries.items():
+                if not possible(entry):
+                    raise UserError(f"{path}: {name}: not what the renderer writes; make the data set again")
+        return Factors(Settings(**table["settings"]), people, images)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it with data/mannequins.py") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> int:
+    for person, name, sight in entries:
+        buffer = io.BytesIO()
+        picture = Image.fromarray(render(person.appearance, person.body, sight.shot))
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        for folder in sight.folders:
+            (out / folder / name).write_bytes(buffer.getvalue())
+    return len(entries)
+
+
+def make_dataset(
+    out: Path, seed: int = 0, preset: str = "demo", difficulty: float = 1.0, workers: int = 1, **changes
+) -> None:
+    """Write the data set that `make_settings(seed, preset, difficulty, **changes)` describes into `out`.
+
+    Does nothing when it is there already, finishes it when it was interrupted, and refuses a folder that
+    holds anything else. The factors are the mark of an unfinished data set while images are written, and become
+    factors.json at the end, so a folder with that name is complete.
+    """
+    out = Path(out)
+    if workers < 1:
+        raise UserError(f"workers={workers}: must be at least 1")
+    settings = make_settings(seed, preset, difficulty, **changes)
+    done, part = out / "factors.json", out / UNFINISHED_MARK
+    if done.is_file():
+        found = load_factors(done)
+        for key in dataclasses.fields(Settings):
+            old, new = getattr(found.settings, key.name), getattr(settings, key.name)
+            if old != new:
+                raise UserError(f"{out}: holds a data set with {key.name}={old}, not {new}; choose another folder")
+        print(f"{out}: complete already, {len(found.images)} images")
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is not a folder")
+    factors = _plan(settings)
+    text = _dump(factors)
+    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    interrupted = part.is_file() and part.read_text(encoding="utf-8", errors="replace") == text
+    if names and names != [part.name] and not interrupted:
+        raise UserError(f"{out}: is not empty ({names[0]}) and no start of this data set; choose another folder")
+
+    try:
+        _write(out, factors, text, workers)
+    except OSError as error:
+        remedy = "make room, set the permissions or give another folder; the same command then goes on"
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); {remedy}") from None
+    print(f"{out}: {len(factors.images)} images")
+
+
+def _write(out: Path, factors: Factors, text: str, workers: int) -> None:
+    """The folders, the mark that holds `text`, the images, and the mark's final name."""
+    done, part = out / "factors.json", out / UNFINISHED_MARK
+    out.mkdir(parents=True, exist_ok=True)
+    part.write_text(text, encoding="utf-8")
+    for folder in (TRAIN, TEST, QUERY, GT):
+        (out / folder).mkdir(exist_ok=True)
+    entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
+    chunks = [entries[k : k + 64] for k in range(0, len(entries), 64)]
+    from tqdm import tqdm
+
+    with tqdm(total=len(entries), desc="drawing", unit="image", disable=None) as bar:
+        if workers > 1:
+            with ProcessPoolExecutor(workers) as pool:
+                for count in pool.map(_write_images, [out] * len(chunks), chunks):
+                    bar.update(count)
+        else:
+            for chunk in chunks:
+                bar.update(_write_images(out, chunk))
+    try:
+        part.replace(done)
+    except FileNotFoundError:
+        # Another process drew the same files at the same time and was first to say so.
+        if not done.is_file():
+            raise
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Draw the embedded pedestrian data set in Market-1501's layout, with the factors of every image."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; never overwritten")
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="sizes to start from (%(default)s)")
+    parser.add_argument(
+        "--difficulty", type=float, default=1.0, help=f"factor on {', '.join(DIFFICULTY_KEYS)} (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw (%(default)s)")
+    demo = make_settings()
+    for key in dataclasses.fields(Settings):
+        kind = int if key.type == "int" else float
+        note = f"{key.metadata['help']} (demo: {getattr(demo, key.name)})"
+        parser.add_argument(f"--{key.name.replace('_', '-')}", type=kind, help=note)
+    options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    make_dataset(**options)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

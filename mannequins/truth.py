@@ -1,0 +1,312 @@
+"""Generated swaps against the renderer's own drawing of them (embedded data only).
+
+Over a whole image, copying the structure image looks good because most pixels do not change; the main error is
+therefore taken on the pixels in which the true swap differs from the structure image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from data.folders import ImageList
+from data.images import iter_images, normalise
+from gen_eval.similarity import ssim
+from mannequins.dataset import Factors
+from reid_eval.features import Features, embed_images
+from reid_eval.report import report
+from reid_eval.top import main_setting
+from utils import UserError
+from visual_tools.grid import to_uint8
+
+CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
+MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
+COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """n swaps of images i (appearance) and j (structure), indices into an image list.
+
+    `images` has (n, H, W, 3) uint8 under these names:
+    appearance, structure  the two source images
+    generated              by the model
+    true                   by the renderer
+    copy                   the structure image itself
+    recoloured             the structure image with the true swap's colours on its own brightness (`recolour`)
+    reconstruction         the structure image by the model, from its own two codes
+    other                  the renderer's swap with the appearance of a third person
+    """
+
+    appearance: np.ndarray  # (n,)
+    structure: np.ndarray  # (n,)
+    images: dict[str, np.ndarray]
+
+
+def choose_pairs(people: Sequence[object], count: int, seed: int) -> np.ndarray:
+    """(count, 3) indices of images of three different people, drawn from `seed`: appearance, structure, other.
+
+    Raises UserError for fewer than three people.
+    """
+    if len(set(people)) < 3:
+        raise UserError(f"{len(set(people))} people to swap between; a swap against the truth needs three at least")
+    rng, third = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    chosen = []
+    while len(chosen) < count:
+        i, j = rng.integers(0, len(people), 2)
+        if people[i] != people[j]:
+            k = third.integers(0, len(people))
+            while people[k] in (people[i], people[j]):
+                k = third.integers(0, len(people))
+            chosen.append((i, j, k))
+    return np.array(chosen)
+
+
+def draw_swaps(
+    swap: Callable[[Tensor, Tensor], Tensor],
+    factors: Factors,
+    images: ImageList,
+    *,
+    size: tuple[int, int],
+    count: int = 256,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Swaps:
+    """Swaps of random pairs of images, by the model and by the renderer.
+
+    Args:
+        swap: maps two (N, 3, H, W) normalised batches, appearance and structure, to generated images.
+        factors: of the embedded data set.
+        images: images of it to draw from; those that the renderer knows nothing of are left out.
+        size: (height, width) of the model's images, to which the true swaps are brought.
+
+    Raises:
+        UserError: fewer than three people, an undecodable image.
+    """
+    names = [path.name for path in images.paths]
+    known = np.flatnonzero([name in factors.images for name in names])
+    chosen = known[choose_pairs([factors.images[names[i]].person for i in known], count, seed)]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("appearance", "copy", "generated", "reconstruction")}
+    sources = [iter_images([images.paths[i] for i in role], *size, batch_size) for role in chosen.T[:2]]
+    with torch.no_grad():
+        for x_app, x_str in zip(*sources, strict=True):
+            found = {"appearance": x_app, "copy": x_str}
+            found |= {"generated": swap(x_app, x_str), "reconstruction": swap(x_str, x_str)}
+            for name, x in found.items():
+                parts[name].append(to_uint8(x))
+    drawn = {name: np.concatenate(batches) for name, batches in parts.items()}
+    for name, role in (("true", 0), ("other", 2)):
+        true = [shrink(factors.true_swap(names[row[role]], names[row[1]]), size) for row in chosen]
+        drawn[name] = np.stack(true)
+    drawn["recoloured"] = recolour(drawn["copy"], drawn["true"])
+    return Swaps(chosen[:, 0], chosen[:, 1], drawn)
+
+
+def recolour(structure: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """What colours alone can do: each pixel's mean over the channels from `structure`, the rest from `true`.
+
+    Both (n, H, W, 3) uint8. `trainer.recolour` does so with normalised images, whose mean is what the encoder sees.
+    """
+    signed = structure.mean(axis=3, keepdims=True) + true - true.mean(axis=3, keepdims=True)
+    return signed.clip(0, 255).round().astype(np.uint8)
+
+
+def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Errors (n,) of n images against their truths, both (n, H, W, 3) uint8; `changed` (n, H, W) bool.
+
+    "changed" and "l1": mean absolute difference in grey levels (0..255), on those pixels (0 where there is none) and
+    on all. "brightness" and "colour", on those pixels: of the channels' mean, which is what the structure encoder sees
+    of a gray image, and of what is left without it. "psnr" in dB, at most MOST_PSNR; "ssim" with a Gaussian window of
+    11 pixels, mean over the channels.
+    """
+    signed = images.astype(np.float64) - truth
+    l1, gray = np.abs(signed).mean(axis=3), signed.mean(axis=3)
+
+    def on_changed(error: np.ndarray) -> np.ndarray:
+        return (error * changed).sum(axis=(1, 2)) / np.maximum(changed.sum(axis=(1, 2)), 1)
+
+    mse = np.maximum((signed**2).mean(axis=(1, 2, 3)), 255**2 / 10 ** (MOST_PSNR / 10))
+    a, b = (torch.from_numpy(side).permute(0, 3, 1, 2) for side in (images, truth))
+    return {
+        "changed": on_changed(l1),
+        "brightness": on_changed(np.abs(gray)),
+        "colour": on_changed(np.abs(signed - gray[..., None]).mean(axis=3)),
+        "l1": l1.mean(axis=(1, 2)),
+        "psnr": 10 * np.log10(255**2 / mse),
+        "ssim": torch.cat([ssim(*chunk) for chunk in zip(a.split(32), b.split(32), strict=True)]).numpy(),
+    }
+
+
+def changed_pixels(swaps: Swaps) -> np.ndarray:
+    """(n, H, W) bool: where the true swap differs from the structure image. Raises UserError where no swap does."""
+    changed = np.abs(swaps.images["true"].astype(int) - swaps.images["copy"]).max(axis=3) >= CHANGED
+    if not changed.any():
+        raise UserError("none of the true swaps changes a pixel; draw more swaps")
+    return changed
+
+
+def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
+    """`{row: {key: mean}}` for COMPARED and the keys of `image_errors`, over the swaps that change anything.
+
+    The truth is the true swap; that of the reconstruction is the structure image. All are measured on the same
+    changed pixels. Raises UserError where no swap changes a pixel.
+    """
+    true, truths = swaps.images["true"], {"reconstruction": swaps.images["copy"]}
+    changed = changed_pixels(swaps)
+    counted = changed.any(axis=(1, 2))
+    rows = {name: image_errors(swaps.images[name], truths.get(name, true), changed) for name in COMPARED}
+    return {
+        name: {key: float(values[counted].mean()) for key, values in row.items()} | {"pairs": int(counted.sum())}
+        for name, row in rows.items()
+    }
+
+
+def take_apart(images: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Images (n, H, W, 3) as a sum of parts on the changed pixels (n, H, W): "shade", "pattern" (n, H, W, 1), "colour".
+
+    Of the channels' mean, which the structure encoder sees of a gray image, "shade" is what a Gaussian blur within the
+    changed pixels leaves, with a sixteenth of the height as sigma, and "pattern" the rest. "colour" (n, H, W, 3) is the
+    image less that mean.
+    """
+    gray, sigma = images.mean(axis=3), images.shape[1] / 16
+
+    def blur(values: np.ndarray) -> np.ndarray:
+        return gaussian_filter(values, (0, sigma, sigma))
+
+    # Unchanged pixels are the same in structure image and truth; mixed in, they would look like a share of both.
+    shade = np.where(changed, blur(gray * changed) / np.maximum(blur(changed.astype(np.float64)), 1e-9), gray)
+    parts = {"shade": shade, "pattern": gray - shade}
+    return {name: part[..., None] for name, part in parts.items()} | {"colour": images - gray[..., None]}
+
+
+def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
+    """Whose clothes the generated swaps wear: `{part: {"structure": a, "truth": b}}` for the parts of `take_apart`.
+
+    Least squares over the changed pixels of all swaps together, each side less its mean: what a generated swap shows is
+    a times the structure image and b times the true swap. A copy has (1, 0), the true swap (0, 1); with (0, 0) the
+    swaps have nothing of either. Raises UserError where no swap changes a pixel.
+    """
+    changed = changed_pixels(swaps)
+    sides = (take_apart(swaps.images[name], changed) for name in ("generated", "copy", "true"))
+    generated, structure, truth = ({name: part[changed] for name, part in side.items()} for side in sides)
+    shares = {}
+    for name, shown in generated.items():
+        both = np.stack([structure[name], truth[name]], axis=-1)  # (pixels, 1 or 3, 2)
+        both, shown = (both - both.mean(axis=0)).reshape(-1, 2), (shown - shown.mean(axis=0)).reshape(-1)
+        found, *_ = np.linalg.lstsq(both, shown, rcond=None)
+        shares[name] = dict(zip(("structure", "truth"), found.tolist(), strict=True))
+    return shares
+
+
+# ------------------------------------------------------------------------------------- does the teacher agree
+def _as_input(images: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(n, H, W, 3) uint8 as a normalised batch of (height, width)."""
+    return normalise(torch.from_numpy(np.stack([shrink(image, size) for image in images])).permute(0, 3, 1, 2))
+
+
+def recognise(
+    net: nn.Module,
+    size: tuple[int, int],
+    swaps: Swaps,
+    images: ImageList,
+    gallery: Features,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Re-identification by `net` with the images of swaps as queries: `{row: {convention: {"rank1", "mAP", ...}}}`.
+
+    The identity asked for, and the camera whose gallery images of it are left out, are those of the appearance image;
+    of the reconstruction, those of the structure image. "appearance" are the real images.
+
+    size     height and width of the images that `net` reads
+    images   the list that `swaps` were drawn from
+    """
+    found = {}
+    for row in ("appearance", "true", *COMPARED):
+        parts = [
+            embed_images(net, _as_input(swaps.images[row][k : k + batch_size], size).to(device)).float().cpu().numpy()
+            for k in range(0, len(swaps.appearance), batch_size)
+        ]
+        source = swaps.structure if row == "reconstruction" else swaps.appearance
+        queries = Features(np.concatenate(parts), images.pids[source], images.camids[source])
+        table = report(queries, gallery)["tables"]["single query"]
+        found[row] = table[main_setting(queries.features.shape[1])[0]]
+    return found
+
+
+def predict(
+    net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device, batch_size: int = 64
+) -> list[np.ndarray]:
+    """The class (n,) of images (n, H, W, 3) uint8 by each head of `net`, in eval mode, which reads them at `size`."""
+    parts = []
+    for k in range(0, len(images), batch_size):
+        x = _as_input(images[k : k + batch_size], size).to(device)
+        with torch.inference_mode():
+            parts.append([p.argmax(dim=1).cpu().numpy() for p in net(x)[1]])
+    return [np.concatenate(head) for head in zip(*parts, strict=True)]
+
+
+def classify(
+    net: nn.Module,
+    size: tuple[int, int],
+    swaps: Swaps,
+    labels: np.ndarray,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """How often `net`'s first head gives the class of the appearance image (of the reconstruction: the structure's).
+
+    labels  (number of images,) class of every image of the list that `swaps` were drawn from
+    """
+    found = {}
+    for row in ("appearance", "true", *COMPARED):
+        wanted = labels[swaps.structure if row == "reconstruction" else swaps.appearance]
+        given = predict(net, size, swaps.images[row], device=device, batch_size=batch_size)[0]
+        found[row] = float((given == wanted).mean())
+    return found
+
+
+def name_people(
+    net: nn.Module,
+    heads: Sequence[str],
+    swaps: Swaps,
+    labels: np.ndarray,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Whom each head of a run's own `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
+
+    Shares of the images that are given the class of the structure image, and of the appearance image. Rows besides the
+    generated and the true swaps: "generated changed" is generated on the pixels that the true swap changes and true
+    elsewhere, "true changed" the other way round.
+
+    heads   their names, in the net's order
+    labels  as for `classify`
+    """
+    generated, true, changed = swaps.images["generated"], swaps.images["true"], changed_pixels(swaps)[..., None]
+    rows = {"generated": generated, "true": true}
+    rows["generated changed"] = np.where(changed, generated, true)
+    rows["true changed"] = np.where(changed, true, generated)
+    wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
+    found = {}
+    for row, images in rows.items():
+        named = predict(net, images.shape[1:3], images, device=device, batch_size=batch_size)
+        found[row] = {
+            head: {whose: float((given == y).mean()) for whose, y in wanted.items()}
+            for head, given in zip(heads, named, strict=True)
+        }
+    return found
+
+
+def shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bring a (H, W, 3) uint8 image to (height, width) as the data pipeline does."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))

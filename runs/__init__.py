@@ -1,0 +1,1 @@
+"""Runs on disk: folders, snapshots, weights, and what goes on around a training step."""

@@ -1,0 +1,153 @@
+"""Runs on disk and how their parts are built: folders, teachers, trainers, nets for evaluation.
+
+OUTPUT/outputs/NAME/   config.yaml, checkpoints/, images/, reid.json     a run
+OUTPUT/models/NAME/    net_last.pth, opts.yaml                           a teacher
+OUTPUT/logs/NAME/      TensorBoard
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config
+from files import part_of, write_text
+from utils import ROOT, UserError
+
+NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
+TEACHER_FILES = ("net_last.pth", "opts.yaml")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run named `name` keeps its files."""
+
+    output_path: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.output_path / "outputs" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def logs(self) -> Path:
+        return self.output_path / "logs" / self.name
+
+    @property
+    def model(self) -> Path:
+        return self.output_path / "models" / self.name
+
+
+def open_run(output_path: str | None, name: str) -> RunFolder:
+    """The run of that name, in the project's own folder unless `output_path` is given."""
+    if not name or name == ".." or Path(name).name != name:
+        raise UserError(f"--name {name!r}: must be a plain folder name")
+    return RunFolder(Path(output_path) if output_path else ROOT, name)
+
+
+def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
+    """Make the run's folder and write the resolved config. Never overwrites another run.
+
+    Raises UserError when the folder holds a run and `resume` is false, or the other way round.
+    """
+    try:
+        str(run.logs).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{run.logs}: TensorBoard needs a path in UTF-8; choose another --output_path") from None
+    files = [run.config_file] + ([run.model / f for f in TEACHER_FILES] if cfg.task == "teacher" else [])
+    present = [path for path in files if path.exists()]
+    if resume:
+        if not run.path.is_dir():
+            raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
+    elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
+        holder = present[0].parent if present else run.path
+        raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
+    make_run_folder(run, cfg)
+
+
+def make_run_folder(run: RunFolder, cfg: Config) -> None:
+    """Make what is not there of a run's folders. In its own the config comes first: without one it is no run.
+
+    A teacher's is made too: whether it can be, shows now and not after the last epoch.
+    """
+    folder = run.model if isinstance(cfg, TeacherConfig) else run.path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = run.path
+        folder.mkdir(parents=True, exist_ok=True)
+        if not run.config_file.exists():
+            write_text(run.config_file, dump_config(cfg))
+        for folder in (run.checkpoints, run.images):
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output_path") from None
+
+
+def update_config(run: RunFolder, cfg: Config, start: int) -> None:
+    """Let the run's config.yaml say how a run that was resumed after `start` steps goes on.
+
+    Where that is something else than before, the old file is kept beside it as config_until_00000000.yaml, with the
+    steps in its name. Snapshots keep the config that each was made with.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what there is to say of the old one has been said
+            if load_config(run.config_file, strict=False) == cfg:
+                return
+    except UserError:
+        pass  # damaged, or of another version
+    old = run.path / f"config_until_{start:08d}.yaml"
+    try:
+        if not old.exists():  # of two continuations from one step the first one's stays
+            old.write_bytes(run.config_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{old}: cannot be written ({error.strerror})") from None
+    write_text(run.config_file, dump_config(cfg))
+    print(f"{run.config_file} now says how the run goes on; as it was: {old.name}")
+
+
+def run_config(run: RunFolder) -> Config:
+    """The config of a finished or running run, ours or the release's."""
+    if not run.config_file.is_file():
+        raise UserError(f"{run.config_file}: no such run; give --name, and --output_path if it is elsewhere")
+    return load_config(run.config_file, strict=False)
+
+
+def generator_config(run: RunFolder) -> DGNetConfig:
+    """The config of a run that has a generator. Raises UserError for a teacher's."""
+    cfg = run_config(run)
+    if not isinstance(cfg, DGNetConfig):
+        raise UserError(f"{run.name} is a teacher's run and generates nothing; give the --name of a DG-Net run")
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------ data
+def resolve_data_root(data_root: str) -> Path:
+    """A relative data_root is looked for from here, then from the project's folder."""
+    path = Path(data_root).expanduser()
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+# ------------------------------------------------------------------------------------------- teachers
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+# ----------------------------------------------------------------------------------- ImageNet weights
+
+
+# ------------------------------------------------------------------------------- nets of finished runs

@@ -1,0 +1,78 @@
+"""Looking at a run while it trains (`eval_iter`): re-identification, and on embedded data the swaps' errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from data.folders import have_cameras, read_split
+from mannequins.dataset import is_embedded, load_factors
+from parallel import collectives
+from reid_eval.features import extract_data_set
+from reid_eval.report import report
+from reid_eval.top import main_setting
+from runs.folder import resolve_data_root
+from runs.swapper import Swapper
+
+if TYPE_CHECKING:
+    from runs.session import Session
+
+BATCH_SIZE, SWAPS = 32, 64
+
+
+def evaluate(s: Session, done: int) -> dict[str, float]:
+    """Scalars by tag, of the nets after `done` steps, each in 0..1 but for the swaps' errors (`gen_eval.swaps`).
+
+    `eval/reid_mAP_official`, `eval/reid_rank1_official` and the same for `standard`: the query images, by the score
+    that the net is used with. `eval/swap_l1_changed`, `eval/swap_l1_changed_of_copy`, `eval/swap_psnr`,
+    `eval/swap_ssim`: of embedded data, the same swaps of query images every time.
+
+    Nets and random state are left as they were. Of several processes all have to call this, because they share the
+    work; process 0's values are those of the weights that it would save.
+    """
+    cfg, trainer = s.cfg, s.trainer
+    root, size = resolve_data_root(cfg.data_root), (cfg.crop_image_height, cfg.crop_image_width)
+    with as_saved(trainer.id_net, trainer.gen):
+        sides = extract_data_set(
+            trainer.id_net, root, size=size, batch_size=BATCH_SIZE, device=s.device, progress=False
+        )
+        setting, _ = main_setting(sides.query.features.shape[1])
+        found = {}
+        cameras = have_cameras(sides.query, sides.gallery)
+        tables = report(sides.query, sides.gallery, remove_same_camera=cameras)["tables"]
+        for convention, values in tables["single query"][setting].items():
+            found |= {f"eval/reid_{key}_{convention}": values[key] for key in ("mAP", "rank1")}
+        if not (collectives.is_main() and is_embedded(root)):
+            return found
+        from mannequins.truth import draw_swaps, measure_swaps  # seconds, which the other processes can do without
+
+        model = Swapper(s.run, cfg, done, trainer.id_net, trainer.gen, s.device)
+        swaps = draw_swaps(
+            model.swap, load_factors(root), read_split(root, "query"), size=size, count=SWAPS, batch_size=BATCH_SIZE
+        )
+    rows = measure_swaps(swaps)
+    found |= {f"eval/swap_{key}": rows["generated"][key] for key in ("psnr", "ssim")}
+    return found | {
+        "eval/swap_l1_changed": rows["generated"]["changed"],
+        "eval/swap_l1_changed_of_copy": rows["copy"]["changed"],
+    }
+
+
+@contextmanager
+def as_saved(*nets: nn.Module) -> Iterator[None]:
+    """The nets in eval mode, with process 0's running statistics; afterwards as they were before."""
+    modes = [(module, module.training) for net in nets for module in net.modules()]
+    own = [(buffer, buffer.clone()) for net in nets for buffer in net.buffers()]
+    try:
+        for net in nets:
+            net.eval()
+            collectives.share_tensors(list(net.buffers()))
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, before in own:
+            buffer.copy_(before)

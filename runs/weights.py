@@ -1,0 +1,154 @@
+"""Weights: cached ones of ImageNet, strict loading, and what they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torchvision.models
+from torch import Tensor
+from torchvision.models import get_model_weights, list_models
+from torchvision.models.resnet import ResNet
+
+from config import DGNetConfig
+from files import read_tensors
+from reIDmodel import IdNet
+from utils import UserError
+
+
+class WrongNetwork(UserError):
+    """Weights that are sound but belong to another network than the one that is to load them."""
+
+
+def digest_weights(*nets: nn.Module) -> str:
+    """SHA-256 of every tensor of the nets with its name."""
+    digest = hashlib.sha256()
+    for net in nets:
+        for name, tensor in sorted(net.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Load a published or own state_dict strictly: nothing missing, nothing of another shape.
+
+    Let through, with one note: the trunk's unused `fc` (absent, present or of another size), and unused attention
+    blocks inside residual blocks (`nonloc` in the name). Raises WrongNetwork, a UserError, in words otherwise.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
+        raise UserError(f"{source}: not a state_dict of tensors; replace the file")
+    own = net.state_dict()
+    extra = [name for name in state if name not in own]
+    tolerated = [name for name in extra if name.startswith("model.fc.") or "nonloc" in name]
+    unexpected = [name for name in extra if name not in tolerated]
+    missing = [name for name in own if name not in state and not name.startswith("model.fc.")]
+    if missing or unexpected:
+        listing = [f"missing {short(missing)}"] * bool(missing) + [f"unexpected {short(unexpected)}"] * bool(unexpected)
+        raise WrongNetwork(f"{source}: belongs to another network ({'; '.join(listing)}); check the config beside it")
+    shapes = [n for n in own if n in state and own[n].shape != state[n].shape and not n.startswith("model.fc.")]
+    if shapes:
+        raise WrongNetwork(describe_mismatch(source, shapes[0], state, own))
+    if tolerated:
+        print(f"note: {source}: unused tensors left out: {short(tolerated)}", file=sys.stderr)
+    usable = {n: state[n] if n in state and state[n].shape == own[n].shape else own[n] for n in own}
+    net.load_state_dict(usable)
+
+
+def describe_mismatch(source: Path, name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
+    if re.fullmatch(r"classifier\d?\.classifier\.0\.(weight|bias)", name):
+        return (
+            f"{source}: made for {theirs[0]} identities, but ID_class is {ours[0]}; "
+            "use the training folder it was made for, or train anew"
+        )
+    return f"{source}: {name} has shape {theirs}, the config asks for {ours}; check the config beside it"
+
+
+def short(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def unwrap(content: Any, source: Path) -> Mapping[str, Tensor]:
+    """The state_dict in `{'a': state_dict}`."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("a"), Mapping):
+        raise UserError(f"{source}: not a checkpoint of this format (no state_dict as entry 'a'); replace the file")
+    return content["a"]
+
+
+def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
+    """`id_init: teacher`: copy the teacher's trunk, and its head into every head of the same size."""
+    try:
+        id_net.model.load_state_dict(teacher.model.state_dict())
+    except RuntimeError:
+        raise UserError(
+            f"id_init: teacher: the teacher {cfg.teachers[0]} has another backbone than {cfg.backbone}"
+        ) from None
+    head = teacher.heads()[0].state_dict()
+    for own in id_net.heads():
+        if {name: v.shape for name, v in own.state_dict().items()} == {name: v.shape for name, v in head.items()}:
+            own.load_state_dict(head)
+
+
+def load_vgg(cfg: DGNetConfig) -> nn.Module:
+    """VGG-16 up to relu5_3 with ImageNet weights from `vgg_weights` or torchvision's cache, frozen."""
+    from torchvision.models import VGG16_Weights, vgg16
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    path = Path(cfg.vgg_weights) if cfg.vgg_weights else cached
+    if not path.is_file():
+        raise UserError(
+            f"vgg_w > 0 needs VGG-16 weights: put {cached.name} into {cached.parent}, or set vgg_weights: FILE"
+        )
+    net = vgg16(weights=None)
+    load_network(net, read_tensors(path), path)
+    return net.features[:30].requires_grad_(False)
+
+
+def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
+    """Load ImageNet weights from `file`, or from torchvision's cache (downloading them where that is possible).
+
+    Raises UserError that says which file to put where.
+    """
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"--backbone-weights {file}: no such file")
+    else:
+        if name not in list_models(torchvision.models):
+            raise UserError(
+                f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
+            )
+        # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
+        url = next(iter(get_model_weights(name))).url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # The end of the name is the beginning of the file's SHA-256.
+                prefix = path.stem.rpartition("-")[2]
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+            except (OSError, RuntimeError):
+                raise UserError(
+                    f"ImageNet weights of {name} cannot be downloaded here; put {path.name} into {path.parent}, "
+                    "or give --backbone-weights FILE, or set pretrained: false"
+                ) from None
+    try:
+        trunk.load_state_dict(read_tensors(path))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first informative line of an exception's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    heading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
+    return lines[1 if heading else 0][:200]

@@ -1,0 +1,1 @@
+"""The ablation: what generation brings to re-identification."""

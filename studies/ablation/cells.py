@@ -1,0 +1,216 @@
+"""What `studies.ablation` compares: the cells, the presets, and the configuration of every run. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from config import Config, DGNetConfig, parse_config, read_yaml
+from utils import ROOT
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way of training; with a seed it is a run.
+
+    task     dgnet or teacher
+    scored   the score setting (of `score_settings`) of its row in the table
+    changes  settings on top of the preset's
+    about    its label in the table
+    """
+
+    task: str
+    scored: str
+    changes: dict[str, Any]
+    about: str
+
+
+BOTH = "beta 0.5"  # q_prim . g_prim + 0.5 q_fine . g_fine
+PRIMARY, FINE, ONE_HEAD = "beta 0", "fine", "feature"
+BETAS = (0, 0.1, 0.25, 0.5, 0.75, 1, 2)  # of the sweep at test time
+
+# In the order of the table. Labels are comments too: what is changed, and only that.
+CELLS: dict[str, Cell] = {
+    # ---- Table 3, and fair opponents
+    "teacher": Cell("teacher", ONE_HEAD, {"erasing_p": 0.0}, "teacher"),
+    "teacher_long": Cell("teacher", ONE_HEAD, {"erasing_p": 0.0}, "teacher, time of teacher and DG-Net together"),
+    "teacher_erasing": Cell("teacher", ONE_HEAD, {"erasing_p": 0.5}, "the same with random erasing"),
+    "primary_only": Cell("dgnet", PRIMARY, {"B_w": 0.0}, "primary only"),  # the fine-grained head gets no gradient
+    "fine_only": Cell("dgnet", FINE, {"T_w": 0.0}, "fine-grained only"),  # no soft labels: KL has weight 0
+    "both": Cell("dgnet", BOTH, {}, "both"),  # the system, with the preset's settings
+    "oracle": Cell("dgnet", BOTH, {}, "both, oracle: the renderer's swaps"),  # `ablation_runs.TrueSwaps` does the rest
+    # ---- Figure 4
+    "no_feedback": Cell("dgnet", PRIMARY, {"max_teacher_w": 0.0}, "generated images not fed back"),
+    "no_fake_id": Cell("dgnet", BOTH, {"recon_id_w": 0.0}, "no identity loss on generated images"),
+    "offline": Cell(
+        "teacher", ONE_HEAD, {"erasing_p": 0.0, "extra_labels": "soft"}, "offline: generate once, then train"
+    ),
+    # ---- the teacher's labels of generated images; style 0 is `both`
+    "style_1": Cell("dgnet", BOTH, {"teacher_style": 1}, "teacher style 1: one-hot of its maximum"),
+    "style_2": Cell("dgnet", BOTH, {"teacher_style": 2}, "teacher style 2: one-hot of the appearance"),
+    "style_3": Cell("dgnet", BOTH, {"teacher_style": 3}, "teacher style 3: uniform"),
+    "style_4": Cell("dgnet", BOTH, {"teacher_style": 4}, "teacher style 4: of the two identities alone"),
+    # ---- what is fed back: the generated colours on the structure image's brightness
+    "recoloured": Cell("dgnet", BOTH, {"fed_back": "recoloured"}, "swaps recoloured before they are fed back"),
+    # ---- gradient through the appearance code
+    "live_f": Cell("dgnet", BOTH, {"detach_f": False}, "gradient through the appearance code"),
+    # ---- Figure 8; alpha 0 is `primary_only`, the preset's own is `both`
+    "alpha_0.1": Cell("dgnet", BOTH, {"B_w": 0.1}, "alpha 0.1"),
+    "alpha_0.2": Cell("dgnet", BOTH, {"B_w": 0.2}, "alpha 0.2"),
+    "alpha_0.5": Cell("dgnet", BOTH, {"B_w": 0.5}, "alpha 0.5"),
+    "alpha_1": Cell("dgnet", BOTH, {"B_w": 1.0}, "alpha 1"),
+}
+# Trained as many steps as the teacher makes in the time of `teacher` and `both` together.
+LONG = ("teacher_long", "teacher_erasing", "offline")
+# What an id net that learns from nothing needs to be finished in minutes (docs/effect.md).
+FROM_SCRATCH = dict(
+    id_init="backbone",
+    id_freeze_iter=0,
+    id_weight_decay=0.04,
+    head_lr_factor=1.0,
+    lr2=0.015,
+    joint_bn=True,
+    B_w=1.0,  # with 0.2 that decay empties the fine-grained head
+    warm_iter=400,
+    warm_teacher_iter=400,
+)
+# Settings without effect in the `common_steps`: until their end, runs that differ in nothing else are one run.
+LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "detach_f"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Data, base configurations and what is changed in them.
+
+    data       arguments of `data.mannequins.make_settings`; this is where the difficulty is fixed
+    held_out   share of the training identities that no run sees, in whole groups of the same colours
+    swaps      pairs that generation is measured on
+    generated  images of the offline cell for each real one
+    """
+
+    about: str
+    data: dict[str, Any]
+    teacher_config: str
+    dgnet_config: str
+    swaps: int
+    teacher: dict[str, Any] = field(default_factory=dict)
+    dgnet: dict[str, Any] = field(default_factory=dict)
+    held_out: float = 1 / 7
+    generated: float = 1.0
+
+
+# Data sets are not drawn from seed 0: that is the demo's, whose test identities have been looked at.
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        "seconds a run, to try the command; its numbers mean nothing",
+        dict(seed=7, preset="tiny", train_ids=12, group_size=3),
+        "configs/demo-teacher.yaml",
+        "configs/demo.yaml",
+        teacher=dict(backbone="resnet10w8", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
+        dgnet=dict(
+            backbone="resnet10w8",
+            gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=128, mlp_dim=16),
+            dis=dict(dim=4, n_layer=1, n_res=1, num_scales=1),
+            batch_size=2,
+            max_iter=8,
+            id_freeze_iter=4,
+            warm_iter=4,
+            warm_teacher_iter=4,
+            warm_scale=0.5,
+            snapshot_save_iter=2,
+            image_save_iter=8,
+            image_display_iter=8,
+            display_size=2,
+            precision="fp32",
+        ),
+        swaps=16,
+    ),
+    "small": Preset(
+        "the demo's networks at 64 x 32: 96 identities to train on, 48 to validate, 96 to test; for two CPU cores",
+        dict(seed=7, preset="demo", train_ids=144),
+        "configs/demo-teacher.yaml",
+        "configs/demo.yaml",
+        swaps=512,
+        held_out=1 / 3,
+    ),
+    "scratch": Preset(
+        "small, but an id net from scratch, the fine-grained head at full weight, 2,000 steps; on data of its own",
+        dict(seed=8, preset="demo", train_ids=144),
+        "configs/demo-teacher.yaml",
+        "configs/demo.yaml",
+        dgnet=FROM_SCRATCH | dict(max_iter=2000),
+        swaps=512,
+        held_out=1 / 3,
+    ),
+    "large": Preset(
+        "ResNet-18 at 128 x 64: 396 identities to train on, 66 to validate, 200 to test; for a GPU",
+        dict(seed=7, preset="large", train_ids=462),
+        "configs/mannequins-teacher.yaml",
+        "configs/mannequins.yaml",
+        # Of the files' own length a run takes hours. This is the schedule of `scratch`, shorter, with twice the images
+        # a step.
+        teacher=dict(epochs=20, warm_epochs=1, batch_size=64, lr=0.1, weight_decay=0.01),
+        dgnet=FROM_SCRATCH | dict(batch_size=16, max_iter=1400, warm_scale=0.01, max_w=0.5, erasing_p=0.0),
+        swaps=2048,
+    ),
+}
+
+
+read_base = cache(read_yaml)  # the preset's file, for every run
+
+
+def is_both(preset: Preset, name: str) -> bool:
+    """Whether what a cell changes is the preset's own setting, so that `both` is this cell."""
+    changes, own = CELLS[name].changes, cell_config(preset, "both", 0, data_root="").model_dump()
+    return CELLS[name].task == "dgnet" and bool(changes) and changes.items() <= own.items()
+
+
+def score_settings(heads: int) -> dict[str, tuple[float, ...]]:
+    """Names and weights of the scores of a net with one head or two, the sweep of beta included."""
+    if heads == 1:
+        return {ONE_HEAD: (1.0,)}
+    return {f"beta {beta:g}": (1.0, float(beta)) for beta in BETAS} | {FINE: (0.0, 1.0)}
+
+
+def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **changes: Any) -> Config:
+    """The configuration of a run: the preset's file, then the preset's, the cell's and the given changes."""
+    cell = CELLS[name]
+    file = ROOT / (preset.dgnet_config if cell.task == "dgnet" else preset.teacher_config)
+    own = preset.dgnet if cell.task == "dgnet" else preset.teacher
+    values = read_base(file) | own | {"data_root": data_root, "seed": seed, "keep_last": 1} | cell.changes | changes
+    if cell.task == "dgnet":
+        values["teacher"] = f"teacher-{seed}"
+    cfg = parse_config(values, f"cell {name}")
+    if name == "both" and (steps := common_steps(cfg)):
+        # The runs that start from there need the snapshot of that step, also afterwards.
+        every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if steps % n == 0)
+        cfg = cfg.model_copy(update={"keep_every": steps, "snapshot_save_iter": every})
+    return cfg
+
+
+def common_steps(cfg: DGNetConfig) -> int:
+    """Steps at the start in which no generated image reaches the id net: it rests, or its teacher loss has weight 0."""
+    steps = max(cfg.id_freeze_iter, cfg.warm_teacher_iter if cfg.teacher_w == 0 else 0)
+    return steps if steps < cfg.max_iter else 0
+
+
+def starts_as_both(name: str, cfg: Config) -> bool:
+    """Whether a run is that of `both` in the `common_steps`."""
+    if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
+        return False
+    # By a live code reconstruction moves an id net at work, and the ramped terms the generator.
+    same = min(cfg.id_freeze_iter, cfg.warm_iter) if "detach_f" in CELLS[name].changes else cfg.max_iter
+    return 0 < common_steps(cfg) <= same
+
+
+def needs(name: str, cfg: Config, seed: int) -> set[tuple[str, int]]:
+    """The runs (cell, seed) that have to be finished before."""
+    found = {("teacher", seed)} if CELLS[name].task == "dgnet" else set()
+    if CELLS[name].task == "dgnet":
+        found.add(("teacher", 0))  # whose features FID compares
+    if name in LONG:
+        found |= {("teacher", seed), ("both", seed)}
+    if starts_as_both(name, cfg):
+        found.add(("both", seed))
+    return found

@@ -1,0 +1,369 @@
+"""One run of `studies.ablation`: its data, its training, its scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import clock_of
+from config import Config, exact_settings, load_config
+from data.archives import Image
+from data.augment import augment
+from data.batch import Batch
+from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
+from data.generated import MANIFEST
+from data.images import normalise
+from data.prepare import Task, place, prepare
+from files import read_json, write_json
+from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
+from mannequins.against_truth import ask_teacher
+from mannequins.dataset import Factors, is_embedded, load_factors, make_dataset
+from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, shrink
+from precision import pick_precision
+from reid_eval.features import extract_data_set
+from reid_eval.ranking import rank
+from reIDmodel import IdNet
+from runs.folder import NETWORKS, TEACHER_FILES, RunFolder, make_run_folder, resolve_data_root
+from runs.load import load_run_for_test, load_teacher, load_teacher_for_test
+from runs.session import Session, build_session
+from runs.session import train as run_loop
+from runs.snapshot import manifest_path, read_manifest, snapshots
+from runs.swapper import load_swapper
+from studies.ablation.cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
+from studies.ablation.drawing import draw, drawing_processes
+from trainer import Decoded
+from utils import ROOT, UserError, seed_everything
+
+Run = tuple[str, int]  # cell, seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the runs of one folder share.
+
+    data     the data set; its query and gallery are the test identities
+    held     train_all without the held-out identities, whose images are its query and gallery
+    factors  of the embedded data, otherwise None
+    """
+
+    preset: Preset
+    out: Path
+    data: Path
+    held: Path
+    factors: Factors | None
+    device: torch.device
+    threads: int
+    long_epochs: int | None = None
+
+    def run(self, name: str, seed: int) -> RunFolder:
+        return RunFolder(self.out, f"{name}-{seed}")
+
+    def config(self, name: str, seed: int) -> Config:
+        """A run's configuration, but for the length of a run that is to be as long as others (`final_config`)."""
+        changes = {"extra_data": str(self.generated(seed))} if name == "offline" else {}
+        cfg = cell_config(self.preset, name, seed, data_root=str(self.held), **changes)
+        return cfg.model_copy(update={"precision": pick_precision(self.device, cfg.precision)})
+
+    def generated(self, seed: int) -> Path:
+        return self.out / "generated" / f"both-{seed}"
+
+
+# ------------------------------------------------------------------------------------------------ data
+def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path, Path, Factors | None]:
+    """The data set, drawn into `out` where none is given; that with held-out identities; the factors if embedded."""
+    if data_root is None:
+        data = out / "data" / "all"
+        make_dataset(data, **preset.data)
+    else:
+        data = resolve_data_root(data_root).resolve()
+    factors = load_factors(data) if is_embedded(data) else None
+    held = out / "data" / "held-out"
+    hold_out(data, held, factors, preset.held_out)
+    return data, held, factors
+
+
+def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> None:
+    """Fill `held` with links to the training images of `data`: of `share` of the identities as query and gallery.
+
+    Of embedded data these are whole groups that wear the same colours, as the test identities are. The first image of
+    a held-out identity under each camera is a query. Raises UserError for names without identity and camera, too few
+    identities, or a folder that was filled from other data.
+    """
+    images = read_split(data, "train_all")
+    group = {pid: factors.people[f"{pid:04d}"].group if factors else pid for pid in sorted(set(images.pids.tolist()))}
+    chosen: set[int] = set()
+    for number in np.random.default_rng(0).permutation(sorted(set(group.values()))).tolist():
+        if len(chosen) >= share * len(group):
+            break
+        chosen |= {pid for pid, own in group.items() if own == number}
+    if len(chosen) < 3 or len(group) - len(chosen) < 2:
+        raise UserError(f"{data}: {len(group)} training identities are too few to hold some out; 15 are enough")
+    splits: dict[str, list[Image]] = {"train_all": [], "query": [], "gallery": []}
+    seen = set()
+    for path, pid, camera, token in zip(
+        images.paths, images.pids.tolist(), images.camids.tolist(), images.tokens, strict=True
+    ):
+        split = "train_all" if pid not in chosen else "gallery" if (pid, camera) in seen else "query"
+        seen.add((pid, camera))
+        splits[split].append(Image(path, pid, token, path.name))
+    prepare(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
+    check_test_set(held)
+
+
+class TrueSwaps:
+    """The oracle's `DGNetTrainer.fed_back`: what the renderer draws of each swap, in the generated image's place.
+
+    Augmented like any training image, by draws of its own. Only the teacher loss reads it: the soft label, the id net's
+    passes over the fakes and so their BatchNorm statistics. All other terms keep the generated images.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        images: ImageList,
+        size: tuple[int, int],
+        pad: int,
+        processes: Executor | None = None,
+    ) -> None:
+        """`processes` of `ablation_drawing` draw; None: this one."""
+        self.size, self.pad = size, pad
+        self.names = [path.name for path in images.paths]
+        self.swaps = partial(processes.map, draw) if processes else partial(map, factors.true_swap)
+
+    def draw(self, appearance: Tensor, structure: Tensor) -> Tensor:
+        """The true swaps (N, 3, H, W) uint8 of images by their positions (N,) in the list."""
+        names = ([self.names[i] for i in side.tolist()] for side in (appearance, structure))
+        drawn = [shrink(image, self.size) for image in self.swaps(*names)]
+        return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+
+    def __call__(self, a: Batch, b: Batch, d: Decoded, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        swaps = self.draw(torch.cat([a.index, b.index]), torch.cat([b.index, a.index]))
+        n, places = len(swaps), 2 * self.pad + 1
+        draws = rng.random(n) < 0.5, rng.integers(0, places, n), rng.integers(0, places, n)
+        x = normalise(augment(swaps, torch.arange(n), *map(torch.from_numpy, draws), self.pad)).to(a.x.device)
+        return tuple(x.chunk(2))
+
+
+# ------------------------------------------------------------------------------------------------ training
+def trained(study: Study, run: Run) -> bool:
+    folder = study.run(*run)
+    if CELLS[run[0]].task == "teacher":
+        return all((folder.model / name).is_file() for name in TEACHER_FILES)
+    return study.config(*run).max_iter in snapshots(folder.checkpoints, NETWORKS["dgnet"])
+
+
+def read_time(folder: RunFolder) -> dict[str, float]:
+    """Steps that were measured, their seconds (of the processor on a CPU), and all seconds of the run."""
+    path = folder.path / "time.json"
+    if not path.is_file():
+        return {"steps": 0, "seconds": 0.0, "wall": 0.0}
+    return read_json(path, "remove the folder of its run, which then begins anew")
+
+
+def seconds_of(study: Study, run: Run, steps: int) -> float:
+    """What `steps` steps of a run take, by those that were measured."""
+    timed = read_time(study.run(*run))
+    if not timed["steps"]:
+        raise UserError(f"{study.run(*run).path}: no step of it was timed; give --long_epochs")
+    return steps * timed["seconds"] / timed["steps"]
+
+
+def long_epochs(study: Study, seed: int, images: int) -> int:
+    """Passes over `images` in as many steps as the teacher makes in the time of teacher and DG-Net together."""
+    cfg, own = study.config("teacher", seed), len(read_split(study.held, "train_all"))
+    if study.long_epochs is not None:
+        return max(1, round(study.long_epochs * (own // cfg.batch_size) / (images // cfg.batch_size)))
+    steps = cfg.epochs * (own // cfg.batch_size)
+    teacher = seconds_of(study, ("teacher", seed), steps)
+    both = seconds_of(study, ("both", seed), study.config("both", seed).max_iter)
+    return max(1, round((teacher + both) / teacher * steps / (images // cfg.batch_size)))
+
+
+def final_config(study: Study, run: Run) -> Config:
+    """The configuration with which a run starts or goes on. Raises UserError where it was started with another one."""
+    cfg, folder = study.config(*run), study.run(*run)
+    started = load_config(folder.config_file) if folder.config_file.is_file() else None
+    if run[0] in LONG:
+        epochs = started.epochs if started else None
+        if epochs is None:
+            real = len(read_split(study.held, "train_all"))
+            epochs = long_epochs(study, run[1], real + (count_generated(study, real) if run[0] == "offline" else 0))
+        cfg = cfg.model_copy(update={"epochs": epochs})
+    if started:
+        old, new = exact_settings(started.model_dump()), exact_settings(cfg.model_dump())
+        changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
+        if changed:
+            raise UserError(f"{folder.path}: started with other settings ({', '.join(changed)}); choose another --out")
+    return cfg
+
+
+def count_generated(study: Study, real: int) -> int:
+    return round(study.preset.generated * real)
+
+
+def train(study: Study, run: Run) -> int:
+    """Train a run, or go on with it; returns 0, or 128 and a signal's number."""
+    if run[0] == "offline":
+        generate(study, run[1])
+    cfg, folder = final_config(study, run), study.run(*run)
+    if starts_as_both(run[0], cfg):
+        copy_start(study, run, cfg)
+    seed_everything(cfg.seed)
+    session = build_session(cfg, folder, study.device, resume=True)
+    with ExitStack() as stack:
+        if run[0] == "oracle":
+            # One process that draws could hold a GPU up.
+            beside_gpu = study.device.type == "cuda"
+            processes = stack.enter_context(drawing_processes(study.data)) if beside_gpu else None
+            size = cfg.crop_image_height, cfg.crop_image_width
+            session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding, processes)
+        return train_timed(session)
+
+
+def train_timed(session: Session) -> int:
+    """Train, and add what it took to the run's `time.json`; returns the exit status."""
+    folder, networks = session.run, NETWORKS[session.cfg.task]
+
+    def newest() -> int:
+        return max(snapshots(folder.checkpoints, networks), default=0)
+
+    # Of the processor, which other programs disturb less; a GPU works by itself.
+    clock = clock_of(session.device)
+    before, seconds, wall = newest(), clock(), time.perf_counter()
+    status = run_loop(session, resume="auto")
+    passed = read_time(folder)
+    passed["steps"] += newest() - before
+    passed["seconds"] += clock() - seconds
+    passed["wall"] += time.perf_counter() - wall
+    write_json(folder.path / "time.json", passed)
+    return status
+
+
+def copy_start(study: Study, run: Run, cfg: Config) -> None:
+    """Give a run that has not begun the snapshot of `both` at the end of the common steps."""
+    folder, source = study.run(*run), study.run("both", run[1])
+    if snapshots(folder.checkpoints, NETWORKS["dgnet"]):
+        return
+    make_run_folder(folder, cfg)
+    path = manifest_path(source.checkpoints, common_steps(cfg))
+    manifest = read_manifest(source.checkpoints, common_steps(cfg))
+    if manifest is None:
+        raise UserError(f"{path}: the runs of this seed start from there; remove {source.path} to train it again")
+    # The manifest comes last: it is what makes a snapshot complete.
+    for name in [*manifest["files"], path.name]:
+        target = folder.checkpoints / name
+        if not target.exists():
+            place(source.checkpoints / name, target, copy=False)
+    print(
+        f"{folder.name} begins with the first {common_steps(cfg)} steps of {source.name}, in which they do not differ"
+    )
+
+
+def generate(study: Study, seed: int) -> None:
+    """The images of the offline cell, by generate.py, which goes on where it was interrupted."""
+    out = study.generated(seed)
+    if (out / MANIFEST).is_file() and not (out / UNFINISHED_MARK).exists():
+        return
+    count = count_generated(study, len(read_split(study.held, "train_all")))
+    command = [sys.executable, "generate.py", "--name", f"both-{seed}", "--count", str(count), "--out", str(out)]
+    command += ["--output_path", str(study.out), "--device", str(study.device), "--threads", str(study.threads)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        raise UserError(f"generate.py ended with status {process.returncode}; the same command goes on")
+
+
+# ------------------------------------------------------------------------------------------------ scores
+def score(study: Study, run: Run, where: str) -> dict[str, Any]:
+    """Everything that is measured of a trained run on the held-out (val) or the test identities."""
+    name, folder = run[0], study.run(*run)
+    dgnet = CELLS[name].task == "dgnet"
+    root = study.held if where == "val" else study.data
+    tested = load_run_for_test(folder, None, study.device) if dgnet else load_teacher_for_test(folder, study.device)
+    cfg = load_config(folder.config_file)
+    length = {"steps": cfg.max_iter} if dgnet else {"epochs": cfg.epochs}
+    result = {"cell": name, "seed": run[1], "evaluated_on": where} | length | {"time": read_time(folder)}
+    result |= {"B_w": cfg.B_w} if dgnet else {}
+    result["reid"] = score_reid(tested.net, root, tested.size, study.device)
+    if dgnet and study.factors is not None:
+        result["generation"] = score_generation(study, folder, root)
+    return result
+
+
+def score_reid(net: nn.Module, root: Path, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """`{setting: {convention: {"rank1", "mAP"}}}`, fractions, for every setting of `score_settings`."""
+    sides = extract_data_set(net, root, size=size, batch_size=None, device=device, progress=False)
+    q, g = sides.query, sides.gallery
+    settings = score_settings(q.features.shape[1])
+    ranked = rank(
+        q.features, g.features, q.pids, g.pids, q.camids, g.camids, settings=settings, max_rank=1, progress=False
+    )
+    return {
+        setting: {name: {"rank1": float(found.cmc[0]), "mAP": float(found.mAP)} for name, found in conventions.items()}
+        for setting, conventions in ranked.items()
+    }
+
+
+def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, Any]:
+    """Swaps of query images against the renderer's.
+
+    changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
+    brightness, colour  the generated swaps' in two parts (`image_errors`)
+    reduction      1 - changed / copy
+    recoloured     L1 of copies in the true swap's colours, what a generator without a say in brightness comes to
+    ssim           with the true swaps
+    shares         whose clothes they wear (`clothes_shares`)
+    rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
+    fid, fid_of_true      to the real images of query and gallery, by the pooled trunk of seed 0's teacher
+    """
+    model, count = load_swapper(folder, study.device), study.preset.swaps
+    swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
+    rows = measure_swaps(swaps)
+    changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
+    found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
+    found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
+    found["recoloured"] = rows["recoloured"]["changed"]
+    found["shares"] = clothes_shares(swaps)
+    recognised, _ = ask_teacher(model, root, swaps)
+    for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
+        found[key] = recognised[row]["official"]["rank1"]
+
+    network = pooled_trunk(load_teacher("teacher-0", study.out).to(study.device))
+    sides = [read_split(root, split) for split in ("query", "gallery")]
+    people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
+    real = torch.cat([image_features(images, network, Protocol(model.size), study.device) for images in people])
+    for key, row in (("fid", "generated"), ("fid_of_true", "true")):
+        found[key] = frechet_distance(real, features_of(network, swaps.images[row], study.device))
+    return found
+
+
+def pooled_trunk(net: IdNet) -> Network:
+    """Images (N, 3, H, W) uint8 to the pooled last feature map (N, C) of a teacher."""
+
+    def network(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return net.pool(net.feature_map(normalise(images))).flatten(1)
+
+    return network
+
+
+def features_of(network: Network, images: np.ndarray, device: torch.device, batch_size: int = 64) -> Tensor:
+    """Features (n, D) float64 of images (n, H, W, 3) uint8."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return torch.cat([network(part.to(device)).double().cpu() for part in x.split(batch_size)])

@@ -1,0 +1,191 @@
+"""Results of `studies.ablation` in a table, in claims that hold or do not, and in a picture. No torch here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from files import write_whole
+from studies.ablation.cells import BETAS, BOTH, CELLS, FINE, PRIMARY
+
+Result = dict[str, Any]  # of one run, as `ablation_runs.score` gives it
+Value = tuple[float, float | None]  # mean and standard deviation over the seeds; None of a single seed
+
+# Rows besides one for every cell, behind the cell: what its net reaches by other scores.
+OTHER_SCORES = {"both": {PRIMARY: "both, compared by primary alone", FINE: "both, compared by fine-grained alone"}}
+COLUMNS: dict[str, Callable[[Result, str], float | None]] = {
+    "mAP": lambda r, s: 100 * r["reid"][s]["official"]["mAP"],
+    "Rank-1": lambda r, s: 100 * r["reid"][s]["official"]["rank1"],
+    "mAP, standard": lambda r, s: 100 * r["reid"][s]["standard"]["mAP"],
+    "L1 changed": lambda r, s: _generation(r, "changed"),
+    "below copy, %": lambda r, s: _generation(r, "reduction", 100),
+    "SSIM": lambda r, s: _generation(r, "ssim"),
+    "recognised, %": lambda r, s: _generation(r, "rank1", 100),
+    "FID": lambda r, s: _generation(r, "fid"),
+}
+AGAINST_BOTH = "mAP - both"
+DECIMALS = {"SSIM": 3, "FID": 3}
+NOTE = (
+    "Mean and standard deviation (n - 1) over the seeds. mAP and Rank-1 by the `official` convention unless said. mAP "
+    "- both: the mean of the differences from `both` of the same seed, also where a cell has fewer seeds. L1 changed, "
+    "below copy, SSIM: generated swaps against the renderer's; recognised: Rank-1 of generated swaps as queries for "
+    "the owner of the clothes, by the run's teacher; FID: in the features of the first seed's teacher."
+)
+
+
+def _generation(result: Result, key: str, scale: float = 1) -> float | None:
+    found = result.get("generation")
+    return None if found is None else scale * found[key]
+
+
+def mean_and_deviation(values: Sequence[float]) -> Value:
+    """The mean, and the sample standard deviation (n - 1) of two values or more."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """`{"cell", "setting", "label", "seeds", "values": {column: Value or None}}` of every cell that has results.
+
+    The first two columns are mAP and `AGAINST_BOTH`, then come the other ones of `COLUMNS`.
+    """
+    found, read_mAP = [], COLUMNS["mAP"]
+    by_cell: dict[str, list[Result]] = {}
+    for result in results:
+        by_cell.setdefault(result["cell"], []).append(result)
+    both = {result["seed"]: read_mAP(result, BOTH) for result in by_cell.get("both", ())}
+    for name in (name for name in CELLS if name in by_cell):
+        labels = {CELLS[name].scored: CELLS[name].about} | OTHER_SCORES.get(name, {})
+        for setting, label in labels.items():
+            gains = [read_mAP(r, setting) - both[r["seed"]] for r in by_cell[name] if r["seed"] in both]
+            itself = (name, setting) == ("both", BOTH)
+            values = {"mAP": None, AGAINST_BOTH: mean_and_deviation(gains) if gains and not itself else None}
+            for column, read in COLUMNS.items():
+                read_values = [read(result, setting) for result in by_cell[name]]
+                values[column] = None if None in read_values else mean_and_deviation(read_values)
+            seeds = sorted(result["seed"] for result in by_cell[name])
+            found.append({"cell": name, "setting": setting, "label": label, "seeds": seeds, "values": values})
+    return found
+
+
+def write_value(value: Value | None, column: str = "mAP") -> str:
+    if value is None:
+        return "-"
+    (mean, deviation), decimals = value, DECIMALS.get(column, 1)
+    sign = "+" if column == AGAINST_BOTH else ""
+    return f"{mean:{sign}.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+
+
+def format_table(table: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, aligned for a terminal."""
+    lines = [["", "seeds", *table[0]["values"]]]
+    for row in table:
+        cells = [write_value(value, column) for column, value in row["values"].items()]
+        lines.append([row["label"], str(len(row["seeds"])), *cells])
+    return align(lines)
+
+
+def sweep(results: Iterable[Result]) -> dict[float, dict[float, Value]]:
+    """mAP (`official`, percent) by alpha (`B_w`) and beta, of the cells that differ from `both` in alpha alone."""
+    found: dict[float, dict[float, list[float]]] = {}
+    for result in results:
+        if result["cell"] == "both" or set(CELLS[result["cell"]].changes) == {"B_w"}:
+            for beta in BETAS:
+                mAP = 100 * result["reid"][f"beta {beta:g}"]["official"]["mAP"]
+                found.setdefault(result["B_w"], {}).setdefault(beta, []).append(mAP)
+    return {
+        alpha: {beta: mean_and_deviation(values) for beta, values in found[alpha].items()} for alpha in sorted(found)
+    }
+
+
+def format_sweep(found: dict[float, dict[float, Value]]) -> str:
+    """The sweep in Markdown: a row for each alpha, a column for each beta."""
+    lines = [["mAP by alpha (down) and beta", *(f"{beta:g}" for beta in BETAS)]]
+    lines += [[f"{alpha:g}", *(write_value(value) for value in values.values())] for alpha, values in found.items()]
+    return align(lines)
+
+
+def align(lines: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table, the first being its head."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    texts = ["| " + " | ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    texts.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(texts)
+
+
+def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
+    """What is to be shown, with the numbers, and whether it holds; None where a cell of it lacks seeds that `both` has.
+
+    The opponent is the better of the teachers that had the time of teacher and DG-Net together, with random erasing or
+    without.
+    """
+    # Means over different seeds do not compare.
+    seeds = next((row["seeds"] for row in table if row["cell"] == "both"), None)
+    scored = {(row["cell"], row["setting"]): row["values"] for row in table if row["seeds"] == seeds}
+
+    def mAP(name: str) -> float | None:
+        values = scored.get((name, CELLS[name].scored))
+        return None if values is None else values["mAP"][0]
+
+    both, primary, oracle = mAP("both"), mAP("primary_only"), mAP("oracle")
+    teachers = [mAP("teacher_long"), mAP("teacher_erasing")]
+    teacher = None if None in teachers else max(teachers)
+    gain = None if teacher is None or both is None else both - teacher
+    ceiling = None if teacher is None or oracle is None else oracle - teacher
+    below = scored.get(("both", BOTH), {}).get("below copy, %")
+
+    def claim(text: str, holds: Callable[[], bool], *values: float | None) -> tuple[str, bool | None]:
+        if any(value is None for value in values):
+            return f"{text}: not measured", None
+        return f"{text}: {', '.join(f'{value:.1f}' for value in values)}", holds()
+
+    return [
+        claim("mAP, both > primary only", lambda: both > primary, both, primary),
+        claim("mAP, primary only > teacher at equal time", lambda: primary > teacher, primary, teacher),
+        claim("mAP, both at least 5 above the teacher at equal time", lambda: gain >= 5, both, teacher),
+        claim(
+            "gain in mAP, both at least two thirds of the oracle", lambda: gain >= 2 / 3 * ceiling > 0, gain, ceiling
+        ),
+        claim("changed pixels, both at least 50 % below copying", lambda: below[0] >= 50, below and below[0]),
+    ]
+
+
+def format_claims(found: list[tuple[str, bool | None]]) -> str:
+    words = {True: "holds", False: "does not hold", None: "open"}
+    return "\n".join(f"- {text}: {words[holds]}" for text, holds in found)
+
+
+def draw_figure(path: Path, results: list[Result], title: str) -> None:
+    """mAP of every row with its seeds, and the sweeps of alpha and beta, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    table, surface = rows(results), sweep(results)
+    figure = Figure(figsize=(12, max(4.5, 0.34 * len(table) + 1.5)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1))
+
+    bars = figure.add_subplot(grid[:, 0])
+    places = range(len(table))
+    values = [row["values"]["mAP"] for row in table]
+    bars.barh(places, [mean for mean, _ in values], xerr=[std or 0 for _, std in values], color="#9db7d5", capsize=3)
+    for place, row in zip(places, table, strict=True):
+        own = [COLUMNS["mAP"](r, row["setting"]) for r in results if r["cell"] == row["cell"]]
+        bars.plot(own, [place] * len(own), "o", color="#1f4e79", markersize=4)
+    bars.set_yticks(places, [row["label"] for row in table])
+    bars.invert_yaxis()
+    bars.set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")
+
+    by_alpha, by_beta = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+    for axes, name in ((by_alpha, "alpha (B_w), at beta 0.5"), (by_beta, "beta at test time")):
+        axes.set_xlabel(name)
+        axes.set_ylabel("mAP, %")
+    if surface:
+        means, deviations = zip(*(at[0.5] for at in surface.values()), strict=True)
+        by_alpha.errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
+        for alpha, at in surface.items():
+            by_beta.plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
+        by_beta.legend(fontsize="small")
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))

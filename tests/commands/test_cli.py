@@ -1,0 +1,905 @@
+"""`train.py` and `test.py` as a user meets them: a whole run, and what they say to bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, merged
+from PIL import Image
+
+import demo
+import precision
+from config import load_config
+from data.folders import check_test_set
+from mannequins.dataset import make_dataset
+from parallel import collectives
+from reIDmodel import build_teacher
+from utils import ROOT, UserError, run_cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+
+
+def shell(folder: Path, name: str, *arguments: object, **environment: str) -> Outcome:
+    """Run a script in a process of its own, on the CPU, from another directory than the project's."""
+    environment |= dict(CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder with the hash of what it holds."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def clean(outcome: Outcome) -> str:
+    """The output of a script that succeeded without a warning."""
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Warning" not in outcome.err and "Traceback" not in outcome.err, outcome.err
+    return outcome.out
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A teacher and a DG-Net run on the tiny data, as train.py left them."""
+
+    folder: Path
+    data: Path
+    teacher: Outcome
+    dgnet: Outcome
+
+    def config(self, **changes: Any) -> Path:
+        """The run's config file, or another beside it with `changes`."""
+        path = self.folder / "tiny.yaml"
+        if changes:
+            values = merged(yaml.safe_load(path.read_text()), changes)
+            path = self.folder / "changed.yaml"
+            path.write_text(yaml.safe_dump(values))
+        return path
+
+    def images(self, folder: str = "bounding_box_train") -> int:
+        return len(list((self.data / folder).iterdir()))
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "outputs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    schedule = dict(max_iter=6, snapshot_save_iter=3, image_save_iter=4, image_display_iter=4)
+    dgnet = merged(TINY_DGNET, ALL_LOSSES | schedule | dict(data_root=str(tiny_data), teacher="tutor"))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(dgnet))
+    (folder / "tiny-teacher.yaml").write_text(
+        yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data), num_workers=2))
+    )
+    common = ("--output_path", folder, "--threads", 1, "--device", "cpu")
+    teacher = shell(folder, "train", "--config", "tiny-teacher.yaml", "--name", "tutor", *common)
+    run = shell(folder, "train", "--config", "tiny.yaml", *common)
+    return Runs(folder, tiny_data, teacher, run)
+
+
+@pytest.fixture
+def copied(trained: Runs, tmp_path: Path) -> Runs:
+    """The same runs in a folder of the test's own."""
+    folder = tmp_path / "runs"
+    shutil.copytree(trained.folder, folder)
+    return Runs(folder, trained.data, trained.teacher, trained.dgnet)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    for name, option in (("train", "--resume"), ("test", "--which_epoch")):
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            outcome = shell(tmp_path, name, "--help")
+            taken.append(time.perf_counter() - start)
+        assert option in clean(outcome)
+        assert min(taken) < 1
+        program = (
+            "import runpy, sys\n"
+            f"sys.argv = ['{name}.py', '--help']\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "try:\n"
+            f"    runpy.run_path({str(ROOT / f'{name}.py')!r}, run_name='__main__')\n"
+            "except SystemExit:\n"
+            "    print('heavy', sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("heavy []\n")
+
+
+def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
+    assert f"teacher written to {trained.folder / 'models' / 'tutor'}" in clean(trained.teacher)
+    opts = yaml.safe_load((trained.folder / "models" / "tutor" / "opts.yaml").read_text())
+    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w8")
+    state = torch.load(trained.folder / "models" / "tutor" / "net_last.pth", weights_only=True)
+    assert state["classifier.classifier.0.weight"].shape == (8, 512)
+
+
+def test_a_run_leaves_its_files(trained: Runs) -> None:
+    clean(trained.dgnet)
+    assert "6/6" in trained.dgnet.err and "gen_total=" in trained.dgnet.err and "step/s" in trained.dgnet.err
+    files = sorted(contents(trained.run))
+    snapshots = [f"checkpoints/{name}_0000000{i}.pt" for name in ("dis", "gen", "id", "state") for i in (3, 6)]
+    manifests = [f"checkpoints/snapshot_0000000{i}.json" for i in (3, 6)]
+    assert files == [
+        *snapshots[:6],
+        *manifests,
+        *snapshots[6:],
+        "config.yaml",
+        "images/test_00000004.png",
+        "images/test_00000006.png",
+    ]
+    resolved = load_config(trained.run / "config.yaml")
+    assert resolved == load_config(trained.config())
+    assert (resolved.teacher_w, resolved.gen.dim, resolved.erasing_p) == (0.5, 4, 0.5)
+
+
+def test_the_figure_shows_images(trained: Runs) -> None:
+    with Image.open(trained.run / "images" / "test_00000006.png") as image:
+        assert image.mode == "RGB"
+        pixels = np.asarray(image).astype(float)
+    assert pixels.shape[0] > 8 * 64 and pixels.std() > 20
+    with Image.open(trained.run / "images" / "test_00000004.png") as image:
+        assert (np.asarray(image) != pixels).any()
+
+
+def test_tensorboard_gets_terms_weights_rates_and_figures(trained: Runs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained.folder / "logs" / "tiny"))
+    events.Reload()
+    tags = events.Tags()
+    losses = {name.removeprefix("loss/") for name in tags["scalars"] if name.startswith("loss/")}
+    pairs = ("recon_x", "recon_xp", "recon_f", "recon_s", "cyc", "adv", "dis")
+    single = {"dis_total", "gen_total", "id", "pid", "recon_id", "teacher"}
+    assert losses == single | {f"{name}_{image}" for name in pairs for image in "ab"}
+    schedule = {"lr_g", "lr_d", "lr2", "recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w"}
+    assert {f"schedule/{name}" for name in schedule} <= set(tags["scalars"])
+    assert "images_per_second" in tags["scalars"] and len(tags["images"]) == 1
+    assert [event.step for event in events.Scalars("loss/id")] == [1, 2, 3, 4, 5, 6]
+    # warm_iter 2, warm_scale 0.1: the weight of iteration 5, logged as step 6, has risen by 0.3.
+    weights = [event.value for event in events.Scalars("schedule/teacher_w")]
+    assert weights == pytest.approx([0.5, 0.5, 0.5, 0.6, 0.7, 0.8])
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+
+
+def check_report(printed: str, file: Path, queries: int) -> dict[str, Any]:
+    for words in ("trapezoidal", "Rank-1", "Rank-5", "Rank-10", "mAP", f"{queries} queries"):
+        assert words in printed, words
+    assert f"written to {file}" in printed
+    report = json.loads(file.read_text())
+    assert len(report["conventions"]) == 2
+    for by_convention in report["tables"]["single query"].values():
+        assert set(by_convention) == set(report["conventions"])
+        for numbers in by_convention.values():
+            assert 0 < numbers["rank1"] <= numbers["rank5"] <= numbers["rank10"] <= 1
+            assert 0 < numbers["mAP"] < 1
+    return report
+
+
+def test_evaluation_of_a_run(trained: Runs) -> None:
+    out = clean(shell(trained.folder, "test", "--name", "tiny", "--output_path", trained.folder, "--threads", 1))
+    report = check_report(out, trained.run / "reid.json", trained.images("query"))
+    assert "tiny after 6 steps" in out and (report["name"], report["iteration"]) == ("tiny", 6)
+    for words in ("primary (beta 0)", "fine-grained only", "0.5"):
+        assert words in out
+    assert len(report["tables"]["single query"]) == 3
+    (trained.run / "reid.json").unlink()
+
+
+def test_evaluation_of_a_teacher(trained: Runs, script: Script) -> None:
+    out = clean(
+        script(
+            "test",
+            "--teacher",
+            "tutor",
+            "--output_path",
+            trained.folder,
+            "--multi",
+            "--batchsize",
+            "auto",
+            "--precision",
+            "bf16",
+        )
+    )
+    file = trained.folder / "models" / "tutor" / "reid.json"
+    report = check_report(out, file, trained.images("query"))
+    assert "teacher tutor" in out and "multi-query" in report["tables"]
+    assert report["precision"] == "bf16"
+    file.unlink()
+
+
+def test_evaluation_of_an_earlier_snapshot_on_other_data(trained: Runs, script: Script, tmp_path: Path) -> None:
+    shutil.copytree(trained.data, tmp_path / "other")
+    where = ("--output_path", trained.folder, "--name", "tiny")
+    out = clean(script("test", *where, "--which_epoch", 3, "--test_dir", tmp_path / "other"))
+    name = trained.data.name
+    assert f"tiny after 3 steps, trained on {name}, tested on other ({tmp_path / 'other'})" in out
+    report = json.loads((trained.run / "reid-other.json").read_text())
+    assert (report["iteration"], report["trained_on"], report["tested_on"]) == (3, name, "other")
+    assert not (trained.run / "reid.json").exists(), "that of the run's own data set"
+    (trained.run / "reid-other.json").unlink()
+    assert "--which_epoch 4: no such snapshot; there are 3, 6" in script("test", *where, "--which_epoch", 4).error
+
+
+def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path: Path) -> None:
+    shutil.copytree(trained.data, tmp_path / "Other" / "pytorch")
+    min((tmp_path / "Other" / "pytorch" / "bounding_box_test").iterdir()).unlink()  # junk
+    roots = (trained.data, tmp_path / "Other" / "pytorch")
+    where = ("--output_path", trained.folder, "--name", "tiny", "--multi")
+    out = clean(script("test", *where, "--test_dir", *roots))
+    files = {trained.data.name: trained.run / "reid.json", "Other": trained.run / "reid-Other.json"}
+    reports = {name: check_report(out, file, trained.images("query")) for name, file in files.items()}
+    assert [report["tested_on"] for report in reports.values()] == list(files)
+    assert reports["Other"]["gallery"] < reports[trained.data.name]["gallery"]
+    assert f"tiny after 6 steps, tested on {trained.data.name} ({trained.data})" in out
+    table = out[out.rindex("tiny after 6 steps") :]
+    for name, report in reports.items():
+        rows = [line for line in table.splitlines() if line.startswith(f"  {name} ")]
+        expected = [
+            f"{100 * by_convention[convention]['mAP']:.2f}"
+            for by_setting in report["tables"].values()
+            for convention in report["conventions"]
+            for by_convention in by_setting.values()
+        ]
+        assert [row.split()[-2] for row in rows] == expected and len(rows) == 2 * 2 * 3
+    for file in files.values():
+        file.unlink()
+
+    # What is wrong with the second shows before the first is begun.
+    before = contents(trained.folder)
+    again = script("test", *where, "--test_dir", trained.data, tmp_path / "nowhere")
+    assert "nowhere: no such folder" in again.error and again.out == ""
+    same = script("test", *where, "--test_dir", tmp_path / "Other", roots[1])
+    assert "two of one name; give every data set once" in same.error
+    saved = script("test", *where, "--test_dir", *roots, "--save-features", tmp_path / "f.npz")
+    assert "--save-features: holds one data set" in saved.error and not (tmp_path / "f.npz").exists()
+    assert contents(trained.folder) == before
+
+
+def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: Script) -> None:
+    before, n = contents(trained.folder), trained.images()
+    out = clean(
+        script("train", "--config", trained.config(), "--name", "dry", "--output_path", trained.folder, "--dry-run")
+    )
+    assert contents(trained.folder) == before
+    for words in (
+        "run dry: dgnet on",
+        f"{n} images of 8 identities",
+        "batch x (2, 3, 64, 32)",
+        "structure code (16, 32, 16), appearance code (256,)",
+        f"6 steps, {n // 2} per epoch, a snapshot every 3",
+        "Generator",
+        "Discriminator",
+        "IdNetAB",
+        "teacher_w",
+    ):
+        assert words in out, words
+    where = ("--name", "dry", "--output_path", trained.folder, "--dry-run")
+    clean(script("train", "--config", trained.config(), *where, "--set", "single=edge"))
+    teacher = trained.folder / "tiny-teacher.yaml"
+    out = clean(script("train", "--config", teacher, "--output_path", trained.folder, "--dry-run"))
+    assert "run tiny-teacher: teacher on" in out and f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
+    assert contents(trained.folder) == before
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_keeps_the_precision_that_auto_was(
+    trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: bool
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: has)
+    common = ("--name", "auto", "--output_path", tmp_path, "--device", "cpu")
+    settings = ("--set", "precision=auto", "teacher_style=3", "snapshot_save_iter=1")
+    out = clean(script("train", "--config", trained.config(), *common, *settings, "--dry-run"))
+    assert f"on cpu in {'bf16' if has else 'fp32'}, " in out
+    clean(script("train", "--config", trained.config(), *common, *settings, "max_iter=1"))
+    assert load_config(tmp_path / "outputs/auto/config.yaml").precision == ("bf16" if has else "fp32")
+    # Elsewhere the folder's own config goes on as it was, `auto` with a note of what is different.
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    own = script("train", *common, "--resume", "--set", "max_iter=2")
+    assert own.code == 0 and "precision was" not in own.err
+    auto = script("train", "--config", trained.config(), *common, "--resume", *settings, "max_iter=3")
+    assert auto.code == 0 and ("precision was fp32, is bf16" in auto.err) == (not has)
+
+
+def test_of_several_processes_the_first_decides_what_auto_is(
+    trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    monkeypatch.setattr(collectives, "gather", lambda value: ["bf16", value])  # as the second of two
+    where = ("--name", "auto", "--output_path", trained.folder, "--dry-run", "--set", "precision=auto")
+    assert "on cpu in bf16, " in clean(script("train", "--config", trained.config(), *where))
+
+
+def test_a_run_is_never_overwritten(trained: Runs, script: Script) -> None:
+    before = contents(trained.folder)
+    again = shell(trained.folder, "train", "--config", "tiny.yaml", "--output_path", trained.folder)
+    assert "holds another run; continue it with --resume or choose another --name" in again.error
+    assert str(trained.run) in again.error
+    teacher = script(
+        "train", "--config", trained.folder / "tiny-teacher.yaml", "--name", "tutor", "--output_path", trained.folder
+    )
+    assert "holds another run" in teacher.error
+    assert contents(trained.folder) == before
+
+
+def test_a_folder_of_other_files_is_not_used(trained: Runs, script: Script, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("precious")
+    (tmp_path / "models").symlink_to(trained.folder / "models")
+    start = ("train", "--config", trained.config(), "--name", "mine", "--output_path", tmp_path)
+    assert "mine holds another run" in script(*start).error
+    assert contents(folder).keys() == {"notes.txt"}
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(copied: Runs) -> None:
+    whole = contents(copied.run)
+    for path in copied.run.rglob("*_00000006.*"):
+        path.unlink()
+    resumed = shell(
+        copied.folder, "train", "--config", "tiny.yaml", "--output_path", copied.folder, "--resume", "--threads", 1
+    )
+    assert "resumed tiny after 3 of 6 steps" in clean(resumed)
+    assert contents(copied.run) == whole, "every file, bit for bit"
+
+
+def test_resume_needs_the_name_only(copied: Runs, script: Script) -> None:
+    """Without --config the run's own is taken; a finished run has nothing left to do."""
+    out = clean(script("train", "--name", "tiny", "--resume", "--output_path", copied.folder))
+    assert "resumed tiny after 6 of 6 steps" in out
+    longer = ("--set", "max_iter=7", "--resume", 3)
+    out = clean(script("train", "--name", "tiny", "--output_path", copied.folder, *longer))
+    assert "resumed tiny after 3 of 7 steps" in out
+    assert (copied.run / "checkpoints" / "state_00000007.pt").is_file()
+
+
+def test_another_teacher_of_the_same_name_is_noticed(copied: Runs, script: Script) -> None:
+    again = ("train", "--name", "tiny", "--output_path", copied.folder, "--threads", 1, "--resume", 3)
+    assert "note: this will not" not in script(*again).err
+    weights = copied.folder / "models" / "tutor" / "net_last.pth"
+    state = torch.load(weights, weights_only=True)
+    state["model.conv1.weight"] += 0.01
+    torch.save(state, weights)
+    (note,) = (line for line in script(*again).err.splitlines() if "note: this will not" in line)
+    assert "teachers was " in note and note.count(" was ") == 2  # one is the sentence's own
+
+
+# ------------------------------------------------------------------------------------------- bad input
+@pytest.fixture
+def refused(trained: Runs, script: Script, tmp_path: Path) -> Callable[..., str]:
+    """Start a run that must be refused, with `--set` overrides; nothing may be written. Returns the error line."""
+
+    def start(*settings: str, options: tuple[object, ...] = (), config: Path | None = None) -> str:
+        output = tmp_path / "output"
+        output.mkdir(exist_ok=True)
+        if not (output / "models").exists():
+            shutil.copytree(trained.folder / "models", output / "models")
+        before = contents(output)
+        arguments = ["--config", config or trained.config(), "--name", "new", "--output_path", output, *options]
+        outcome = script("train", *arguments, *(["--set", *settings] if settings else []))
+        assert contents(output) == before
+        return outcome.error
+
+    return start
+
+
+Refused = Callable[..., str]
+
+
+def test_data_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert f"data_root {tmp_path / 'nowhere'}: no such folder" in refused(f"data_root={tmp_path / 'nowhere'}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"data_root {empty}: no train_all/" in refused(f"data_root={empty}")
+    (empty / "train_all").mkdir()
+    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
+    (empty / "train_all" / "0002").mkdir()
+    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
+
+
+def test_one_identity_only(refused: Refused, trained: Runs, tmp_path: Path) -> None:
+    one = tmp_path / "one" / "bounding_box_train"
+    one.mkdir(parents=True)
+    images = sorted((trained.data / "bounding_box_train").iterdir())
+    for path in images:
+        if path.name.split("_")[0] == images[0].name.split("_")[0]:
+            shutil.copy(path, one)
+    message = refused(f"data_root={one.parent}")
+    assert "1 identity here" in message and "at least 2" in message
+
+
+def test_fewer_images_than_a_batch(refused: Refused, trained: Runs) -> None:
+    assert f"{trained.images()} training images are fewer than batch_size 1000" in refused("batch_size=1000")
+
+
+def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(trained.data, data)
+    first, second = sorted((data / "bounding_box_train").iterdir())[:2]
+    cut(first)
+    second.write_bytes(b"")
+    message = refused(f"data_root={data}")
+    assert f"2 of {trained.images()} images cannot be read" in message
+    assert first.name in message and second.name in message and "skip_bad_images: true" in message
+
+    options = ("--output_path", trained.folder, "--dry-run", "--set", f"data_root={data}", "skip_bad_images=true")
+    outcome = script("train", "--config", trained.config(), "--name", "new", *options)
+    assert f"{trained.images() - 2} images of 8 identities" in clean(outcome)
+    (warning,) = [line for line in outcome.err.splitlines() if line.startswith("warning:")]
+    assert f"2 of {trained.images()} images cannot be read" in warning and first.name in warning
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(bacth_size=4), "unknown key bacth_size; did you mean batch_size?"),
+        (dict(gen=dict(dimm=4)), "unknown key gen.dimm; did you mean gen.dim?"),
+        (dict(batch_size="many"), "batch_size: "),
+        (dict(crop_image_height=-64), "crop_image_height: "),
+        (dict(gen=dict(dim=-4)), "gen.dim: "),
+        (dict(ID_class=751), "ID_class is 751, but"),
+        (dict(backbone="vgg16"), "backbone vgg16: not a ResNet"),
+        (dict(backbone="resnet10w8"), "set gen.id_dim to 64"),
+        (dict(gen=dict(dec="slim")), "gen.dec: "),
+    ],
+    ids=str,
+)
+def test_bad_configs(refused: Refused, trained: Runs, changes: dict[str, Any], words: str) -> None:
+    config = trained.config(**changes)
+    assert words in refused(config=config)
+
+
+def test_a_misspelt_key_in_a_process_of_its_own(trained: Runs, tmp_path: Path) -> None:
+    outcome = shell(tmp_path, "train", "--config", trained.config(), "--output_path", tmp_path, "--set", "max_itr=4")
+    assert "tiny.yaml: unknown key max_itr; did you mean max_iter?" in outcome.error
+    assert outcome.err.count("\n") == 1 and outcome.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert "nowhere.yaml: no such file" in refused(config=tmp_path / "nowhere.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "empty.yaml: empty" in refused(config=tmp_path / "empty.yaml")
+
+
+def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
+    message = refused("teacher=nobody")
+    assert "python train.py --config configs/teacher.yaml --name nobody" in message
+    assert "nobody" in refused("teacher='tutor,nobody'")
+
+    other = tmp_path / "output" / "models" / "other"
+    other.mkdir()
+    torch.save(build_teacher(5, backbone="resnet10w8").state_dict(), other / "net_last.pth")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\n")
+    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other")
+    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other", "id_init=teacher", "teacher_w=0")
+    (other / "opts.yaml").write_text("stride: 3\n")
+    assert "stride must be 1 or 2" in refused("teacher=other")
+    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n")
+    assert "opts.yaml: " in refused("teacher=other")
+    cut(other / "net_last.pth")
+    (other / "opts.yaml").unlink()
+    assert "net_last.pth: damaged" in refused("teacher=other")
+    torch.save({"epoch": 3}, other / "net_last.pth")
+    assert "not a teacher's weights" in refused("teacher=other")
+
+
+def test_a_checkpoint_cut_in_half(copied: Runs, script: Script) -> None:
+    cut(copied.run / "checkpoints" / "gen_00000006.pt")
+    before = contents(copied.folder)
+    # The end of the run lies behind, so make it longer.
+    resumed = ("train", "--config", copied.config(), "--output_path", copied.folder, "--set", "max_iter=7")
+    message = script(*resumed, "--resume").error
+    assert "gen_00000006.pt: damaged" in message and message.endswith("the snapshot before it: --resume 3")
+    assert contents(copied.folder).keys() - before.keys() == set()
+    assert "resumed tiny after 3 of 7 steps" in clean(script(*resumed, "--resume", 3))
+
+
+def test_a_checkpoint_cut_in_half_before_evaluation(copied: Runs) -> None:
+    cut(copied.run / "checkpoints" / "id_00000006.pt")
+    outcome = shell(copied.folder, "test", "--name", "tiny", "--output_path", copied.folder)
+    assert "id_00000006.pt: damaged" in outcome.error
+    assert outcome.error.endswith("the snapshot before it: --which_epoch 3")
+    assert not (copied.run / "reid.json").exists()
+
+
+def test_resuming_what_is_not_there(copied: Runs, script: Script) -> None:
+    where = ("--config", copied.config(), "--output_path", copied.folder)
+    assert "nothing to resume" in script("train", *where, "--name", "new", "--resume").error
+    assert "no complete snapshot of iteration 5; there are 3, 6" in script("train", *where, "--resume", 5).error
+    assert "--resume soon: not an iteration" in script("train", *where, "--resume", "soon").error
+    assert not (copied.folder / "outputs" / "new").exists()
+
+
+def test_resuming_with_another_number_of_identities(copied: Runs, script: Script, tmp_path: Path) -> None:
+    data = tmp_path / "fewer"
+    shutil.copytree(copied.data, data)
+    names = sorted({path.name[:4] for path in (data / "bounding_box_train").iterdir()})
+    for path in (data / "bounding_box_train").glob(f"{names[-1]}_*"):
+        path.unlink()
+    outcome = script(
+        "train", "--config", copied.config(), "--output_path", copied.folder, "--resume", "--set",
+        f"data_root={data}", "teacher_style=3", "max_iter=7",
+    )  # fmt: skip
+    assert "made for 8 identities, but ID_class is 7" in outcome.error
+
+
+def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
+    outcome = script(
+        "train", "--config", trained.config(), "--name", "new", "--output_path", tmp_path,
+        "--set", "lr_g=1e30", "max_iter=5", "snapshot_save_iter=1", "teacher_style=3",
+    )  # fmt: skip
+    assert "a loss is not finite" in outcome.error and "recon_x_a nan" in outcome.error
+    for path in (tmp_path / "outputs" / "new" / "checkpoints").glob("gen_*.pt"):
+        state = torch.load(path, weights_only=True)["a"]
+        assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    "settings,options,words",
+    [
+        (["apex=true"], ["--device", "cpu"], "fp16 (apex: true) needs a CUDA GPU"),
+        (["precision=fp16"], ["--device", "cpu"], "on a CPU use precision: bf16 or fp32"),
+        (["apex=true", "precision=bf16"], [], "apex: true means precision: fp16"),
+        ([], ["--device", "tpu9"], "--device tpu9: unknown device"),
+        ([], ["--device", "meta"], "--device meta: not supported"),
+        ([], ["--device", "cuda:99"], "--device cuda:99: "),
+        (
+            ["batch_size=4"],
+            ["--gpu_ids", "0,1"],
+            "--gpu_ids 0,1: this PyTorch sees no CUDA GPU; use --device cpu, with --processes N",
+        ),
+        ([], ["--gpu_ids", "0,0"], "--gpu_ids 0,0: several GPUs must be different ones"),
+        ([], ["--gpu_ids", "all"], "--gpu_ids all: give numbers of GPUs"),
+        ([], ["--gpu_ids", "99"], "--gpu_ids 99: this PyTorch sees no CUDA GPU"),
+        ([], ["--gpu_ids", "0,1", "--processes", "3"], "--processes 3: --gpu_ids names 2 GPUs"),
+        ([], ["--processes", "0"], "--processes 0: must be at least 1"),
+        ([], ["--gpu_ids", "0", "--device", "cpu"], "--gpu_ids and --device: give one of the two"),
+        ([], ["--threads", "0"], "--threads 0: must be at least 1"),
+        ([], ["--name", "a/b"], "--name 'a/b': must be a plain folder name"),
+        ([], ["--name", ".."], "--name '..': must be a plain folder name"),
+        (["batch_size"], [], "--set batch_size: write key=value"),
+        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "vgg16-397923af.pth"),
+        (["pretrained=true"], [], "backbone resnet10w8 has no ImageNet weights; set pretrained: false"),
+        (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
+    ],
+)
+def test_bad_options(refused: Refused, settings: list[str], options: list[str], words: str) -> None:
+    assert words in refused(*settings, options=tuple(options))
+
+
+def test_the_release_number_of_no_gpu_is_the_cpu(trained: Runs, script: Script, tmp_path: Path) -> None:
+    where = ("--output_path", trained.folder, "--name", "new", "--dry-run")
+    assert "dgnet on cpu" in clean(script("train", "--config", trained.config(), *where, "--gpu_ids", "-1"))
+
+
+def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
+    """Without a network and without a cache: which file goes where."""
+    settings = ("backbone=resnet18", "gen.id_dim=512", "pretrained=true", "teacher_style=3")
+    arguments = ("--config", trained.config(), "--output_path", tmp_path / "out", "--set", *settings)
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    outcome = shell(tmp_path, "train", *arguments, TORCH_HOME=str(tmp_path / "cache"), **proxies)
+    assert "ImageNet weights of resnet18 cannot be downloaded here" in outcome.error
+    assert f"put resnet18-f37072fd.pth into {tmp_path / 'cache' / 'hub' / 'checkpoints'}" in outcome.error
+    assert "--backbone-weights FILE" in outcome.error and "pretrained: false" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: Path) -> None:
+    weights = build_teacher(3, backbone="resnet10w8").model.state_dict()
+    torch.save(weights, tmp_path / "trunk.pth")
+    start = ("train", "--config", trained.config(), "--output_path", tmp_path, "--name", "new", "--set")
+    settings = ("pretrained=true", "max_iter=1", "lr2=1e-12", "teacher_style=3")
+    clean(script(*start, *settings, "--backbone-weights", tmp_path / "trunk.pth"))
+    state = torch.load(tmp_path / "outputs" / "new" / "checkpoints" / "id_00000001.pt", weights_only=True)["a"]
+    torch.testing.assert_close(state["model.conv1.weight"], weights["conv1.weight"], rtol=1e-5, atol=1e-6)
+    assert load_config(tmp_path / "outputs" / "new" / "config.yaml").backbone_weights == str(tmp_path / "trunk.pth")
+
+    (tmp_path / "bad.pth").write_bytes(b"hello")
+    outcome = script(*start, *settings, "--name", "other", "--backbone-weights", tmp_path / "bad.pth")
+    assert "bad.pth: damaged or not a checkpoint" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--name", "nobody"], "nobody/config.yaml: no such run"),
+        (["--teacher", "nobody"], "train it with: python train.py"),
+        (["--name", "tutor"], "tutor is a teacher's run; evaluate it with: python test.py --teacher tutor"),
+        (["--name", "tiny", "--teacher", "tutor"], "--name and --teacher: give one of the two"),
+        (["--name", "tiny", "--batchsize", "0"], "--batchsize 0: must be at least 1"),
+        (["--name", "tiny", "--precision", "fp16"], "needs a CUDA GPU"),
+        (["--name", "tiny", "--test_dir", "/nowhere"], "data_root /nowhere: no such folder"),
+        (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
+        (["--teacher", "tutor", "--which_epoch", "3"], "--which_epoch: is for runs"),
+        (["--name", "tiny", "--save-features", "f.txt"], "f.txt: feature files end in .npz or .mat"),
+        (["--name", "tiny", "--save-features", f"{__file__}/f.npz"], "test_cli.py is no folder; give another file"),
+        (["--name", "x" * 300], "File name too long; mend that or give another path"),
+        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000: must be at most 1024"),
+        (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
+    ],
+)
+def test_bad_input_of_evaluation(trained: Runs, script: Script, options: list[str], words: str) -> None:
+    before = contents(trained.folder)
+    assert words in script("test", "--output_path", trained.folder, *options).error
+    assert contents(trained.folder) == before
+
+
+def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    query, gallery = data / "query", data / "bounding_box_test"
+    for folder in (query, gallery):
+        shutil.copytree(trained.data / folder.name, folder)
+    before = contents(trained.folder)
+
+    def refused(*options: str) -> str:
+        outcome = script("test", "--output_path", trained.folder, "--name", "tiny", "--test_dir", data, *options)
+        assert outcome.out == "" and contents(trained.folder) == before
+        return outcome.error
+
+    assert "no multi-query/, pytorch/multi-query/ or gt_bbox/ in it" in refused("--multi")
+    shutil.copytree(query, data / "gt_bbox")
+    first = min((data / "gt_bbox").glob("0*"))
+    first.unlink()
+    assert f"no multi-query image of identity {int(first.name[:4])} in camera" in refused("--multi")
+    person = next(query.iterdir())
+    stranger = person.rename(query / f"anna_{person.name}")
+    assert f"{query}: anna_{person.name}: no identity and camera in the file name; rename it" in refused()
+    stranger.unlink()
+
+    for path in query.iterdir():
+        path.rename(query / f"9{path.name}")
+    assert f"{data}: none of the" in refused() and "both must be of one data set" in refused("--no-cameras")
+
+    for path in query.iterdir():
+        path.unlink()
+    shutil.copy(next(gallery.glob("0*_c1*")), query)
+    for path in gallery.iterdir():
+        if "_c1" not in path.name:
+            path.unlink()
+    assert "no query has a match of another camera in the gallery; for data without cameras use" in refused()
+    for path in gallery.iterdir():
+        if not (query / path.name).exists():
+            path.unlink()
+    assert "no query has a match of another image in the gallery" in refused("--no-cameras")
+
+    for path in gallery.iterdir():
+        path.unlink()
+    assert f"{gallery}: no images for gallery" in refused()
+    shutil.rmtree(gallery)
+    assert "bounding_box_test/ in it" in refused()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(ID_style="PCB"), "belongs to another network (missing"),
+        (dict(backbone="resnet10w8", gen=dict(id_dim=64)), "the config asks for"),
+        (dict(backbone="resnet18", gen=dict(id_dim=512)), "belongs to another network (missing"),
+    ],
+    ids=["style", "width", "backbone"],
+)
+def test_a_model_and_a_config_that_do_not_belong_together(
+    copied: Runs, script: Script, changes: dict[str, Any], words: str
+) -> None:
+    file = copied.run / "config.yaml"
+    file.write_text(yaml.safe_dump(merged(yaml.safe_load(file.read_text()), changes)))
+    error = script("test", "--output_path", copied.folder, "--name", "tiny").error
+    assert words in error and str(copied.run) in error
+    assert not (copied.run / "reid.json").exists()
+
+
+def test_a_teacher_and_opts_that_do_not_belong_together(copied: Runs, script: Script) -> None:
+    folder = copied.folder / "models" / "tutor"
+    opts = yaml.safe_load((folder / "opts.yaml").read_text())
+    for backbone in ("resnet18", "resnet10w8"):
+        (folder / "opts.yaml").write_text(yaml.safe_dump(opts | dict(backbone=backbone)))
+        error = script("test", "--output_path", copied.folder, "--teacher", "tutor").error
+        assert f"{folder / 'net_last.pth'}: " in error and "check the config beside it" in error
+
+
+def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, script: Script, tmp_path: Path) -> None:
+    """From a folder per identity to numbers: names that are no numbers, and no cameras."""
+    root = tmp_path / "people"
+    for path in (trained.data / "bounding_box_train").iterdir():
+        (root / f"person {path.name[:4]}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / f"person {path.name[:4]}" / path.name[5:])
+    assert script("prepare", "--dataset", "folder", "--data_root", root).code == 0
+    where = ("--output_path", trained.folder, "--name", "tiny", "--test_dir", root)
+    assert "for data without cameras use --no-cameras" in script("test", *where).error
+    out = clean(script("test", *where, "--no-cameras"))
+    report = json.loads((trained.run / "reid-people.json").read_text())
+    check_test_set(root, cameras=None)  # as `eval_iter` does
+    assert report["queries"] == 4 and report["without_match"] == 0 and "no cameras" in out
+    (trained.run / "reid-people.json").unlink()
+    start = ("train", "--config", trained.config(), "--output_path", trained.folder, "--name", "new", "--dry-run")
+    assert "images of 4 identities" in clean(
+        script(*start, "--set", f"data_root={root}", "teacher_style=3", "teacher_w=0")
+    )
+
+
+def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    start = ("train", "--config", trained.config(), "--output_path", tmp_path / "file", "--set", "teacher_style=3")
+    assert "cannot be written" in script(*start).error
+
+
+def test_an_output_path_in_no_encoding(trained: Runs, script: Script, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"d\xe9")
+    error = script("train", "--config", trained.folder / "tiny-teacher.yaml", "--output_path", output).error
+    assert "TensorBoard needs a path in UTF-8" in error and not output.exists()
+
+
+def test_where_a_teacher_cannot_be_written_none_is_trained(trained: Runs, script: Script, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    arguments = ("--config", trained.folder / "tiny-teacher.yaml", "--output_path", tmp_path)
+    assert "tiny-teacher: cannot be written (Not a directory)" in script("train", *arguments).error
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_run_that_stopped_before_its_first_snapshot_starts_again(copied: Runs, script: Script) -> None:
+    weights = copied.run / "checkpoints" / "gen_00000006.pt"
+    uninterrupted = torch.load(weights, weights_only=True)["a"]
+    for path in (copied.run / "checkpoints").iterdir():
+        path.unlink()
+    out = clean(script("train", "--config", copied.config(), "--output_path", copied.folder, "--resume"))
+    assert "tiny has no snapshot yet: starting from the beginning" in out
+    again = torch.load(weights, weights_only=True)["a"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
+
+
+# ------------------------------------------------------------------------------- figures and measures
+def test_the_swap_grid_of_a_run(copied: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 3, "--threads", 1, "--device", "cpu")
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out))
+    with Image.open(out) as grid:
+        assert grid.height > 4 * 128  # the border and three rows
+    before = out.read_bytes()
+    refused = shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out)
+    assert f"{out} exists" in refused.error and out.read_bytes() == before
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out, "--force", "--seed", 1))
+    assert out.read_bytes() != before
+
+
+def test_the_swap_grid_of_a_folder_of_images(copied: Runs, script: Script, tmp_path: Path) -> None:
+    folder, out = tmp_path / "people", tmp_path / "grid.png"
+    folder.mkdir()
+    where = ("--name", "tiny", "--output_path", copied.folder, "--input", folder, "--out", out, "--device", "cpu")
+    empty = shell(tmp_path, "visual_tools/show_rainbow", *where)
+    assert "neither a data set nor a folder of images" in empty.error and not out.exists()
+    for i, size in enumerate([(40, 90), (64, 128), (31, 57)]):
+        Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
+    clean(shell(tmp_path, "visual_tools/show_rainbow", *where))
+    assert out.is_file()
+
+
+def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "others", preset="tiny", seed=5)
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 4, "--threads", 1, "--device", "cpu")
+    clean(shell(tmp_path, "gen_eval/against_truth", *where, "--data_root", tmp_path / "others"))
+    assert json.loads((copied.run / "swaps-others.json").read_text())["tested_on"] == "others"
+    assert not (copied.run / "swaps.json").exists()
+
+
+@pytest.mark.parametrize(
+    "raised, words",
+    [
+        (PermissionError(13, "Permission denied", "closed/file"), "closed/file: Permission denied; mend that or give"),
+        (MemoryError(), "not enough memory (MemoryError); take smaller batches, images or networks"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory (CUDA out of memory."),
+    ],
+)
+def test_what_no_check_has_met_is_one_line_too(capsys: pytest.CaptureFixture, raised: Exception, words: str) -> None:
+    def main() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and words in line
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    for raised in (RuntimeError("a defect"), OSError("no file")):
+        with pytest.raises(type(raised), match=str(raised)):
+            run_cli(lambda raised=raised: (_ for _ in ()).throw(raised))
+
+
+@pytest.mark.parametrize(
+    "seconds,best",
+    [([4, 2.2, 2.1, 1], 4), ([4, 2.2, 2.1, 2.0], 2), ([4, 3.9, 8, 9], 1)],
+    ids=["free cores", "two are free", "busy cores"],
+)
+def test_the_demo_takes_the_threads_that_are_quickest(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], best: int
+) -> None:
+    clock, threads = [0.0], [1]
+
+    def now() -> float:
+        clock[0] += seconds[threads[0] - 1] / 2
+        return clock[0]
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+    monkeypatch.setattr(demo.time, "perf_counter", now)
+    assert demo.quickest_threads(4) == best and threads == [4]
+
+
+def test_the_demo_goes_on_with_the_threads_it_had(copied: Runs) -> None:
+    assert demo.threads_before(copied.run) == 1
+    assert demo.threads_before(copied.folder / "outputs" / "tutor") == 1
+    assert demo.threads_before(copied.folder / "outputs" / "other") is None
+    for path in (copied.run / "checkpoints").glob("snapshot_*.json"):
+        path.write_text("{")
+    assert demo.threads_before(copied.run) is None
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--name", "a/b"], "must be a plain folder name"),
+        (["--teacher", "a/b"], "must be a plain folder name"),
+        (["--teacher", "demo"], "the two runs need names of their own"),
+        (["--seed", "-1"], "seed: "),
+        (["--threads", "0"], "--threads 0"),
+        (["--device", "tpu"], "--device tpu"),
+    ],
+)
+def test_the_demo_refuses_before_it_begins(script: Script, tmp_path: Path, options: list[str], words: str) -> None:
+    assert words in script("demo", "--output_path", tmp_path, "--data", tmp_path / "data", *options).error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
+    demo.check_settings(trained.run, {"seed": 0, "teacher": "tutor"})
+    with pytest.raises(UserError, match="with seed 0, not 3; give other --name and --teacher"):
+        demo.check_settings(trained.run, {"teacher": "tutor", "seed": 3})
+    demo.check_settings(trained.run / "gone", {"seed": 3})
+
+
+def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
+    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 12, "--threads", 1, "--device", "cpu")
+    out = clean(shell(tmp_path, "gen_eval/against_truth", *where))
+    written = json.loads((copied.run / "swaps.json").read_text())
+    assert written["pairs"] == 12 and written["generated"] > 0 and written["copy"] > 20
+    assert written["reduction"] == pytest.approx(1 - written["generated"] / written["copy"])
+    assert f"copying the structure image {written['copy']:.1f}" in out
+    images, seen = written["images"], written["recognised"]
+    assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
+    assert f"{images['generated']['psnr']:.1f}" in out and f"{100 * seen['true']['official']['mAP']:.1f}" in out
+    assert set(seen) == set(written["top1"]) == {"appearance", "true", *images}
+    shares = written["shares"]
+    assert set(shares) == {"shade", "pattern", "colour"}
+    assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
+    assert "changed pixels generated, rest true" in out and "fine-grained: structure" in out
+    assert f"pattern {100 * shares['pattern']['structure']:.0f} and {100 * shares['pattern']['truth']:.0f} %" in out
+    assert "brightness" in out and f"{images['copy']['colour']:.1f}" in out
+    teacher = shell(tmp_path, "gen_eval/against_truth", "--name", "tutor", "--output_path", copied.folder)
+    assert "tutor is a teacher's run and generates nothing" in teacher.error

@@ -1,0 +1,646 @@
+"""generate.py: pairs, manifest, whole data sets whatever interrupts them, and training on them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CPU, TINY_TEACHER, Outcome, tiny_config, tiny_teacher_config, tiny_trainer
+from PIL import Image
+
+from data.folders import UNFINISHED_MARK, read_people, read_split
+from data.generated import (
+    MANIFEST,
+    SETTINGS,
+    Row,
+    add_generated,
+    count_pairs,
+    draw_pairs,
+    format_soft_label,
+    parse_soft_label,
+    plan_rows,
+    read_manifest,
+    recover_rows,
+    soften,
+    write_manifest,
+)
+from data.images import decode_images, normalise
+from data.loader import Batch, PairLoader
+from reIDmodel import build_teacher
+from runs import swap_set
+from runs.folder import RunFolder, start_folder
+from runs.load import load_teacher, save_teacher
+from runs.snapshot import save_snapshot
+from runs.swapper import load_swapper
+from trainer import TeacherTrainer
+from utils import ROOT, UserError
+from visual_tools.grid import to_uint8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+Generate = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A DG-Net run and its teacher, with random weights, on the tiny data."""
+    folder = tmp_path_factory.mktemp("generate")
+    cfg = tiny_config(data_root=str(tiny_data), teacher="tutor")
+    run = RunFolder(folder, "tiny")
+    start_folder(run, cfg, resume=False)
+    save_snapshot(run.checkpoints, tiny_trainer(cfg, classes=8), 4)
+    torch.manual_seed(1)
+    net = build_teacher(8, backbone="resnet10w8")
+    torch.nn.init.normal_(net.classifier.classifier[0].weight)  # labels that are far from uniform
+    save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
+    return folder
+
+
+@pytest.fixture
+def generate(runs: Path, script: Script) -> Generate:
+    def call(out: Path, *options: object) -> Outcome:
+        return script("generate", "--name", "tiny", "--output_path", runs, "--out", out, *options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def reference(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 images, generated in one go by two processes; every other test uses one process."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    command = start(runs, "--out", out, "--count", 50, "--processes", 2, "--batch_size", 8)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "50 of them made now" in done.stdout
+    return out
+
+
+def start(runs: Path, *options: object) -> list[str]:
+    fixed = ["--name", "tiny", "--output_path", runs, "--threads", 1, "--device", "cpu"]
+    return [sys.executable, str(ROOT / "generate.py"), *map(str, fixed), *map(str, options)]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_agrees(out: Path, *, unlisted: bool = False) -> list[Row]:
+    """The manifest lists whole images only, and every image (but for those that a kill caught, if `unlisted`)."""
+    text = (out / MANIFEST).read_bytes()
+    whole = out / "whole"
+    if not text.endswith(b"\n"):  # a kill may cut the last line
+        whole.mkdir()
+        (whole / MANIFEST).write_bytes(text[: text.rfind(b"\n") + 1])
+    rows = read_manifest(whole if whole.exists() else out)
+    shutil.rmtree(whole, ignore_errors=True)
+    for row in rows:
+        with Image.open(out / row.file) as image:
+            image.load()
+    files = {str(path.relative_to(out)) for path in out.rglob("*.[jp][pn]g") if not path.name.startswith(".")}
+    assert {row.file for row in rows} <= files if unlisted else {row.file for row in rows} == files
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- batches
+def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class Nets:
+        device, size = torch.device("cuda"), (8, 4)
+
+        def __call__(self, x_app: torch.Tensor, x_str: torch.Tensor) -> None:
+            tried.append(len(x_app))
+            assert x_app.shape == x_str.shape == (len(x_app), 3, 8, 4)
+            if len(x_app) > most:
+                raise swap_set.TooManyImages("--batch_size: too large")
+
+    most = 40
+    assert swap_set.choose_batch_size(Nets(), tmp_path) == 32 and tried == [256, 128, 64, 32]
+    # A generation that goes on has to see the images that it was begun with.
+    (tmp_path / SETTINGS).write_text(json.dumps({"images_per_pass": 64}))
+    assert swap_set.choose_batch_size(Nets(), tmp_path) == 64 and tried == [256, 128, 64, 32]
+    (tmp_path / SETTINGS).write_text("[]")
+    assert swap_set.choose_batch_size(Nets(), tmp_path) == 32
+    assert swap_set.choose_batch_size(Nets(), tmp_path, 3) == 10  # three processes on one GPU
+    most = 0
+    with pytest.raises(UserError, match="too small for one image"):
+        swap_set.choose_batch_size(Nets(), tmp_path / "new")
+
+
+# ------------------------------------------------------------------------------------------------- pairs
+def test_pairs_of_three_images() -> None:
+    labels = np.array([0, 0, 1])
+    assert count_pairs(labels) == 4
+    assert sorted(map(tuple, draw_pairs(labels, 4, seed=0).tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
+    with pytest.raises(ValueError):
+        draw_pairs(labels, 5, seed=0)
+
+
+def test_a_pair_depends_on_seed_and_index_alone() -> None:
+    labels = np.arange(400) % 40
+    pairs = draw_pairs(labels, 100_000, seed=3)  # more than one draw holds
+    assert np.array_equal(draw_pairs(labels, 7, seed=3), pairs[:7])
+    assert not np.array_equal(draw_pairs(labels, 7, seed=4), pairs[:7])
+    assert (labels[pairs[:, 0]] != labels[pairs[:, 1]]).all()
+    assert len(np.unique(pairs, axis=0)) == len(pairs)
+    # 100,000 of 156,000 pairs: each image is either role's source about 250 times.
+    counts = np.stack([np.bincount(pairs[:, role], minlength=400) for role in (0, 1)])
+    assert counts.min() > 200 and counts.max() < 300
+
+
+# ------------------------------------------------------------------------------------------- soft labels
+def test_soft_labels_come_back() -> None:
+    text = format_soft_label(np.array([0.1, 0.6, 0.05, 0.25]), ["0002", "0007", "a b:c", "-1"], top=3)
+    assert text == "0007:0.6000 -1:0.2500 0002:0.1000"
+    text = format_soft_label(np.array([0.5, 0.5]), ["a b:c,\n", "x"], top=1)
+    assert " " not in text and parse_soft_label(text) == {"a b:c,\n": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "x", "x:y", "a:0.7 b:0.7", "a:-0.1", "a:nan", ":"])
+def test_what_is_no_soft_label(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_soft_label(text)
+
+
+def test_what_a_soft_label_leaves_is_spread_over_the_others() -> None:
+    floor, peaks = soften({1: 0.5, 2: 0.3}, 4)
+    assert floor == pytest.approx(0.1) and peaks == pytest.approx({1: 0.4, 2: 0.2})
+    assert soften({0: 0.75, 1: 0.5}, 3) == (0.0, pytest.approx({0: 0.6, 1: 0.4}))
+    assert soften({0: 0.25, 1: 0.5}, 2) == (0.0, pytest.approx({0: 1 / 3, 1: 2 / 3}))
+
+
+# ------------------------------------------------------------------------------------------ the manifest
+ROW = Row("train_all/1/a.jpg", "x/1.jpg", "x/2.jpg", "1", "2", 3, 4, "1:0.5")
+
+
+def refused_manifest(folder: Path, rows: list[Any]) -> str:
+    write_manifest(folder, rows)
+    with pytest.raises(UserError) as error:
+        read_manifest(folder)
+    assert str(folder / MANIFEST) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "", ".", "a\0b"])
+def test_manifest_paths_stay_in_their_folder(tmp_path: Path, file: str) -> None:
+    assert "line 3" in refused_manifest(tmp_path, [ROW, ROW._replace(file=file)])
+
+
+def test_damaged_manifests(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file; give a folder made by generate.py"):
+        read_manifest(tmp_path)
+    write_manifest(tmp_path, [ROW, ROW._replace(file='train_all/1/a, "b".jpg')])
+    assert read_manifest(tmp_path)[1].file == 'train_all/1/a, "b".jpg'
+    assert "listed twice" in refused_manifest(tmp_path, [ROW, ROW])
+    assert "line 2: 7 columns instead of 8" in refused_manifest(tmp_path, [ROW[:7]])
+    assert "not whole numbers" in refused_manifest(tmp_path, [ROW._replace(structure_camera="c")])
+    (tmp_path / MANIFEST).write_text("file,what\n")
+    with pytest.raises(UserError, match="first line must name the columns"):
+        read_manifest(tmp_path)
+
+
+def test_names_follow_market(tiny_data: Path, tmp_path: Path) -> None:
+    images = read_people(tiny_data, "train_all")
+    pairs = draw_pairs(images.labels(), 30, seed=0)
+    rows = plan_rows(images, tiny_data, pairs, labelled=True, suffix=".png")
+    for i, (row, (a, s)) in enumerate(zip(rows, pairs, strict=True)):
+        assert row.file.endswith(f"_c{images.camids[s]}s1_{i:06d}_00.png")
+        assert row.file.startswith(f"train_all/{images.tokens[a]}/{images.tokens[a]}_")
+    nobody = plan_rows(images, tiny_data, pairs, labelled=False, suffix=".jpg")
+    assert {row.file.split("_c")[0] for row in nobody} == {"train_all/0000/0000"}
+    assert [row.appearance_id for row in nobody] == [row.appearance_id for row in rows]
+    # Folders with names that are no numbers, pictures with names that say nothing.
+    for name in ("anna", "bo:b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(images.paths[0], tmp_path / name / "picture.jpg")
+    people = read_people(tmp_path)
+    rows = plan_rows(people, tmp_path, np.array([[0, 1], [1, 0]]), labelled=True, suffix=".jpg")
+    assert [row.file for row in rows] == [
+        "train_all/anna/0001_c0s1_000000_00.jpg",
+        "train_all/bo:b/0002_c0s1_000001_00.jpg",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- data sets
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import runpy, sys\nsys.argv = ['generate.py', '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try:\n    runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n    print('heavy', sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "--count" in done.stdout and done.stdout.endswith("heavy []\n")
+
+
+def test_the_images_are_the_swaps_that_the_manifest_names(
+    runs: Path, generate: Generate, tiny_data: Path, tmp_path: Path
+) -> None:
+    outcome = generate(tmp_path / "out", "--count", 20, "--format", "png", "--seed", 5, "--top", 3)
+    assert outcome.code == 0, outcome.err
+    assert "20 images in" in outcome.out and "images/s" in outcome.out
+    rows = assert_agrees(tmp_path / "out")
+    model = load_swapper(RunFolder(runs, "tiny"), CPU)
+    x_app, x_str = (normalise(decode_images([tiny_data / row[role] for row in rows], *model.size)) for role in (1, 2))
+    written = np.stack([np.asarray(Image.open(tmp_path / "out" / row.file)) for row in rows])
+    # Another number of images per pass: the last bit of a float may differ.
+    assert np.abs(to_uint8(model.swap(x_app, x_str)).astype(int) - written).max() <= 1
+    teacher = load_teacher("tutor", runs, 8)
+    with torch.no_grad():
+        x = normalise(torch.from_numpy(written).permute(0, 3, 1, 2))
+        p = sum(torch.softmax(teacher(v)[1][0], dim=1) for v in (x, x.flip(3))) / 2
+    classes = read_split(tiny_data, "train_all").classes
+    for row, expected in zip(rows, p, strict=True):
+        label = parse_soft_label(row.soft_label)
+        assert len(label) == 3 and list(label.values()) == sorted(label.values(), reverse=True)
+        for token, probability in label.items():
+            assert probability == pytest.approx(expected[classes.index(token)].item(), abs=2e-4)
+        assert max(label, key=label.get) == classes[expected.argmax()]
+
+
+def test_the_result_is_a_data_set(reference: Path, tiny_data: Path) -> None:
+    images, rows = read_split(reference, "train_all"), assert_agrees(reference)
+    assert len(images) == 50
+    by_file = {reference / row.file: row for row in rows}
+    for path, token, camera in zip(images.paths, images.tokens, images.camids, strict=True):
+        row = by_file[path]
+        assert (token, camera) == (row.appearance_id, row.structure_camera)
+        assert row.appearance_id in row.appearance and row.structure_id in row.structure
+        assert (tiny_data / row.appearance).is_file() and (tiny_data / row.structure).is_file()
+    assert not [path for path in reference.rglob(".*")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batch_size_and_processes_do_not_show(
+    generate: Generate, reference: Path, tmp_path: Path, batch_size: int
+) -> None:
+    assert generate(tmp_path / "out", "--count", 50, "--batch_size", batch_size).code == 0
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_torchrun_makes_the_same_files(runs: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    for row in read_manifest(reference)[20:]:
+        (out / row.file).unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = start(runs, "--out", out, "--count", 50, "--batch_size", 8)
+    done = subprocess.run(torchrun + command[1:], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("50 images in") == 1 and "30 of them made now" in done.stdout
+    assert contents(out) == contents(reference)
+
+
+def test_killed_it_continues_to_the_same_result(
+    runs: Path, generate: Generate, reference: Path, tmp_path: Path
+) -> None:
+    for attempt in range(5):  # on a busy machine it may be done before it is killed
+        out = tmp_path / str(attempt)
+        began = time.monotonic()
+        command = start(runs, "--out", out, "--count", 50, "--batch_size", 8)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and time.monotonic() < began + 400:
+            if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes().count(b"\n") > 8:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            break
+    rows = assert_agrees(out, unlisted=True)
+    assert 0 < len(rows) < 50
+    with pytest.raises(UserError, match="interrupted"):
+        read_split(out, "train_all")
+    outcome = generate(out, "--count", 50)
+    assert outcome.code == 0, outcome.err
+    assert f"{50 - len(rows)} of them made now" in outcome.out
+    assert contents(out) == contents(reference)
+
+
+def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, reference: Path, tmp_path: Path) -> None:
+    """What a batch system and what Ctrl-C send: the images so far are listed, nothing else stays."""
+    out, count = tmp_path / "out", 300  # more than are made while this test looks
+    for number, status, listed in ((signal.SIGTERM, 143, 8), (signal.SIGINT, 130, 0)):
+        before = len(read_manifest(out)) if out.exists() else 0
+        command = start(runs, "--out", out, "--count", count, "--batch_size", 8)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < end:
+            if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes().count(b"\n") > 1 + before + listed:
+                break
+            time.sleep(0.002)
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)
+        assert process.returncode == status, printed
+        assert "Traceback" not in "".join(printed) and "made now" not in printed[0], printed
+        rows = assert_agrees(out)
+        assert before < len(rows) < count and not list(out.rglob("*.part"))
+        with pytest.raises(UserError, match="interrupted"):
+            read_split(out, "train_all")
+    outcome = generate(out, "--count", count)
+    assert outcome.code == 0 and f"{count - len(rows)} of them made now" in outcome.out, outcome.err
+    assert len(assert_agrees(out)) == count
+    wanted = {file: digest for file, digest in contents(reference).items() if file.endswith(".jpg")}
+    assert wanted.items() <= contents(out).items() and read_manifest(out)[:50] == read_manifest(reference)
+
+
+def test_ctrl_c_is_for_the_main_process_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = []
+
+    class Context:
+        def Pipe(self) -> tuple[None, None]:
+            return None, None
+
+        def Process(self, **_: object) -> Any:
+            return self
+
+        def start(self) -> None:
+            handlers.append(signal.getsignal(signal.SIGINT))
+            raise UserError("no more processes")
+
+    monkeypatch.setattr(swap_set, "get_context", lambda _: Context())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="no more processes"):
+        next(swap_set.run_workers(None, None, [CPU, CPU], [[0], [1]]))
+    assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert generate(out, "--count", 20).code == 0
+    first = contents(out)
+    assert generate(out, "--count", 50).code == 0
+    assert contents(out) == contents(reference)
+    assert {file: first[file] for file in first if file.endswith(".jpg")}.items() <= contents(reference).items()
+    before = contents(out)
+    outcome = generate(out, "--count", 50)
+    assert outcome.code == 0 and "0 of them made now" in outcome.out and contents(out) == before
+    assert "--count 20 is less than the 50 images" in generate(out, "--count", 20).error
+
+
+def test_what_was_lost_since_is_made_again(generate: Generate, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    rows = read_manifest(out)
+    (out / rows[3].file).unlink()
+    (out / rows[30].file).write_bytes(b"")
+    with open(out / MANIFEST, "ab") as file:
+        file.write(b"train_all/0004/cut off")
+    outcome = generate(out, "--count", 50)
+    assert "2 of 50 images cannot be read" in outcome.err and "2 of them made now" in outcome.out
+    assert contents(out) == contents(reference)
+
+
+@pytest.mark.parametrize("limit,kind", [(1000, "image"), (3000, "manifest")])
+def test_disk_full(generate: Generate, tmp_path: Path, reference: Path, limit: int, kind: str) -> None:
+    """A limit on the size of files cuts a write short as a full disk does."""
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert generate(out, "--count", 8).code == 0
+    sizes = [path.stat().st_size for path in out.rglob("*.jpg")]
+    assert (out / MANIFEST).stat().st_size < 3000
+    assert max(sizes) > 1000 if kind == "image" else max(sizes) < 3000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        outcome = generate(out, "--count", 50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{out}: cannot be written" in outcome.error and "run the same command again" in outcome.error
+    rows = assert_agrees(out)
+    assert 8 <= len(rows) < 50 and f"{len(rows)} of 50 images are there" in outcome.error
+    assert not list(out.rglob("*.part"))
+    assert generate(out, "--count", 50).code == 0
+    assert contents(out) == contents(reference)
+
+
+def test_nothing_foreign_is_touched(generate: Generate, reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    assert f"--out {tmp_path}: holds other files (diary.txt)" in generate(tmp_path, "--count", 4).error
+    assert contents(tmp_path).keys() == {"diary.txt"}
+    before = contents(reference)
+    for options, words in (
+        (("--seed", 1), "made with seed 0, now 1"),
+        (("--labels", "none"), "made with labels appearance, now none"),
+        (("--quality", 50), "made with quality 95, now 50"),
+        (("--no-soft-labels",), "made with weights"),
+    ):
+        assert words in generate(reference, "--count", 50, *options).error
+    assert contents(reference) == before
+    settings = tmp_path / "cut" / SETTINGS
+    settings.parent.mkdir()
+    settings.write_text("{")
+    assert f"{settings}: damaged" in generate(settings.parent, "--count", 4).error
+
+
+def test_a_manifest_of_something_else_is_not_continued(reference: Path, tmp_path: Path) -> None:
+    shutil.copy(reference / MANIFEST, tmp_path)
+    rows = read_manifest(reference)
+    plain = [row._replace(soft_label="") for row in rows]
+    with pytest.raises(UserError, match="not what this command makes there"):
+        recover_rows(tmp_path, [row._replace(appearance="x") for row in plain])
+    shutil.copytree(reference / "train_all", tmp_path / "train_all")
+    assert recover_rows(tmp_path, plain) == rows
+
+
+def test_without_labels_and_teacher(generate: Generate, tmp_path: Path, tiny_data: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--labels", "none", "--no-soft-labels", "--input", tiny_data / "bounding_box_train")
+    assert generate(out, "--count", 9, *options).code == 0
+    rows = assert_agrees(out)
+    assert {row.soft_label for row in rows} == {""} and len({row.appearance_id for row in rows}) > 1
+    assert all((tiny_data / "bounding_box_train" / row.structure).is_file() for row in rows)
+    images = read_split(out, "train_all")
+    assert set(images.pids) == {0} and len(images) == 9
+    # To score them every image counts as another person.
+    for source in (out, out / "train_all"):
+        assert read_people(source, generated=True).pids.tolist() == list(range(1, 10))
+    shutil.copytree(tiny_data / "query", out / "query")  # with queries it is a data set as any other
+    assert read_people(out, generated=True).paths == read_people(out).paths
+
+
+def test_it_is_unfinished_from_the_first_change_on(
+    generate: Generate, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    count = len(read_manifest(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(swap_set, "recover_rows", killed)
+        assert generate(out, "--count", count + 1).code == 130
+    assert (out / UNFINISHED_MARK).exists()
+    assert generate(out, "--count", count + 1).code == 0 and not (out / UNFINISHED_MARK).exists()
+    assert len(read_people(out, generated=True)) == count + 1
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (("--count", 0), "--count 0: must be at least 1"),
+        (("--count", 4, "--quality", 101), "--quality 101"),
+        (("--count", 4, "--which_epoch", 3), "--which_epoch 3: no such snapshot"),
+        (("--count", 4, "--name", "nobody"), "no such run"),
+        (("--count", 4, "--teacher", "nobody"), "no teacher of that name.*--no-soft-labels"),
+        (("--count", 4, "--teacher", ","), "--teacher ',': names no teacher"),
+        (("--count", 4, "--data_root", "nowhere"), "no such folder.*--data_root DIR"),
+        (("--count", 4, "--precision", "fp16"), "fp16"),
+        (("--count", 4, "--gpu_ids", "0,x"), "--gpu_ids 0,x"),
+        (("--count", 4, "--gpu_ids", "0"), "sees no CUDA GPU"),
+        (("--count", 4, "--input", "nowhere"), "nowhere: no such folder"),
+        (("--count", 10**9), "which give only [0-9]+ different swaps"),
+    ],
+)
+def test_bad_options(generate: Generate, tmp_path: Path, options: tuple, words: str) -> None:
+    assert re.search(words, generate(tmp_path / "out", *options).error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_folders(generate: Generate, tiny_data: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    options = (out, "--count", 1, "--no-soft-labels", "--input", source)
+    assert "neither a data set nor a folder of images" in generate(*options).error
+    pictures = sorted((tiny_data / "bounding_box_train").iterdir())
+    shutil.copy(pictures[0], source)
+    assert "1 images of 1 identity" in generate(*options).error
+    shutil.copy(pictures[-1], source)
+    (source / pictures[5].name).write_text("not a picture")
+    assert "1 of 3 images cannot be read" in generate(*options).error
+    assert not out.exists()
+    (source / pictures[5].name).unlink()
+    assert generate(*options).code == 0
+
+
+def test_an_out_that_cannot_be_made(generate: Generate, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file/out: cannot be made" in generate(tmp_path / "file" / "out", "--count", 4).error
+
+
+def test_two_at_once_in_one_folder(generate: Generate, tmp_path: Path) -> None:
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        assert "another generate.py is writing to it" in generate(tmp_path, "--count", 4).error
+    finally:
+        os.close(lock)
+
+
+# ------------------------------------------------------------------------------------- training on them
+def test_labels_of_real_and_generated_images(reference: Path, tiny_data: Path) -> None:
+    real = read_split(tiny_data, "train_all", need_names=False)
+    n, rows = len(real), read_manifest(reference)
+    both, none = add_generated(real, reference, "one_hot")
+    assert none is None and both.classes == real.classes and len(both) == n + 50
+    assert [both.classes[k] for k in both.labels()[n:]] == [row.appearance_id for row in rows]
+    assert np.array_equal(both.labels()[:n], real.labels())
+    everything = np.arange(n + 50)
+    _, uniform = add_generated(real, reference, "lsro")
+    q = uniform.rows(everything)
+    assert np.array_equal(q[:n], np.eye(8)[real.labels()]) and (q[n:] == 1 / 8).all()
+    _, soft = add_generated(real, reference, "soft")
+    q = soft.rows(everything)
+    assert np.array_equal(q[:n], np.eye(8)[real.labels()])
+    np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-6)
+    for row, label in zip(rows, q[n:], strict=True):
+        listed = parse_soft_label(row.soft_label)
+        for token, probability in listed.items():
+            assert label[both.classes.index(token)] == pytest.approx(probability, abs=3e-4)
+        rest = [label[k] for k, token in enumerate(both.classes) if token not in listed]
+        assert rest == pytest.approx([(1 - sum(listed.values())) / 3] * 3, abs=1e-6)
+
+
+def test_the_loader_hands_out_the_labels_of_its_images(reference: Path, tiny_data: Path) -> None:
+    real = read_split(tiny_data, "train_all", need_names=False)
+    both, soft = add_generated(real, reference, "soft")
+    size = dict(batch_size=16, height=64, width=32, seed=0, with_positive=False)
+    loader = PairLoader(both, soft_labels=soft, **size)
+    seen = set()
+    for t in range(loader.batches_per_epoch):
+        batch = loader.batch(t)
+        seen |= set(batch.index.tolist())
+        assert np.array_equal(batch.q.numpy(), soft.rows(batch.index.numpy()))
+        assert np.array_equal(batch.y.numpy(), both.labels()[batch.index.numpy()])
+    assert len([i for i in seen if i >= len(real)]) > 30
+    assert PairLoader(both, **size).batch(0).q is None
+
+
+def test_a_step_on_one_hot_rows_is_a_step_on_classes() -> None:
+    x, y = torch.randn(6, 3, 64, 32, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    results = {}
+    for name, q in dict(classes=None, rows=torch.eye(3)[y], uniform=torch.full((6, 3), 1 / 3)).items():
+        torch.manual_seed(0)
+        trainer = TeacherTrainer(tiny_teacher_config(dropout=0, batch_size=6), 3, CPU, steps_per_epoch=1)
+        terms = trainer.step(Batch(x, x[:0], y, y, q), 1)
+        results[name] = terms, trainer.net.classifier.classifier[0].weight.detach()
+    torch.testing.assert_close(results["classes"], results["rows"])
+    assert results["uniform"][0]["id"] >= np.log(3) - 1e-6
+    assert (results["uniform"][1] - results["classes"][1]).abs().max() > 1e-3
+
+
+@pytest.fixture
+def train(script: Script, runs: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    """Train a teacher on the tiny data and what `extra` says."""
+
+    def call(*options: str, **extra: Any) -> Outcome:
+        file = tmp_path / "extra.yaml"
+        file.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data), epochs=1) | extra))
+        return script("train", "--config", file, "--output_path", tmp_path / "trained", *options)
+
+    return call
+
+
+@pytest.mark.parametrize("policy", ["one_hot", "lsro", "soft"])
+def test_a_teacher_trains_on_real_and_generated_images(
+    train: Callable[..., Outcome], reference: Path, tiny_data: Path, policy: str
+) -> None:
+    n = len(read_split(tiny_data, "train_all", need_names=False)) + 50
+    outcome = train(extra_data=str(reference), extra_labels=policy)
+    assert outcome.code == 0 and f"{n // 16}/{n // 16}" in outcome.err, outcome.err
+    assert f"{n} images of 8 identities" in train("--name", "x", "--dry-run", extra_data=str(reference)).out
+
+
+def test_extra_data_that_does_not_fit(
+    train: Callable[..., Outcome], reference: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    assert "extra_labels lsro needs extra_data" in train(extra_labels="lsro").error
+    assert "manifest.csv: no such file" in train(extra_data=str(tiny_data)).error
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    (out / ".unfinished").touch()
+    assert "its generation was interrupted" in train(extra_data=str(out)).error
+    (out / ".unfinished").unlink()
+    rows = read_manifest(out)
+    write_manifest(out, [*rows[:-1], rows[-1]._replace(appearance_id="9999")])
+    assert "identity 9999 is not among the 8 of the training folder" in train(extra_data=str(out)).error
+    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="9999:0.5")])
+    soft = dict(extra_data=str(out), extra_labels="soft")
+    assert "identity 9999 is not among the 8" in train(**soft).error
+    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="")])
+    assert "has no soft label" in train(**soft).error
+    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="0004:x")])
+    assert "soft label of" in train(**soft).error
+    write_manifest(out, [*rows[:-1], rows[-1]._replace(file="../outside.jpg")])
+    assert "leads out of the manifest's folder" in train(extra_data=str(out)).error
+    write_manifest(out, rows)
+    (out / rows[0].file).unlink()
+    assert "1 of 50 images cannot be read" in train(extra_data=str(out)).error
+    write_manifest(out, [])
+    assert "no images in it" in train(extra_data=str(out)).error

@@ -1,0 +1,254 @@
+"""The swap error against the truth, pair choice, and the grid painter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.folders import ImageList, read_split
+from data.images import normalise
+from gen_eval.similarity import ssim
+from mannequins.dataset import load_factors, make_dataset
+from mannequins.truth import (
+    MOST_PSNR,
+    Swaps,
+    choose_pairs,
+    classify,
+    clothes_shares,
+    draw_swaps,
+    image_errors,
+    measure_swaps,
+    name_people,
+    recognise,
+    recolour,
+    shrink,
+    take_apart,
+)
+from reid_eval.features import Features, embed_images
+from reIDmodel import build_id_net, head_names
+from utils import UserError
+from visual_tools.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs, to_uint8
+
+
+@pytest.fixture(scope="module")
+def mannequins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("swaps") / "mannequins"
+    make_dataset(out, preset="tiny")
+    return out
+
+
+def test_error_on_changed_pixels_and_on_all() -> None:
+    true = np.full((1, 16, 16, 3), 100, np.uint8)
+    image = true.copy()
+    image[0, 0, 0] = 110  # changed, off by 10
+    image[0, 1, 1] = 126  # unchanged, off by 26
+    changed = np.zeros((1, 16, 16), bool)
+    changed[0, 0, :2] = True
+    errors = image_errors(image, true, changed)
+    assert errors["changed"] == pytest.approx([5.0])
+    assert errors["l1"] == pytest.approx([36 / 256])
+    assert errors["psnr"] == pytest.approx([10 * np.log10(255**2 / ((100 + 676) / 256))])
+    same = image_errors(true, true, ~changed)
+    assert same["psnr"] == [MOST_PSNR] and same["ssim"] == pytest.approx([1]) and same["l1"] == same["changed"] == [0]
+
+
+def test_the_error_of_brightness_and_of_colour() -> None:
+    true = np.full((3, 16, 16, 3), 100, np.uint8)
+    images = true.copy()
+    images[0] = 120  # brighter, without another colour
+    images[1] = (130, 100, 70)  # another colour, as bright
+    images[2] = (160, 100, 100)  # both
+    changed = np.zeros((3, 16, 16), bool)
+    changed[:, 4:8] = True
+    errors = image_errors(images, true, changed)
+    assert errors["brightness"] == pytest.approx([20, 0, 20])
+    assert errors["colour"] == pytest.approx([0, 20, (40 + 20 + 20) / 3])
+    assert errors["changed"] == pytest.approx([20, 20, 20])
+    nothing = image_errors(images, true, np.zeros_like(changed))
+    assert nothing["brightness"].tolist() == nothing["colour"].tolist() == [0, 0, 0]
+
+
+def test_recoloured_is_bright_as_the_structure_image() -> None:
+    structure, true = np.full((1, 2, 2, 3), 60, np.uint8), np.full((1, 2, 2, 3), (120, 90, 60), np.uint8)
+    assert (recolour(structure, true) == (90, 60, 30)).all() and (recolour(true, structure) == 90).all()
+    assert (recolour(true, true) == true).all()
+    dark = recolour(np.zeros_like(true), true)
+    assert (dark == (30, 0, 0)).all()  # what would be below black is black
+
+
+def test_ssim_of_constant_images_is_the_term_of_the_means() -> None:
+    a, b = torch.full((1, 3, 32, 16), 90, dtype=torch.uint8), torch.full((1, 3, 32, 16), 140, dtype=torch.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(a, b).tolist() == pytest.approx([(2 * 90 * 140 + c1) / (90**2 + 140**2 + c1)], abs=1e-3)
+
+
+def test_truth_and_copy_are_the_two_ends(mannequins: Path) -> None:
+    factors, images = load_factors(mannequins), read_split(mannequins, "query")
+    calls = iter(range(100))
+    names = [path.name for path in images.paths]
+    known = [i for i, name in enumerate(names) if name in factors.images]
+    chosen = choose_pairs([factors.images[names[i]].person for i in known], 6, seed=3)
+
+    def drawn(x_app: torch.Tensor, x_str: torch.Tensor) -> torch.Tensor:
+        call = next(calls)  # of every batch first the swaps, then the reconstructions
+        rows = chosen[call // 2 * 4 : call // 2 * 4 + 4]
+        true = [factors.true_swap(names[known[row[call % 2]]], names[known[row[1]]]) for row in rows]
+        pixels = np.stack([shrink(image, (64, 32)) for image in true])
+        return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+    settings = dict(size=(64, 32), count=6, seed=3, batch_size=4)
+    swaps = draw_swaps(drawn, factors, images, **settings)
+    perfect = measure_swaps(swaps)
+    copied = measure_swaps(draw_swaps(lambda _, x_str: x_str, factors, images, **settings))
+    assert 0 < perfect["recoloured"]["changed"] < perfect["copy"]["changed"]
+    assert (
+        perfect["recoloured"] == copied["recoloured"] and perfect["recoloured"]["colour"] < 3
+    )  # clipped here and there
+    assert perfect["generated"]["changed"] == 0 and perfect["generated"]["psnr"] == MOST_PSNR
+    assert perfect["generated"]["ssim"] == pytest.approx(1) and perfect["reconstruction"]["ssim"] > 0.95  # JPEG
+    assert perfect["copy"] == copied["copy"] == copied["generated"] and copied["copy"]["changed"] > 20
+    assert copied["reconstruction"]["psnr"] == MOST_PSNR
+    assert perfect["other"]["changed"] > 20 and perfect["other"] == copied["other"]
+    assert len(swaps.appearance) == 6 and (swaps.images["copy"] != swaps.images["true"]).any()
+
+
+def test_whose_clothes_the_swaps_wear() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.arange(64)[:, None, None]
+
+    def dressed(i: int, stripes: int, colour: np.ndarray) -> np.ndarray:
+        shade = 100 + 30 * (i % 2) + (rows > 32) * 20 * (i % 3)
+        pattern = 20 * np.where(rows // stripes % 2, 1, -1)
+        image = np.full((64, 32, 3), 40 * (i % 5) + 30)  # the wall, which a swap does not change
+        image[8:56, 6:26] = (shade + pattern + colour)[8:56]
+        return image.astype(np.uint8)
+
+    colours = rng.permuted(np.tile([-24, 0, 24], (8, 1)), axis=1)
+    true = np.stack([dressed(i, 3, colours[i]) for i in range(8)])
+    copy = np.stack([dressed(i // 2, 2, colours[(i + 3) % 8][::-1]) for i in range(8)])
+    walls = np.stack([dressed(i, 3, colours[i]) for i in range(8)])
+    walls[:, 8:56, 6:26] = 0
+    for images in (true, copy):
+        images[walls > 0] = walls[walls > 0]
+
+    def shares(generated: np.ndarray) -> dict[str, list[float]]:
+        swaps = Swaps(np.arange(8), np.arange(8), {"true": true, "copy": copy, "generated": generated})
+        return {part: [share["structure"], share["truth"]] for part, share in clothes_shares(swaps).items()}
+
+    assert list(shares(true)) == ["shade", "pattern", "colour"]
+    overalls = np.where(walls > 0, true, 90)
+    for generated, expected in ((true, [0, 1]), (copy, [1, 0]), (overalls, [0, 0])):
+        assert np.allclose(list(shares(generated).values()), expected, atol=1e-6)
+    mixed = shares(np.round(0.7 * copy + 0.2 * true).astype(np.uint8))
+    assert np.allclose(list(mixed.values()), [0.7, 0.2], atol=0.02)
+    # The structure image with the truth's colours keeps its own brightness.
+    recoloured = shares(recolour(copy, true))
+    assert np.allclose(recoloured["colour"], [0, 1], atol=0.02)
+    assert np.allclose([recoloured["shade"], recoloured["pattern"]], [1, 0], atol=0.02)
+    with pytest.raises(UserError, match="none of the true swaps changes a pixel"):
+        clothes_shares(Swaps(np.arange(8), np.arange(8), {"true": true, "copy": true, "generated": true}))
+
+
+def test_the_parts_of_an_image_are_its_sum() -> None:
+    rng = np.random.default_rng(0)
+    images, changed = rng.integers(0, 256, (2, 32, 16, 3)), rng.random((2, 32, 16)) < 0.5
+    parts = take_apart(images, changed)
+    assert {name: part.shape[3] for name, part in parts.items()} == {"shade": 1, "pattern": 1, "colour": 3}
+    assert np.allclose(sum(parts.values()), images)
+    other = np.where(changed[..., None], images, 0)
+    for name, part in take_apart(other, changed).items():  # what is not changed has no say
+        assert np.allclose(part[changed], parts[name][changed])
+
+
+def test_pairs_join_three_people_and_depend_on_the_seed_alone() -> None:
+    people = [i // 3 for i in range(12)]
+    pairs = choose_pairs(people, 50, seed=1)
+    assert (pairs == choose_pairs(people, 50, seed=1)).all() and (pairs != choose_pairs(people, 50, seed=2)).any()
+    assert all(len({people[i] for i in row}) == 3 for row in pairs)
+    with pytest.raises(UserError, match="2 people to swap between"):
+        choose_pairs([0, 0, 1, 1], 3, seed=1)
+
+
+def test_recognition_asks_for_the_appearance() -> None:
+    class Colour(torch.nn.Module):
+        """Knows people by their mean colour."""
+
+        def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x.mean((2, 3)),)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+            return x, (x.mean((2, 3)),)
+
+    def painted(colours: list[int]) -> np.ndarray:
+        images = np.zeros((len(colours), 32, 16, 3), np.uint8)
+        for image, colour in zip(images, colours, strict=True):
+            image[..., colour] = 255
+        return images
+
+    images = ImageList([Path(f"{i}.png") for i in range(3)], np.array([1, 2, 3]), np.array([1, 1, 1]))
+    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])
+    rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, recoloured=i, reconstruction=j, other=j)
+    swaps = Swaps(i, j, {name: painted(colours.tolist()) for name, colours in rows.items()})
+    net = Colour()
+    known = embed_images(net, normalise(torch.from_numpy(painted([0, 1, 2])).permute(0, 3, 1, 2))).numpy()
+    gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
+    found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"), batch_size=2)
+    top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"), batch_size=2)
+    expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
+    assert top1 == pytest.approx(expected)
+    assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
+
+
+def test_whom_the_heads_name() -> None:
+    """The first head goes by the clothes, the second by the hair: channels of the lower and of the upper half."""
+
+    class Halves(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            upper, lower = x.chunk(2, dim=2)
+            return x, (lower.mean((2, 3)), upper.mean((2, 3)))
+
+    def painted(hair: np.ndarray, clothes: np.ndarray) -> np.ndarray:
+        images = np.zeros((len(hair), 32, 16, 3), np.uint8)
+        images[np.arange(len(hair)), :16, :, hair] = 255
+        images[np.arange(len(hair)), 16:, :, clothes] = 255
+        return images
+
+    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])  # classes of clothes and of structure
+    images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
+    swaps = Swaps(i, j, images)
+    ab = build_id_net("AB", 3, backbone="resnet10w8")
+    found = name_people(Halves(), head_names(ab), swaps, np.arange(3), device=torch.device("cpu"), batch_size=2)
+    assert list(found) == ["generated", "true", "generated changed", "true changed"]
+    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in found.items()}
+    assert list(found["true"]) == ["primary", "fine-grained"]
+    third = pytest.approx(1 / 3)
+    assert named["true"] == [(0, 1), (1, 0)]
+    assert named["generated"] == named["generated changed"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
+    parts = head_names(build_id_net("PCB", 3, backbone="resnet10w8"))
+    of_parts = name_people(lambda x: (x, (x.mean((2, 3)),) * 4), parts, swaps, np.arange(3), device=torch.device("cpu"))
+    assert list(of_parts["true"]) == ["part 1", "part 2", "part 3", "part 4"]
+    assert named["generated changed"][1] == (1, 0) and named["true changed"] == [(0, 1), (0, 1)]
+
+
+def test_images_come_back_from_normalised_space() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
+    assert np.array_equal(to_uint8(normalise(pixels)), pixels.permute(0, 2, 3, 1).numpy())
+
+
+def test_grid_places_every_image() -> None:
+    red, blue = np.zeros((8, 4, 3), np.uint8), np.zeros((8, 4, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    figure = paint_grid([[red, None], [blue, red]], cell_height=16)
+    assert tuple(figure[GAP + 8, GAP + 4]) == (255, 0, 0)
+    assert tuple(figure[GAP + 8, GAP + 8 + GAP + 4]) == (255, 255, 255)
+    assert tuple(figure[GAP + 16 + GAP + 8, GAP + 4]) == (0, 0, 255)
+    labelled = paint_grid([[red], [blue]], row_labels=["a", "b"], column_labels=["c"], cell_height=64)
+    assert labelled.shape[1] > 32 + 2 * GAP and labelled.shape[0] > 2 * (64 + GAP)
+
+
+def test_pair_figure_has_a_row_per_role_and_a_column_per_pair() -> None:
+    images = {name: torch.zeros(3, 3, 64, 32) for name in PAIR_ROWS}
+    assert paint_pairs(images).shape[0] == GAP + len(PAIR_ROWS) * (128 + GAP)

@@ -1,0 +1,544 @@
+"""Reading, preparing and batching data sets, on images of coloured noise."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MARKET_NAMES, noise
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from data import folders
+from data.archives import flat_archive
+from data.augment import augment, augment_by_copies
+from data.folders import ImageList, check_images, parse_name, read_split, require_identities
+from data.images import decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
+from data.loader import Batch, PairLoader
+from data.prepare import Task, prepare
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
+
+HEIGHT, WIDTH = 32, 16
+
+
+@pytest.fixture
+def images(archive: Path) -> ImageList:
+    return read_split(archive, "train_all")
+
+
+def loader(images: ImageList, **options: object) -> PairLoader:
+    return PairLoader(images, **{"batch_size": 4, "height": HEIGHT, "width": WIDTH, "seed": 3, "pad": 4, **options})
+
+
+def take(stream: object, n: int) -> list[Batch]:
+    """The first n batches; then the stream is closed, as a finished training run does."""
+    taken = list(itertools.islice(stream, n))
+    stream.close()
+    return taken
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.q is None and other.q is None
+        for name in ("x", "xp", "y", "index"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+# ---- names and lists
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("0002_c1s1_000451_03.jpg", (2, 1)),
+        ("-1_c3s2_000031_02.jpg", (-1, 3)),
+        ("0000_c6s1_000010_01.jpg", (0, 6)),
+        ("0002_c15_0001.jpg", (2, 15)),
+        ("0005_c2_f0046985.jpg", (5, 2)),
+        ("123456_c103s1.png", (123456, 103)),
+    ],
+)
+def test_parse_name(name: str, expected: tuple[int, int]) -> None:
+    assert parse_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg", ""])
+def test_parse_name_refuses(name: str) -> None:
+    with pytest.raises(UserError, match="no identity and camera"):
+        parse_name(name)
+
+
+def test_first_image_of_each_identity_is_val(archive: Path) -> None:
+    val, train = read_split(archive, "val"), read_split(archive, "train")
+    assert [p.name for p in val.paths] == [
+        "0002_c1s1_000451_01.jpg",
+        "0007_c15s2_0001015_01.jpg",
+        "0011_c6s1_000001_01.jpg",
+        "1500_c2s3_000020_01.jpg",
+    ]
+    both = sorted(p.name for p in [*val.paths, *train.paths])
+    assert both == sorted(MARKET_NAMES["bounding_box_train"])
+    assert [p.name for p in read_split(archive, "train_all").paths] == sorted(MARKET_NAMES["bounding_box_train"])
+
+
+def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None:
+    for name in ("-1_c1s1_000001_01.jpg", "0000_c1s1_000001_01.jpg"):
+        noise(archive / "bounding_box_train" / name)
+    assert read_split(archive, "train_all").pids.min() == 2
+    gallery = read_split(archive, "gallery")
+    assert gallery.pids.tolist() == [-1, 0, 3, 3, 4]
+    assert gallery.camids.tolist() == [3, 6, 1, 2, 5]
+    assert gallery.pids.dtype == gallery.camids.dtype == np.int64
+
+
+@pytest.mark.parametrize("split", folders.SPLITS)
+def test_prepared_and_archive_give_the_same_lists(archive: Path, split: str) -> None:
+    before = read_split(archive, split)
+    prepare(Task("Market-1501", archive, flat_archive(archive)))
+    for root in (archive, archive / "pytorch"):
+        after = read_split(root, split)
+        if split != "query" or root != archive:
+            assert after.paths[0].parent.parent == archive / "pytorch" / split
+        assert [p.name for p in after.paths] == [p.name for p in before.paths]
+        assert after.pids.tolist() == before.pids.tolist()
+        assert after.camids.tolist() == before.camids.tolist()
+        assert after.labels().tolist() == before.labels().tolist()
+
+
+def test_labels_are_those_of_image_folder(tmp_path: Path) -> None:
+    for token, n in (("2", 2), ("20", 1), ("10", 3), ("-1", 1), ("0003", 2)):
+        for i in range(n):
+            noise(tmp_path / "train_all" / token / f"{token}_c1s1_{i}.JPG")
+    (tmp_path / "train_all" / ".hidden").mkdir()
+    ours, theirs = read_split(tmp_path, "train_all"), ImageFolder(str(tmp_path / "train_all"), allow_empty=True)
+    assert [str(p) for p in ours.paths] == [path for path, _ in theirs.samples]
+    hidden = theirs.class_to_idx[".hidden"]
+    assert ours.classes == [c for c in theirs.classes if c != ".hidden"]
+    assert ours.labels().tolist() == [label - (label > hidden) for label in theirs.targets]
+    assert ours.num_classes == 5
+    assert ours.pids.tolist() == [-1, 3, 3, 10, 10, 10, 2, 2, 20]
+    assert ours.select([True] + [False] * 7 + [True]).labels().tolist() == [0, 1]
+
+
+def test_flat_names_of_uneven_length_sort_by_identity(tmp_path: Path) -> None:
+    for name in ("20_c1s1_1.jpg", "2_c1s1_1.jpg", "2_c1s1_2.jpg", "20_c1s1_2.jpg"):
+        noise(tmp_path / "bounding_box_train" / name)
+    listed = read_split(tmp_path, "train_all")
+    assert listed.pids.tolist() == [2, 2, 20, 20]
+    assert read_split(tmp_path, "val").pids.tolist() == [2, 20]
+
+
+def test_image_list_without_tokens_labels_by_the_number_as_a_string() -> None:
+    plain = ImageList([Path("a"), Path("b"), Path("c")], np.array([20, 3, 20]), np.zeros(3, np.int64))
+    assert plain.labels().tolist() == [0, 1, 0]
+    assert len(plain) == 3
+    assert plain.num_classes == 2
+
+
+def test_training_needs_no_parsable_names(tmp_path: Path) -> None:
+    for person in ("anna", "bob"):
+        for i in (1, 2):
+            noise(tmp_path / "train_all" / person / f"photo {i}.png")
+    noise(tmp_path / "train_all" / "bob" / "0009_c4s1.jpg")
+    listed = read_split(tmp_path, "train_all", need_names=False)
+    assert listed.labels().tolist() == [0, 0, 1, 1, 1]
+    assert listed.pids.tolist() == [1, 1, 2, 2, 2]
+    assert listed.camids.tolist() == [0, 0, 4, 0, 0]
+    assert listed.num_classes == 2
+    with pytest.raises(UserError, match="anna: photo 1.png: no identity and camera"):
+        read_split(tmp_path, "train_all")
+
+
+def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder; set data_root"):
+        read_split(tmp_path / "nowhere", "query")
+    with pytest.raises(UserError, match="unknown; use one of"):
+        read_split(archive, "test")
+    shutil.rmtree(archive / "gt_bbox")
+    with pytest.raises(UserError, match="no multi-query/"):
+        read_split(archive, "multi-query")
+    for path in (archive / "bounding_box_test").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match="no images for gallery"):
+        read_split(archive, "gallery")
+    (tmp_path / "other" / "train_all" / "0001").mkdir(parents=True)
+    with pytest.raises(UserError, match="expected one sub-folder per identity"):
+        read_split(tmp_path / "other", "train_all")
+    noise(tmp_path / "other" / "train_all" / "0001_c1.jpg")
+    with pytest.raises(UserError, match="both images and sub-folders"):
+        read_split(tmp_path / "other", "train_all")
+
+
+def test_require_identities(archive: Path) -> None:
+    listed = read_split(archive, "train_all")
+    require_identities(listed)
+    with pytest.raises(UserError, match="bounding_box_train: 1 identity here"):
+        require_identities(listed.select(listed.pids == 2))
+
+
+# ---- damaged images
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> dict[str, Path]:
+    """Files by what they are; the first four are good."""
+    files = {
+        "good": noise(tmp_path / "good.jpg"),
+        "tiny": noise(tmp_path / "tiny.png", (1, 1)),
+        "bitmap": noise(tmp_path / "bitmap.bmp"),
+        "mislabelled": tmp_path / "really_a_png.jpg",
+        "cut jpeg": noise(tmp_path / "cut.jpg", (64, 128)),
+        "cut png": noise(tmp_path / "cut.png", (64, 128)),
+        "cut bitmap": noise(tmp_path / "cut.bmp", (64, 128)),
+        "empty": tmp_path / "empty.jpg",
+        "text": tmp_path / "text.jpg",
+        "missing": tmp_path / "missing.jpg",
+    }
+    shutil.copy(files["tiny"], files["mislabelled"])
+    for kind in ("cut jpeg", "cut png", "cut bitmap"):
+        files[kind].write_bytes(files[kind].read_bytes()[:-200])
+    files["empty"].touch()
+    files["text"].write_text("this is no image\n")
+    return files
+
+
+def test_check_images_finds_the_damaged(damaged: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    paths = list(damaged.values())
+    assert check_images(paths, skip_bad=True) == [True] * 4 + [False] * 6
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "6 of 10 images" in warning and "cut.jpg (damaged or cut short)" in warning and "3 more" in warning
+    with pytest.raises(UserError, match="skip_bad_images: true"):
+        check_images(paths, skip_bad=False)
+    with pytest.raises(UserError, match="no image remains"):
+        check_images(paths[4:], skip_bad=True)
+    assert check_images(paths[:4], skip_bad=False) == [True] * 4
+    assert not capsys.readouterr().err
+
+
+def test_check_agrees_with_loading(damaged: dict[str, Path]) -> None:
+    mask = check_images(list(damaged.values()), skip_bad=True)
+    for path, good in zip(damaged.values(), mask, strict=True):
+        if good:
+            assert resized(path, HEIGHT, WIDTH).shape == (3, HEIGHT, WIDTH)
+        else:
+            with pytest.raises(UserError, match=path.name) as error:
+                load_image(path)
+            assert "\n" not in str(error.value)
+
+
+def test_check_sees_through_thumbnails_and_trailing_bytes(tmp_path: Path) -> None:
+    whole = noise(tmp_path / "whole.jpg", (64, 128)).read_bytes()
+    thumbnail = noise(tmp_path / "thumbnail.jpg", (8, 16)).read_bytes()
+    # A comment segment that holds a complete JPEG, as EXIF thumbnails do.
+    comment = b"\xff\xfe" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    with_thumbnail = whole[:2] + comment + whole[2:]
+    cut, trailing = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    cut.write_bytes(with_thumbnail[:-100])
+    trailing.write_bytes(with_thumbnail + bytes(10_000))
+    assert check_images([cut, trailing], skip_bad=True) == [False, True]
+
+
+def test_check_refuses_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [noise(tmp_path / "a.png", (10, 10)), noise(tmp_path / "b.png", (40, 40))]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UserError, match="b.png .*too many"):
+        check_images(paths, skip_bad=False)
+
+
+def test_check_is_fast(tmp_path: Path) -> None:
+    path = noise(tmp_path / "a.jpg", (64, 128))
+    start = time.perf_counter()
+    check_images([path] * 1000, skip_bad=False)
+    assert time.perf_counter() - start < 2  # 13,000 files in well under half a minute, on a busy machine
+
+
+def test_load_image_modes(tmp_path: Path) -> None:
+    for i, (mode, suffix) in enumerate(
+        [("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")]
+    ):
+        image = load_image(noise(tmp_path / f"{i}.{suffix}", mode=mode))
+        assert image.mode == "RGB" and image.size == (20, 44)
+    deep = np.full((4, 4), 0x80FF, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.asarray(load_image(tmp_path / "deep.png")).tolist() == np.full((4, 4, 3), 0x80).tolist()
+
+
+def test_load_image_turns_upright(tmp_path: Path) -> None:
+    image = Image.open(noise(tmp_path / "a.png", (20, 44)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.asarray(image))
+
+
+# ---- batches
+
+
+def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList) -> None:
+    pad, flips, corners = 5, [False, True, True, False], [(0, 0), (10, 3), (5, 5), (2, 10)]
+    pixels = torch.stack([resized(path, HEIGHT, WIDTH) for path in images.paths[:4]])
+    top, left = torch.tensor(corners).T
+    ours = normalise(augment(pixels, torch.arange(4), torch.tensor(flips), top, left, pad))
+    for i, path in enumerate(images.paths[:4]):
+        steps = [
+            transforms.functional.hflip if flips[i] else lambda image: image,
+            transforms.Resize((HEIGHT, WIDTH), transforms.InterpolationMode.BICUBIC),
+            transforms.Pad(pad, padding_mode="edge"),
+            lambda image, at=corners[i]: transforms.functional.crop(image, *at, HEIGHT, WIDTH),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+        assert torch.equal(ours[i], transforms.Compose(steps)(load_image(path)))
+
+
+@pytest.mark.parametrize("pad", [0, 3, 9, 10, 25])
+def test_augment_repeats_the_edges_of_the_chosen_images(pad: int) -> None:
+    """Also where more is padded than the image has."""
+    rng = np.random.default_rng(pad)
+    pixels = torch.from_numpy(rng.integers(0, 256, (5, 3, 9, 6), dtype=np.uint8))
+    chosen = torch.from_numpy(rng.integers(0, 5, 40))
+    flip = torch.from_numpy(rng.random(40) < 0.5)
+    top, left = torch.from_numpy(rng.integers(0, 2 * pad + 1, (2, 40)))
+    rows, columns = ((at[:, None] - pad + torch.arange(n)).clamp(0, n - 1) for at, n in ((top, 9), (left, 6)))
+    expected = [
+        (pixels[k].flip(2) if mirrored else pixels[k])[:, rows[i]][:, :, columns[i]]
+        for i, (k, mirrored) in enumerate(zip(chosen.tolist(), flip.tolist(), strict=True))
+    ]
+    assert torch.equal(augment(pixels, chosen, flip, top, left, pad), torch.stack(expected))
+    assert torch.equal(augment_by_copies(pixels, chosen, flip, top - pad, left - pad), torch.stack(expected))
+
+
+def test_no_augmentation_draw_is_left_out(images: ImageList) -> None:
+    stream = loader(images, cache=True)
+    draws = [stream._draw_augmentation(np.random.default_rng(i)) for i in range(200)]
+    flip, top, left = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+    assert 0.4 < flip.mean() < 0.6
+    assert set(top.tolist()) == set(left.tolist()) == set(range(9))
+
+
+def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
+    stream = loader(images, batch_size=5, cache=True)
+    assert stream.batches_per_epoch == 2
+    epochs = [take(stream.batches(start), 2) for start in (0, 2, 4)]
+    orders = [torch.cat([batch.index for batch in epoch]).tolist() for epoch in epochs]
+    for order in orders:
+        assert sorted(order) == list(range(10))
+    assert orders[0] != orders[1] != orders[2]
+    dropped = take(loader(images, cache=True).batches(), 4)
+    assert all(len(set(torch.cat([a.index, b.index]).tolist())) == 8 for a, b in (dropped[:2], dropped[2:]))
+
+
+def test_different_seeds_are_independent(images: ImageList) -> None:
+    cached = loader(images, cache=True)
+    a, b = (loader(images, seed=seed, cache=cached.pixels) for seed in (0, 1))
+    assert a.pixels is b.pixels is cached.pixels
+    differing = [not torch.equal(a.batch(t).index, b.batch(t).index) for t in range(10)]
+    assert any(differing)
+
+
+def test_batch_contents(images: ImageList) -> None:
+    for batch in take(loader(images, cache=True).batches(), 6):
+        assert batch.x.shape == batch.xp.shape == (4, 3, HEIGHT, WIDTH)
+        assert batch.x.dtype == batch.xp.dtype == torch.float32
+        assert batch.y.dtype == batch.index.dtype == torch.int64
+        assert batch.y.tolist() == images.labels()[batch.index.numpy()].tolist()
+        assert batch.x.is_contiguous() and batch.x.abs().max() < 3
+
+
+def test_positive_has_the_same_identity_and_differs(images: ImageList) -> None:
+    stream = loader(images, cache=True)
+    labels, index = images.labels(), np.arange(len(images))
+    seen: dict[int, set[int]] = {i: set() for i in range(len(images))}
+    for seed in range(300):
+        chosen = stream._draw_positives(np.random.default_rng(seed), index)
+        assert (labels[chosen] == labels).all()
+        for i, other in enumerate(chosen.tolist()):
+            seen[i].add(other)
+    for i in seen:
+        others = set(np.flatnonzero(labels == labels[i]).tolist()) - {i}
+        assert seen[i] == (others or {i})
+
+
+def test_positive_pixels_are_those_of_the_drawn_image(images: ImageList) -> None:
+    stream = loader(images, cache=True, pad=0)
+    plain = normalise(stream.pixels)
+    labels = images.labels()
+    for t in range(6):
+        batch = stream.batch(t)
+        for x, xp, i in zip(batch.x, batch.xp, batch.index.tolist(), strict=True):
+            assert torch.equal(x, plain[i]) or torch.equal(x.flip(2), plain[i])
+            match = [j for j, p in enumerate(plain) if torch.equal(xp, p) or torch.equal(xp.flip(2), p)]
+            assert len(match) == 1 and labels[match[0]] == labels[i]
+            assert (match[0] == i) == ((labels == labels[i]).sum() == 1)
+
+
+def test_resume_equals_the_uninterrupted_stream(images: ImageList) -> None:
+    stream = loader(images, cache=True)
+    whole = take(stream.batches(), 9)
+    assert_same(whole[5:], take(stream.batches(5), 4))
+    assert_same(whole[5:], take(loader(images).batches(5), 4))
+
+
+def test_cache_and_workers_do_not_show(images: ImageList) -> None:
+    reference = take(loader(images, cache=True).batches(1), 5)
+    state = torch.random.get_rng_state()
+    too_small = {"cache": "auto", "cache_limit_mb": 0, "num_workers": 2}
+    for options in ({}, {"num_workers": 2}, {"num_workers": 1}, {"cache": "resized", "num_workers": 2}, too_small):
+        assert_same(reference, take(loader(images, **options).batches(1), 5))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_without_positive(images: ImageList) -> None:
+    full, half = take(loader(images).batches(), 3), take(loader(images, with_positive=False).batches(), 3)
+    for a, b in zip(full, half, strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.index, b.index)
+        assert b.xp.shape == (0, 3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_undecodable_image_is_named_in_one_line(images: ImageList, num_workers: int) -> None:
+    images.paths[0].write_bytes(images.paths[0].read_bytes()[:300])
+    with pytest.raises(UserError, match=images.paths[0].name) as error:
+        take(loader(images, num_workers=num_workers).batches(), 3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=images.paths[0].name):
+        loader(images, cache=True)
+
+
+def test_pair_loader_refuses(images: ImageList) -> None:
+    with pytest.raises(UserError, match="10 training images are fewer than batch_size 11"):
+        loader(images, batch_size=11)
+    for options in ({"batch_size": 0}, {"height": 0}, {"seed": -1}, {"pad": -1}, {"num_workers": -1}):
+        with pytest.raises(UserError, match="must be at least"):
+            loader(images, **options)
+    with pytest.raises(ValueError, match="cache is"):
+        loader(images, cache=torch.zeros(3, 3, HEIGHT, WIDTH, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
+def test_iter_images(images: ImageList, batch_size: int) -> None:
+    steps = [transforms.Resize((HEIGHT, WIDTH), 3), transforms.ToTensor()]
+    steps.append(transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    expected = torch.stack([transforms.Compose(steps)(load_image(path)) for path in images.paths])
+    batches = list(iter_images(images.paths, HEIGHT, WIDTH, batch_size))
+    assert torch.equal(torch.cat(batches), expected)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert list(iter_images([], HEIGHT, WIDTH, batch_size)) == []
+
+
+# ---- the cache
+
+
+def photo(path: Path, size: tuple[int, int]) -> Path:
+    """Save smooth shapes of four scales with a little noise; `size` is (width, height)."""
+    rng = np.random.default_rng(list(path.name.encode()))
+    shapes = [
+        Image.fromarray(rng.integers(0, 256, (size[1] // s + 1, size[0] // s + 1, 3), dtype=np.uint8)).resize(size, 3)
+        for s in (4, 8, 16, 32)
+    ]
+    image = np.mean([np.asarray(shape, np.float32) for shape in shapes], axis=0)
+    image += rng.normal(0, 4, image.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageList:
+    """Four identities of two photo-like images, of Market-1501's size."""
+    names = [f"000{person}_c{camera}s1_000001_01.png" for person in range(1, 5) for camera in (1, 2)]
+    for name in names:
+        photo(tmp_path / "photos" / "train_all" / name[:4] / name, (64, 128))
+    return read_split(tmp_path / "photos", "train_all")
+
+
+@pytest.mark.parametrize("resizing", [resize, resize_in_float])
+@pytest.mark.parametrize("size", [(256, 128), (64, 32), (384, 128), (100, 90)])
+def test_resizing_in_batches_is_pillows_to_one_grey_level(
+    photos: ImageList, resizing: Callable[..., torch.Tensor], size: tuple[int, int]
+) -> None:
+    pillows = torch.stack([resized(path, *size) for path in photos.paths]).int()
+    source = torch.stack([decoded(path) for path in photos.paths])
+    ours = resizing(source, *size)
+    assert ours.dtype == torch.uint8
+    assert (ours.int() - pillows).abs().max() <= 1
+    # Where one side grows and the other shrinks, Pillow may take its passes in the other order.
+    assert (ours.int() != pillows).float().mean() < (0.3 if size == (100, 90) else 0.001)
+    assert resize(source, 128, 64) is source
+
+
+def test_a_cache_at_the_files_size_gives_the_batches_of_files(photos: ImageList) -> None:
+    size = {"height": 256, "width": 128, "pad": 10}
+    reference = take(loader(photos, **size).batches(2), 3)
+    cached = loader(photos, cache="source", **size)
+    assert cached.pixels.shape == (8, 3, 128, 64) and cached.resized_by == "PyTorch, cpu"
+    step = 1 / 255 / min(IMAGENET_STD)
+    for ours, files in zip(take(cached.batches(2), 3), reference, strict=True):
+        assert torch.equal(ours.index, files.index) and torch.equal(ours.y, files.y)
+        assert max((ours.x - files.x).abs().max(), (ours.xp - files.xp).abs().max()) < 1.001 * step
+        assert (ours.x != files.x).float().mean() < 1e-3
+
+
+def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+    def shape(cache: object, height: int, width: int, limit: int = 4096) -> tuple[int, ...] | None:
+        made = loader(photos, cache=cache, height=height, width=width, cache_limit_mb=limit)
+        if made.pixels is not None:
+            assert made.resized_by == ("Pillow" if made.pixels.shape[2] == height else "PyTorch, cpu")
+        return None if made.pixels is None else tuple(made.pixels.shape[2:])
+
+    for cache, large, small in (
+        ("auto", (128, 64), (64, 32)),  # the smaller of the two
+        ("source", (128, 64), (128, 64)),
+        ("resized", (256, 128), (64, 32)),
+        (True, (256, 128), (64, 32)),
+        (False, None, None),
+    ):
+        assert (shape(cache, 256, 128), shape(cache, 64, 32)) == (large, small)
+    assert capsys.readouterr().err == ""
+    # 8 images of 3 x 1024 x 512 are 12.6 MB, as files 0.2 MB.
+    assert shape("resized", 1024, 512, 12) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "13 MB at 1024 x 512 are more than cache_limit_mb 12" in said
+    assert said.endswith("images are read from their files\n")
+    assert shape("auto", 1024, 512, 12) == (128, 64)
+    assert capsys.readouterr().err == ""
+
+
+def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(photos.paths[5], (60, 128))
+    for cache in ("auto", "source"):
+        made = loader(photos, cache=cache, height=256, width=128)
+        assert torch.equal(made.pixels, torch.stack([resized(path, 256, 128) for path in photos.paths]))
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{photos.paths[5].name} is 128 x 60, others 128 x 64, so all are kept at 256 x 128" in said
+
+
+def test_no_memory_for_a_cache(
+    photos: ImageList, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("data.cache.torch.empty", full)
+    assert loader(photos, cache="resized").pixels is None
+    assert "no room for 0 MB (DefaultCPUAllocator: can't allocate memory); images are read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("options", [{"cache": "source"}, {"cache": "resized"}, {"num_workers": 1}])
+def test_batches_on_a_gpu_are_those_of_the_cpu(photos: ImageList, options: dict[str, object]) -> None:
+    size = {"height": 256, "width": 128, "pad": 10}
+    there = take(loader(photos, device="cuda", **size, **options).batches(), 3)
+    for ours, files in zip(there, take(loader(photos, **size).batches(), 3), strict=True):
+        assert ours.x.is_cuda and ours.xp.is_cuda and torch.equal(ours.index, files.index)
+        assert (ours.x.cpu() - files.x).abs().max() < 1.01 / 255 / min(IMAGENET_STD)

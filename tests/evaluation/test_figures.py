@@ -1,0 +1,465 @@
+"""The figure scripts as a user meets them: what they paint, what they read, what they refuse."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, HEIGHT, WIDTH, Outcome, random_batches, tiny_config, tiny_trainer
+from PIL import Image
+
+from data.folders import parse_name, read_people, read_split
+from data.images import decode_images, normalise
+from gen_eval.metrics import Protocol
+from runs.folder import RunFolder, start_folder
+from runs.snapshot import save_snapshot
+from runs.swapper import load_swapper
+from utils import ROOT, UserError
+from visual_tools.figure import choose, file_names, labels, write_gif, write_image
+from visual_tools.grid import GAP, to_uint8
+from visual_tools.smooth import interpolate
+from visual_tools.test_folder import draw_partners
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+SCRIPTS = ("show_rainbow", "show_swap", "show1by1", "show_smooth", "show_smooth_structure", "test_folder")
+FOLDER_SCRIPTS = ("show1by1", "test_folder")
+QUICK = {"show_smooth": ("--steps", 2), "show_smooth_structure": ("--steps", 2), "test_folder": ("--no-score",)}
+NAMES = ("a.png", "b.png", "c.png", "d.png")
+CELL = (128, 64)  # height and width that the painter gives an image of 64 x 32
+
+
+def snapshot(run: RunFolder, *, classes: int = 4, **changes: Any) -> RunFolder:
+    """A run of one training step with random weights: figures need no more."""
+    cfg = tiny_config(**changes)
+    start_folder(run, cfg, resume=False)
+    trainer = tiny_trainer(cfg, classes=classes)
+    trainer.step(*random_batches(cfg, classes=classes), 0)
+    save_snapshot(run.checkpoints, trainer, 1)
+    return run
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run and a folder of four people's images in as many sizes."""
+
+    run: RunFolder
+    people: Path
+
+    @property
+    def where(self) -> tuple[object, ...]:
+        """Options that name the run and the folder."""
+        return ("--name", self.run.name, "--output_path", self.run.output_path, "--input", self.people)
+
+    def pixels(self) -> torch.Tensor:
+        return decode_images(sorted(self.people.iterdir()), HEIGHT, WIDTH)
+
+    def swaps(self) -> np.ndarray:
+        """(n, n, H, W, 3): the clothes of i on j, each swapped by itself."""
+        model = load_swapper(self.run, CPU)
+        x = normalise(self.pixels())
+        rows = [[to_uint8(model.swap(x[i : i + 1], x[j : j + 1]))[0] for j in range(len(x))] for i in range(len(x))]
+        return np.array(rows)
+
+
+def copy_people(source: Path, target: Path, names: dict[str, str]) -> Path:
+    """Images of a folder under other names and in other sizes."""
+    target.mkdir(parents=True)
+    for k, (old, new) in enumerate(names.items()):
+        with Image.open(source / old) as image:
+            image.resize((40 + 13 * k, 90 + 7 * k)).save(target / new)
+    return target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Place:
+    folder = tmp_path_factory.mktemp("figures")
+    images = read_split(tiny_data, "query")
+    first = [images.paths[list(images.pids).index(pid)].name for pid in sorted(set(images.pids[images.pids > 0]))[:4]]
+    people = copy_people(tiny_data / "query", folder / "people", dict(zip(first, NAMES, strict=True)))
+    return Place(snapshot(RunFolder(folder, "one"), data_root=str(tiny_data)), people)
+
+
+def shell(folder: Path, *command: object, **environment: str) -> Outcome:
+    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | environment
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def done(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Warning" not in outcome.err, outcome.err
+    return outcome.out
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "RGB" and image.format == "PNG"
+        return np.asarray(image).astype(int)
+
+
+def cell(figure: np.ndarray, row: int, column: int, rows: int, columns: int) -> np.ndarray:
+    """A cell of a painted figure, counted from the lower right corner, where no label moves it."""
+    bottom, right = (rows - 1 - row) * (CELL[0] + GAP) + GAP, (columns - 1 - column) * (CELL[1] + GAP) + GAP
+    height, width = figure.shape[:2]
+    return figure[height - bottom - CELL[0] : height - bottom, width - right - CELL[1] : width - right]
+
+
+def painted(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(CELL[::-1], Image.Resampling.BICUBIC)).astype(int)
+
+
+def assert_same(figure: np.ndarray, image: np.ndarray) -> None:
+    """Equal but for what batches of another size may change in the last bit."""
+    assert np.abs(figure - painted(image)).max() <= 2
+
+
+# --------------------------------------------------------------------------------------------- starting
+@pytest.mark.parametrize("name", [*SCRIPTS, "report"])
+def test_help_comes_from_anywhere_and_imports_nothing_heavy(name: str, tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'visual_tools' / name)!r} + '.py', run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    print('heavy', sorted({'torch', 'numpy', 'PIL', 'pydantic', 'yaml', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    out = done(shell(tmp_path, "-c", program))
+    assert "--force" in out and "--batchsize" in out and out.endswith("heavy []\n")
+
+
+def test_as_file_and_as_module_from_anywhere(place: Place, tmp_path: Path) -> None:
+    options = (*place.where, "--count", 2, "--device", "cpu", "--out")
+    done(shell(tmp_path, ROOT / "visual_tools" / "show_rainbow.py", *options, "file.png"))
+    done(shell(tmp_path, "-m", "visual_tools.show_rainbow", *options, "module.png", PYTHONPATH=str(ROOT)))
+    assert (tmp_path / "file.png").read_bytes() == (tmp_path / "module.png").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- figures
+def test_rainbow_rows_are_appearance_and_columns_structure(place: Place, script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rainbow.png"
+    done(script("visual_tools/show_rainbow", *place.where, "--out", out, "--batchsize", 3))
+    figure, swaps, originals = read(out), place.swaps(), place.pixels().permute(0, 2, 3, 1).numpy()
+    assert np.abs(swaps[0, 1].astype(int) - swaps[1, 0]).max() > 20  # the roles can be told apart
+    for i in range(4):
+        assert_same(cell(figure, i + 1, 0, 5, 5), originals[i])
+        assert_same(cell(figure, 0, i + 1, 5, 5), originals[i])
+        for j in range(4):
+            assert_same(cell(figure, i + 1, j + 1, 5, 5), swaps[i, j])
+    assert (cell(figure, 0, 0, 5, 5) == 255).all()
+
+
+def test_swap_shows_pairs_both_ways(place: Place, script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "swap.png"
+    done(script("visual_tools/show_swap", *place.where, "--out", out))
+    figure, swaps, originals = read(out), place.swaps(), place.pixels().permute(0, 2, 3, 1).numpy()
+    for column, (a, b) in enumerate([(0, 2), (1, 3)]):
+        for row, image in enumerate([originals[a], originals[b], swaps[a, b], swaps[b, a]]):
+            assert_same(cell(figure, row, column, 4, 2), image)
+
+
+def test_codes_in_between_lie_on_a_straight_line() -> None:
+    codes = interpolate(torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0, 0.0]]), 5)
+    assert codes.tolist() == [[[0, 4]], [[0.25, 3]], [[0.5, 2]], [[0.75, 1]], [[1, 0]]]
+
+
+@pytest.mark.parametrize("code", ["appearance", "structure"])
+def test_smooth_goes_from_the_first_to_the_last(place: Place, script: Script, tmp_path: Path, code: str) -> None:
+    out, name = tmp_path / "smooth.png", "show_smooth" if code == "appearance" else "show_smooth_structure"
+    done(script(f"visual_tools/{name}", *place.where, "--out", out, "--steps", 3, "--fps", 4, "--batchsize", 5))
+    figure, swaps, originals = read(out), place.swaps(), place.pixels().permute(0, 2, 3, 1).numpy()
+    model, x = load_swapper(place.run, CPU), normalise(place.pixels())
+    f, s = model.appearance(x), model.structure(x)
+    for k in range(4):
+        ends = (swaps[0, k], swaps[3, k]) if code == "appearance" else (swaps[k, 0], swaps[k, 3])
+        between = (s[k], (f[0] + f[3]) / 2) if code == "appearance" else ((s[0] + s[3]) / 2, f[k])
+        middle = to_uint8(model.decode(*(value[None] for value in between)))[0]
+        for column, image in enumerate([originals[k], ends[0], middle, ends[1]]):
+            assert_same(cell(figure, k + 1, column, 5, 4), image)
+    for column, k in ((1, 0), (3, 3)):
+        assert_same(cell(figure, 0, column, 5, 4), originals[k])
+    with Image.open(out.with_suffix(".gif")) as film:
+        assert (film.n_frames, film.info["duration"], film.info["loop"]) == (4, 250, 0)  # there and back
+        last = []
+        for k in (0, 2):
+            film.seek(k)
+            last.append(np.asarray(film.convert("RGB")).astype(int))
+    for shown, t in zip(last, (0, 3), strict=True):
+        for k in range(4):
+            image = swaps[t, k] if code == "appearance" else swaps[k, t]
+            # 256 colours: near, and nearer than the other end.
+            assert np.abs(cell(shown, 1, k, 2, 4) - painted(image)).mean() < 12
+
+
+def test_a_film_of_equal_frames_is_still_a_film(tmp_path: Path) -> None:
+    write_gif(tmp_path / "still.gif", [np.zeros((8, 8, 3), np.uint8)] * 3, fps=10)
+    with Image.open(tmp_path / "still.gif") as film:
+        assert film.size == (8, 8)
+
+
+def test_one_by_one_writes_every_pair(place: Place, script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    assert "16 images" in done(script("visual_tools/show1by1", *place.where, "--out", out, "--batchsize", 3))
+    assert sorted(path.name for path in out.iterdir()) == [f"{a}_on_{b}.png" for a in "abcd" for b in "abcd"]
+    swaps = place.swaps()
+    for i, a in enumerate("abcd"):
+        for j, b in enumerate("abcd"):
+            assert np.abs(read(out / f"{a}_on_{b}.png") - swaps[i, j]).max() <= 1
+
+
+def test_a_whole_folder_in_the_clothes_of_others(place: Place, script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    done(script("visual_tools/test_folder", *place.where, "--out", out, "--batchsize", 3, "--no-score"))
+    pairs = [path.stem.split("_on_") for path in sorted(out.iterdir())]
+    assert sorted(b for _, b in pairs) == list("abcd") and all(a != b for a, b in pairs)
+    swaps = place.swaps()
+    for a, b in pairs:
+        assert np.abs(read(out / f"{a}_on_{b}.png") - swaps["abcd".index(a), "abcd".index(b)]).max() <= 1
+
+
+def test_a_whole_data_set_is_a_data_set_again(
+    place: Place, script: Script, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("--name", "one", "--output_path", place.run.output_path, "--out")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no weights"))
+    monkeypatch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=20))  # for speed
+    scores = done(script("visual_tools/test_folder", *where, tmp_path / "all"))
+    assert "over 20 random pairs" in scores
+    ssim = [line.split()[3] for line in scores.splitlines() if line.split()[:1] in (["real"], ["fake"])]
+    assert len(ssim) == 2 and all(0 < float(value) < 1 for value in ssim)
+    images = read_split(tiny_data, "query")
+    drawn = [path.stem.split("_on_") for path in (tmp_path / "all").iterdir()]
+    assert sorted(b for _, b in drawn) == sorted(
+        p.stem for p, pid in zip(images.paths, images.pids, strict=True) if pid > 0
+    )
+    assert all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
+    some = done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1, "--no-score"))
+    assert "published" not in some
+    assert len(list((tmp_path / "some").iterdir())) == 3
+
+
+def test_partners_are_other_people_all_equally_likely() -> None:
+    pids = np.array([7, 3, 7, 7, 5, 3])
+    drawn = np.array([draw_partners(pids, seed) for seed in range(3000)])
+    assert (pids[drawn] != pids).all()
+    for i, pid in enumerate(pids):
+        share = np.bincount(drawn[:, i], minlength=6) / 3000
+        expected = (pids != pid) / (pids != pid).sum()
+        assert share == pytest.approx(expected, abs=0.05)
+    alone = np.array([draw_partners(np.array([2, 2, 2]), seed) for seed in range(50)])
+    assert (alone != np.arange(3)).all() and len(np.unique(alone[:, 0])) == 2
+
+
+# ----------------------------------------------------------------------------------------------- inputs
+def test_what_can_be_read_as_people(tiny_data: Path, tmp_path: Path) -> None:
+    query = read_split(tiny_data, "query")
+    people = query.pids > 0
+    assert read_people(tiny_data).paths == [p for p, keep in zip(query.paths, people, strict=True) if keep]
+    flat = read_people(tiny_data / "query")  # a split's folder: the names say who it is
+    assert flat.paths == read_people(tiny_data).paths and (flat.pids == query.pids[people]).all()
+    gallery = read_people(tiny_data, "gallery")
+    assert 0 < len(gallery) < len(read_split(tiny_data, "gallery")) and gallery.pids.min() > 0
+
+    names = [path.name for path in query.paths[:3]]
+    plain = read_people(
+        copy_people(tiny_data / "query", tmp_path / "plain", dict(zip(names, ("x.png", "y.jpg", "z.bmp"), strict=True)))
+    )
+    assert plain.tokens == ["x", "y", "z"] and len(set(plain.pids)) == 3
+    copy_people(tiny_data / "query", tmp_path / "sorted" / "ann", {names[0]: "1.png", names[1]: "2.png"})
+    copy_people(tiny_data / "query", tmp_path / "sorted" / "bob", {names[2]: "1.png"})
+    of_folders = read_people(tmp_path / "sorted")
+    assert of_folders.tokens == ["ann", "ann", "bob"] and of_folders.pids.tolist() == [1, 1, 2]
+    assert file_names(of_folders) == ["ann_1", "ann_2", "bob_1"]
+    with pytest.raises(UserError, match="not a data set; leave --split out"):
+        read_people(tmp_path / "plain", "query")
+
+
+def test_a_prepared_data_set_and_the_archive_give_the_same_figure(
+    place: Place, script: Script, tiny_data: Path, tmp_path: Path
+) -> None:
+    images = read_split(tiny_data, "gallery")
+    for path, token in zip(images.paths, images.tokens, strict=True):
+        folder = tmp_path / "data" / "pytorch" / "gallery" / token
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    options = ("--name", "one", "--output_path", place.run.output_path, "--count", 3, "--split", "gallery")
+    sources = {"archive": tiny_data, "prepared": tmp_path / "data", "folder": tmp_path / "data" / "pytorch"}
+    for name, source in sources.items():
+        done(script("visual_tools/show_rainbow", *options, "--input", source, "--out", tmp_path / f"{name}.png"))
+    done(script("visual_tools/show_rainbow", *options, "--seed", 1, "--out", tmp_path / "seed.png"))
+    archive, prepared, inner, other = (read(tmp_path / f"{n}.png") for n in (*sources, "seed"))
+    assert np.array_equal(archive, prepared) and np.array_equal(archive, inner)
+    assert archive.shape != other.shape or (archive != other).any()
+
+
+def test_the_choice_takes_different_people_first(tiny_data: Path) -> None:
+    images = read_people(tiny_data)
+    people = len(set(images.pids))
+    assert people < len(images)
+    chosen = choose(images, people, 0, asked=True)
+    assert len(set(images.pids[chosen])) == people and (np.diff(chosen) > 0).all()
+    more = choose(images, people + 2, 0, asked=True)
+    assert len(more) == people + 2 and set(chosen) < set(more)
+    assert not np.array_equal(chosen, choose(images, people, 1, asked=True))
+    assert len(choose(images, 10**6, 0, asked=False)) == len(images)
+
+
+def test_labels_are_short_and_file_names_differ(tmp_path: Path) -> None:
+    names = {"a/same.png": 1, "a/same.jpg": 1, "b/same.png": 2}
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 8)).save(tmp_path / name)
+    images = read_people(tmp_path)
+    assert file_names(images) == ["000000_same", "000001_same", "000002_same"]
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", (4, 8)).save(tmp_path / "c" / "IMG_20200101_1234.png")
+    assert labels(read_people(tmp_path / "c")) == ["…01_1234"]
+
+
+# -------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_path: Path, name: str) -> None:
+    folder, out = tmp_path / "in", tmp_path / ("out" if name in FOLDER_SCRIPTS else "out.png")
+    where = ("--name", "one", "--output_path", place.run.output_path, "--input", folder, "--out", out)
+    run = f"visual_tools/{name}"
+    assert f"{folder}: no such folder" in script(run, *where).error
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no image")
+    assert f"--input {folder}: neither a data set nor a folder of images" in script(run, *where).error
+    shutil.copy(place.people / "a.png", folder)
+    assert f"--input {folder}: one image only (a.png)" in script(run, *where).error
+    (folder / "b.jpg").write_text("no image")
+    error = script(run, *where).error
+    assert str(folder / "b.jpg") in error and "replace" in error
+    shutil.copy(place.people / "c.png", folder / "b.jpg")
+    error = script(run, *where, "--count", 4).error
+    assert f"{folder}: 2 images, {8 if name == 'show_swap' else 4} asked for; lower --count or add images" in error
+    assert not out.exists()
+    done(script(run, *where, *QUICK.get(name, ())))
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--count", 0, "--count 0: must be"),
+        ("--count", 101, "--count 101: must be between 2 and 100"),
+        ("--seed", -1, "--seed -1: must be at least 0"),
+        ("--batchsize", 0, "--batchsize 0: must be at least 1"),
+        ("--steps", 1, "--steps 1: must be between 2 and 100"),
+        ("--fps", 0, "--fps 0: must be between 0.1 and 50"),
+        ("--fps", "nan", "--fps nan: must be between"),
+        ("--out", "x.jpg", "--out x.jpg: must end in .png"),
+        ("--name", "none", "no such run"),
+        ("--which_epoch", 7, "--which_epoch 7: no such snapshot; there are 1"),
+        ("--split", "test", "--split test"),
+    ],
+)
+def test_options_out_of_range(place: Place, script: Script, option: str, value: object, message: str) -> None:
+    assert message in script("visual_tools/show_smooth", *place.where, option, value).error
+
+
+@pytest.mark.parametrize("name", ["show_rainbow", "show_swap", "show_smooth", "show_smooth_structure"])
+def test_a_figure_is_not_overwritten_unasked(place: Place, script: Script, tmp_path: Path, name: str) -> None:
+    out, options = tmp_path / "out.png", (*place.where, *QUICK.get(name, ()), "--count", 2)
+    for taken in [out, out.with_suffix(".gif")] if "smooth" in name else [out]:
+        taken.write_text("mine")
+        error = script(f"visual_tools/{name}", *options, "--out", out).error
+        assert f"{taken} exists; give another --out or --force" in error
+        assert [path.name for path in tmp_path.iterdir()] == [taken.name] and taken.read_text() == "mine"
+        done(script(f"visual_tools/{name}", *options, "--out", out, "--force"))
+        assert taken.read_bytes() != b"mine"
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize("name", FOLDER_SCRIPTS)
+def test_a_folder_with_files_is_left_alone_unless_forced(
+    place: Place, script: Script, tmp_path: Path, name: str
+) -> None:
+    out, run = tmp_path / "out", f"visual_tools/{name}"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert f"{out} holds files already; give another --out, or --force" in script(run, *place.where, "--out", out).error
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    done(script(run, *place.where, "--out", out, "--force"))
+    done(script(run, *place.where, "--out", out, "--force"))
+    assert (out / "mine.txt").read_text() == "mine"
+    assert len(list(out.iterdir())) == 1 + (16 if name == "show1by1" else 4)
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; give another --out" in script(run, *place.where, "--out", tmp_path / "file").error
+
+
+def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(image: Image.Image, file: Any, **options: object) -> None:
+        file.write(b"half an image")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_image(tmp_path / "old.png", np.zeros((8, 4, 3), np.uint8))
+    before = (tmp_path / "old.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", full)
+    for name in ("old.png", "new.png"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be written \(No space left on device\)"):
+            write_image(tmp_path / name, np.ones((8, 4, 3), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+    assert (tmp_path / "old.png").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------ networks of different runs
+def mixed(place: Place, other: RunFolder, part: str, folder: Path) -> Place:
+    """The run of `place`, copied, with `part` of another run's snapshot in it."""
+    run = RunFolder(folder / "mixed", "one")
+    shutil.copytree(place.run.path, run.path)
+    shutil.copy(other.checkpoints / f"{part}_00000001.pt", run.checkpoints)
+    # As in a folder of the release: the checksums of a manifest would tell at once.
+    (run.checkpoints / "snapshot_00000001.json").unlink()
+    return Place(run, place.people)
+
+
+@pytest.mark.parametrize("part, whole", [("id", "gen"), ("gen", "id")])
+def test_networks_of_another_size_are_named(
+    place: Place, script: Script, tmp_path: Path, part: str, whole: str
+) -> None:
+    wider = snapshot(RunFolder(tmp_path, "wider"), backbone="resnet10w8", gen=dict(id_dim=64))
+    bad = mixed(place, wider, part, tmp_path)
+    error = script("visual_tools/show_rainbow", *bad.where).error
+    assert error.startswith(f"error: {bad.run.checkpoints / f'{part}_00000001.pt'}: ")
+    assert f"{whole}_00000001.pt fits the config, so the two are from different runs" in error
+    assert f"put this run's own {part}_00000001.pt back" in error
+    shutil.copy(wider.checkpoints / f"{whole}_00000001.pt", bad.run.checkpoints)
+    error = script("visual_tools/show_rainbow", *bad.where).error
+    assert "check the config beside it" in error and "different runs" not in error
+
+
+@pytest.mark.parametrize("ID_class", ["auto", 4])
+def test_an_id_net_of_other_people_is_named(place: Place, script: Script, tmp_path: Path, ID_class: int | str) -> None:
+    own = Place(snapshot(RunFolder(tmp_path, "one"), ID_class=ID_class), place.people)
+    assert load_swapper(own.run, CPU).iteration == 1
+    bad = mixed(own, snapshot(RunFolder(tmp_path, "others"), classes=6), "id", tmp_path)
+    error = script("visual_tools/show_rainbow", *bad.where).error
+    source = "state_00000001.pt" if ID_class == "auto" else "config.yaml"
+    assert f"id_00000001.pt: knows 6 identities, but by {source} this run was trained on 4" in error
+    assert "another run than gen_00000001.pt" in error
+
+
+def test_a_published_run_without_optimisers_is_used(place: Place, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, "one")
+    shutil.copytree(place.run.path, run.path)
+    (run.checkpoints / "state_00000001.pt").unlink()
+    assert load_swapper(run, CPU).iteration == 1
+    (run.checkpoints / "state_00000001.pt").write_bytes(b"damaged")
+    assert load_swapper(run, CPU).iteration == 1

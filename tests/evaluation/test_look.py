@@ -1,0 +1,742 @@
+"""Rank figure and page, activation maps and search, from the outside: real runs on the tiny data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder
+from PIL import Image
+
+import reid_eval.index as index_module
+from data.folders import find_images, read_split
+from data.images import decode_images, normalise
+from files import write_atomically
+from reid_eval.features import Features, load_features
+from reid_eval.index import SearchIndex, fingerprint, open_index
+from reid_eval.ranking import Ranking, rank
+from reid_eval.top import best_scores, first_entries
+from reIDmodel import IdNet, build_id_net, build_teacher
+from utils import ROOT, UserError
+from visual_tools.activation import activation_maps
+from visual_tools.page import Hit, Result, write_page
+from visual_tools.rank_figure import COLOURS, choose_queries
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Script = Callable[..., Outcome]
+
+
+@dataclass(frozen=True)
+class Runs(OutputFolder):
+    """An untrained run `tiny` and a teacher `tutor`, whose BatchNorm has seen the data."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "outputs" / "tiny"
+
+
+def settle(net: IdNet, x: torch.Tensor) -> IdNet:
+    """Let BatchNorm's running statistics be those of `x`, so that features differ as those of a trained net do."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(x)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def settled(tiny_data: Path) -> Callable[[IdNet], IdNet]:
+    x = normalise(decode_images(read_split(tiny_data, "query").paths, HEIGHT, WIDTH))
+    return lambda net: settle(net, x)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, settled: Callable[[IdNet], IdNet], one_thread: None
+) -> Runs:
+    folder = tmp_path_factory.mktemp("look")
+    torch.manual_seed(0)
+    run, model = folder / "outputs" / "tiny", folder / "models" / "tutor"
+    (run / "checkpoints").mkdir(parents=True)
+    model.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"data_root": str(tiny_data)}))
+    for iteration in (1, 2):
+        net = settled(build_id_net("AB", 8, backbone="resnet10w8"))
+        write_atomically(run / "checkpoints" / f"id_{iteration:08d}.pt", {"a": net.state_dict()})
+        (run / "checkpoints" / f"gen_{iteration:08d}.pt").touch()  # there, as in any run, but not read
+    write_atomically(model / "net_last.pth", settled(build_teacher(8, backbone="resnet10w8")).state_dict())
+    (model / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | {"data_root": str(tiny_data), "stride": 2}))
+    return Runs(folder, tiny_data)
+
+
+@pytest.fixture
+def gallery(tiny_data: Path, tmp_path: Path) -> Path:
+    """Twelve gallery images, four of them in sub-folders, under names of all sorts; and things that are no images."""
+    folder = tmp_path / "people"
+    names = [f"{i}.jpg" for i in range(8)] + ["a b/x #1.jpg", "a b/c/50%?.JPG", "a b/ü&<i>.jpg"]
+    paths = [folder / name for name in [*names, "z.jpg"]]
+    for path, source in zip(paths, read_split(tiny_data, "gallery").paths[::6], strict=False):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden").mkdir()
+    shutil.copyfile(paths[0], folder / ".hidden" / "y.jpg")
+    return folder
+
+
+@pytest.fixture
+def query(tiny_data: Path) -> Path:
+    return read_split(tiny_data, "query").paths[0]
+
+
+def clean(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Warning" not in outcome.err and "Traceback" not in outcome.err, outcome.err
+    return outcome.out
+
+
+class PageReader(HTMLParser):
+    """What a browser would make of a page: images and captions per section, sort values, buttons."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.sections, self.buttons, self.seen, self.into = path, [], [], [], None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.seen.append((tag, found))
+        if tag == "section":
+            self.sections.append({"values": json.loads(found["data-values"]), "images": [], "marks": [], "text": []})
+        elif tag == "figure":
+            self.sections[-1]["marks"].append(found.get("class"))
+        elif tag == "img":
+            self.sections[-1]["images"].append(found["src"])
+        self.into = tag
+
+    def handle_data(self, data: str) -> None:
+        if self.into == "button" and data.strip():
+            self.buttons.append(data.strip())
+        elif self.into in ("p", "figcaption") and self.sections and data.strip():
+            self.sections[-1]["text"].append(data.strip())
+
+    def files(self, section: int) -> list[Path]:
+        """The files that a section's images point to, followed as a browser does."""
+        return [
+            Path(os.path.normpath(self.path.parent / os.fsdecode(unquote_to_bytes(src))))
+            for src in self.sections[section]["images"]
+        ]
+
+
+# ------------------------------------------------------------------------------------- ranked lists
+def side(pids: list[int], camids: list[int], keys: list[str] | None = None, features: np.ndarray | None = None):
+    features = np.ones((len(pids), 1, 1), np.float32) if features is None else features
+    return Features(features, np.array(pids), np.array(camids), None if keys is None else np.array(keys))
+
+
+def test_best_scores_are_those_of_a_full_stable_sort() -> None:
+    rng = np.random.default_rng(0)
+    # Small whole numbers, so that many scores are equal, and exactly so.
+    query, gallery = (rng.integers(-2, 3, (n, 2, 4)).astype(np.float32) for n in (9, 50))
+    indices, scores = best_scores(query, gallery, (1.0, 0.5), 7)
+    full = np.einsum("qd,gd->qg", query[:, 0], gallery[:, 0]) + 0.5 * np.einsum("qd,gd->qg", query[:, 1], gallery[:, 1])
+    order = np.argsort(-full, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(indices, order)
+    np.testing.assert_array_equal(scores, np.take_along_axis(full, order, 1))
+    assert best_scores(query, gallery[:3], (1.0, 0.5), 7)[0].shape == (9, 3)
+
+
+def test_marks_worked_by_hand() -> None:
+    scores = np.array([9, 8, 7, 6, 5, 4], np.float32).reshape(-1, 1, 1)
+    gallery = side([5, -1, 7, 5, 0, 5], [1, 2, 2, 2, 1, 3], ["q", "b", "c", "d", "e", "f"], scores)
+    query = side([5], [1], ["q"])
+    entries = first_entries(query, gallery)[0]
+    assert [(e.index, e.mark, e.rank) for e in entries] == [
+        (0, "junk", None),  # identity and camera of the query
+        (1, "junk", None),  # identity -1
+        (2, "wrong", 1),
+        (3, "right", 2),
+        (4, "wrong", 3),  # a distractor
+        (5, "right", 4),
+    ]
+    assert [e.score for e in entries] == [9, 8, 7, 6, 5, 4]
+    assert [e.index for e in first_entries(query, gallery, top=2)[0]] == [0, 1, 2, 3]
+    no_cameras = first_entries(query, gallery, remove_same_camera=False)[0]
+    assert [(e.mark, e.rank) for e in no_cameras] == [
+        ("junk", None),  # the query image itself
+        ("wrong", 1),
+        ("wrong", 2),
+        ("right", 3),
+        ("wrong", 4),
+        ("right", 5),
+    ]
+
+
+@pytest.mark.parametrize("remove_same_camera", [True, False])
+def test_lists_agree_with_the_ranking(remove_same_camera: bool) -> None:
+    rng = np.random.default_rng(1)
+    sides = []
+    for n in (40, 30):
+        features = rng.standard_normal((n, 2, 8)).astype(np.float32)
+        sides.append(side(rng.integers(-1, 5, n), rng.integers(1, 4, n), rng.integers(0, 20, n).astype(str), features))
+    query, gallery = sides
+    lists = first_entries(query, gallery, top=15, remove_same_camera=remove_same_camera)
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    ranking = rank(
+        query.features,
+        gallery.features,
+        *labels,
+        remove_same_camera=remove_same_camera,
+        q_keys=query.keys,
+        g_keys=gallery.keys,
+    )["both (beta 0.5)"]["standard"]
+    for entries, first, ap in zip(lists, ranking.first, ranking.ap, strict=True):
+        ranks = [e.rank for e in entries if e.mark == "right"]
+        assert [e.rank for e in entries if e.rank] == list(range(1, 1 + sum(e.rank is not None for e in entries)))
+        assert (ranks[0] if ranks else 0) == (first if first <= (entries[-1].rank or 0) or ranks else 0)
+        if len(entries) == len(gallery) and ranks:  # the whole list is there: so is its AP
+            assert ap == pytest.approx(np.mean([(i + 1) / r for i, r in enumerate(ranks)]))
+
+
+def test_worst_best_and_other_queries() -> None:
+    ap, first = np.array([0.5, 0, 0.1, 1, 0.7, 0.2, 0.9]), np.array([2, 0, 9, 1, 1, 8, 1])
+    ranking = Ranking("standard", np.ones(1), 0.5, 0.5, ap, ap, first, 7, 1)
+    assert choose_queries(ranking, 1)[:2] == [("worst", 2), ("best", 3)]
+    kind, other = choose_queries(ranking, 1)[2]
+    assert kind == "random" and other in (0, 4, 5, 6)
+    two = choose_queries(ranking, 2)
+    assert two == [("worst", 2), ("worst", 5), ("best", 3), ("best", 6), ("random", 0), ("random", 4)]
+    # Fewer queries than asked for: none twice, and never the one without a match.
+    assert choose_queries(ranking, 4) == [("worst", i) for i in (2, 5, 0, 4)] + [("best", i) for i in (3, 6)]
+
+
+# ------------------------------------------------------------------------------------------- the page
+def test_a_page_links_any_file_and_trusts_no_name(tmp_path: Path) -> None:
+    folder = tmp_path / "images here"
+    folder.mkdir()
+    names = ["a b.png", "c#1.png", "50%.png", "q?x=1.png", "http:x.png", '"><script>alert(1)</script>.png', "ü.png"]
+    paths = [folder / name.replace("/", "_") for name in names] + [folder / os.fsdecode(b"\xff.png")]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (4, 8), (i, i, i)).save(path, format="PNG")
+    hits = [Hit(str(path), f"{i} </script>", "right") for i, path in enumerate(paths)]
+    results = [Result(str(path), str(path), hits, {"AP": i / 10 if i else None}) for i, path in enumerate(paths)]
+    out = write_page(tmp_path / "pages" / "one.html", results, title="A & <b>", notes=["<i>note</i>"])
+    page = PageReader(out)
+    assert [s["values"] for s in page.sections] == [[None], *([i / 10] for i in range(1, len(paths)))]
+    assert page.buttons == ["as listed", "AP"]
+    for i, path in enumerate(paths):
+        assert page.files(i) == [path, *paths]
+    assert sum(tag == "script" for tag, _ in page.seen) == 1
+    assert not any(tag in ("b", "i", "link", "iframe") for tag, _ in page.seen)
+    text = out.read_text()
+    assert "http://" not in text and "https://" not in text and 'src="/' not in text
+    assert [path.name for path in out.parent.iterdir()] == ["one.html"]
+    # The folder can be moved as a whole.
+    moved = tmp_path.parent / f"{tmp_path.name} moved"
+    shutil.copytree(tmp_path, moved)
+    assert all(path.is_file() and moved in path.parents for path in PageReader(moved / "pages" / "one.html").files(0))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_the_page_sorts(tmp_path: Path) -> None:
+    values = [0.5, None, 0.1, 0.9, 0.1]
+    results = [Result("q.png", str(v), [], {"AP": v, "first": i}) for i, v in enumerate(values)]
+    page = write_page(tmp_path / "page.html", results, title="sort").read_text()
+    browser = """
+        const all = VALUES.map((v, i) => ({i, dataset: {values: JSON.stringify([v, i])}}));
+        const keys = [undefined, "0", "1"].map(key => ({dataset: {key}, setAttribute() {}}));
+        let shown = all;
+        const main = {children: all, append: (...order) => { shown = order; }};
+        const document = {querySelector: () => main, querySelectorAll: () => keys}, window = {};
+        SCRIPT
+        const orders = [1, 1, 2, 2, 0].map(b => { keys[b].onclick(); return shown.map(row => row.i); });
+        console.log(JSON.stringify(orders));
+    """
+    script = page.split("<script>")[1].split("</script>")[0]
+    program = browser.replace("VALUES", json.dumps(values)).replace("SCRIPT", script)
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [
+        [2, 4, 0, 3, 1],  # lowest first, equal ones as listed, the one without a value last
+        [3, 0, 2, 4, 1],  # highest first, it is still last
+        [0, 1, 2, 3, 4],
+        [4, 3, 2, 1, 0],
+        [0, 1, 2, 3, 4],
+    ]
+
+
+# ----------------------------------------------------------------------------------- test.py --rank-figure
+def frames(picture: np.ndarray, mark: str) -> int:
+    """Pixels of a mark's frame colour."""
+    return int((picture == np.array(COLOURS[mark])).all(-1).sum())
+
+
+@pytest.mark.parametrize("model", ["run", "teacher"])
+def test_rank_figure_of_an_evaluation(runs: Runs, script: Script, model: str) -> None:
+    which, folder = (
+        (("--name", "tiny"), runs.run) if model == "run" else (("--teacher", "tutor"), runs.folder / "models" / "tutor")
+    )
+    printed = clean(script("test", *which, *runs.where, "--rank-figure", 2))
+    assert f"written to {folder / 'rank_figure.png'}" in printed
+    queries = read_split(runs.data, "query")
+    page = PageReader(folder / "rank_page.html")
+    assert len(page.sections) == len(queries)
+    assert page.buttons == ["as listed", "AP standard", "AP official", "first match"]
+    report = json.loads((folder / "reid.json").read_text())
+    row = report["tables"]["single query"]["both (beta 0.5)" if model == "run" else "feature"]
+    aps = np.array([section["values"][:2] for section in page.sections])
+    assert aps.mean(0) == pytest.approx([row["standard"]["mAP"], row["official"]["mAP"]])
+    for i, path in enumerate(queries.paths):
+        files, marks = page.files(i), page.sections[i]["marks"]
+        assert files[0] == path and all(file.is_file() for file in files)
+        # Names tell what each mark has to be.
+        pid, camid = path.name.split("s")[0].split("_c")
+        for file, mark in zip(files[1:], marks[1:], strict=True):
+            p, c = file.name.split("s")[0].split("_c")
+            junk = p == "-1" or (p, c) == (pid, camid)
+            assert mark == ("junk" if junk else "right" if p == pid else "wrong")
+        counted = [mark for mark in marks[1:] if mark != "junk"]
+        assert len(counted) == 10 or len(files) == 21
+    with Image.open(folder / "rank_figure.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[0] > 6 * 128
+    frame = 2 * 4 * (72 + 128)  # pixels of one: 4 wide around 64 x 128
+    shown = choose_by_page(page, 2)
+    for mark in ("right", "wrong", "junk"):
+        expected = sum(page.sections[i]["marks"].count(mark) for i in shown)
+        assert frames(pixels, mark) // frame == expected
+
+
+def choose_by_page(page: PageReader, count: int) -> list[int]:
+    ap = np.array([section["values"][0] for section in page.sections])
+    ranking = Ranking("standard", np.ones(1), 0, 0, ap, ap, np.ones(len(ap), int), len(ap), 0)
+    return [i for _, i in choose_queries(ranking, count)]
+
+
+def test_rank_figure_of_another_data_set(runs: Runs, script: Script, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    for split, kept in (("query", 4), ("bounding_box_test", 40)):
+        (other / split).mkdir(parents=True)
+        for path in sorted((runs.data / split).iterdir())[:kept]:
+            shutil.copyfile(path, other / split / path.name)
+    clean(script("test", "--teacher", "tutor", *runs.where, "--rank-figure", 1, "--test_dir", other, runs.data))
+    folder = runs.folder / "models" / "tutor"
+    assert (folder / "rank_figure-elsewhere.png").is_file()
+    assert len(PageReader(folder / "rank_page-elsewhere.html").sections) == 4
+    assert len(PageReader(folder / "rank_page.html").sections) == len(read_split(runs.data, "query"))
+
+
+def test_rank_figure_of_an_impossible_size(runs: Runs, script: Script) -> None:
+    for count in (0, 101):
+        assert f"--rank-figure {count}: must be" in script("test", "--name", "nobody", "--rank-figure", count).error
+
+
+# ------------------------------------------------------------------------------------ activation maps
+def affine(head: torch.nn.Module, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vector e of a head and its matrix W: e = W v + b, with BatchNorm folded in."""
+    linear, norm = head.add_block[:2]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = scale[:, None] * linear.weight
+    return v @ weight.T + scale * (linear.bias - norm.running_mean) + norm.bias, weight
+
+
+@pytest.mark.parametrize(("style", "pool"), [("AB", "max"), ("AB", "avg"), ("normal", "max"), ("PCB", "avg")])
+def test_activation_maps_are_the_documented_formula(style: str, pool: str, settled: Callable) -> None:
+    torch.manual_seed(3)
+    net = settled(build_id_net(style, 5, backbone="resnet10w8", pool=pool)).double()
+    x = torch.randn(2, 3, HEIGHT, WIDTH, dtype=torch.float64)
+    maps = activation_maps(net, x)
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        hook = net.model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        embeddings = net.embed(x)
+        hook.remove()
+        m = seen[0]
+        height, width = m.shape[2:]
+        assert maps.shape == (2, len(net.heads()), height, width) and maps.max() > 0
+        for k, head in enumerate(net.heads()):
+            part = m
+            if style == "PCB":
+                quarter = slice(height // 4 * k, height // 4 * (k + 1))
+                outside = maps[:, k].clone()
+                outside[:, quarter] = 0
+                assert not outside.any()
+                part = m[:, :, quarter]
+            v = part.amax((2, 3)) if pool == "max" else part.mean((2, 3))
+            e, weight = affine(head, v)
+            torch.testing.assert_close(e, embeddings[k])
+            gradient = (e @ weight)[:, :, None, None]
+            # Where each channel's value was taken from; under the mean, everywhere alike.
+            share = (part == v[:, :, None, None]).double() if pool == "max" else torch.ones_like(part)
+            share = share / share.sum((2, 3), keepdim=True) if pool == "avg" else first_only(share)
+            expected = (gradient * share * part).sum(1).clamp(min=0)
+            got = maps[:, k, quarter] if style == "PCB" else maps[:, k]
+            torch.testing.assert_close(got, expected)
+
+
+def first_only(share: torch.Tensor) -> torch.Tensor:
+    """Where a maximum is taken at several places (a channel that is all 0), value times share is 0 in each."""
+    flat = share.flatten(2)
+    return torch.zeros_like(flat).scatter(2, flat.argmax(2, keepdim=True), 1).view_as(share)
+
+
+def test_show_activation(runs: Runs, script: Script, tmp_path: Path) -> None:
+    show = "visual_tools/show_activation"
+    out, images = tmp_path / "new" / "maps.png", find_images(runs.data / "query", "--input")
+    arguments = ("--name", "tiny", *runs.where, "--input", images[0], runs.data / "query", "--count", 3, "--out", out)
+    printed = clean(script(show, *arguments))
+    assert f"the first 3 of {len(images) + 1} images" in printed and f"written to {out}" in printed
+    with Image.open(out) as figure:
+        pixels = np.asarray(figure).astype(int)
+    cells = pixels[-3 * 196 :, 4:].reshape(3, 196, 3, 100, 3)[:, :192, :, :96]  # image, primary, fine-grained
+    np.testing.assert_array_equal(cells[0], cells[1])  # the same image twice
+    colourful = np.ptp(cells, axis=-1).mean((0, 1, 3))
+    assert colourful[1] > 10 and colourful[2] > 10
+    assert np.abs(cells[:, :, 1] - cells[:, :, 2]).max() > 3  # the heads look at different places
+    before = out.read_bytes()
+    assert f"{out} exists" in script(show, *arguments).error and out.read_bytes() == before
+    clean(script(show, *arguments, "--which_epoch", 1, "--force"))
+    assert out.read_bytes() != before
+    teacher = clean(script(show, "--teacher", "tutor", *runs.where, "--input", images[0]))
+    assert f"written to {runs.folder / 'models' / 'tutor' / 'activation.png'}" in teacher
+    default = clean(script(show, "--name", "tiny", *runs.where, "--input", images[0]))
+    assert f"written to {runs.run / 'images' / 'activation_00000002.png'}" in default
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--input", "nowhere"], "--input nowhere: no such file or folder"),
+        (["--input", "empty"], "--input empty: no images in it or below"),
+        (["--input", "notes.txt"], "notes.txt: cannot be decoded"),
+        (["--input", "notes.txt", "--count", "0"], "--count 0: must be at least 1"),
+        (["--input", "notes.txt", "--teacher", "tutor"], "--name and --teacher"),
+    ],
+)
+def test_bad_input_of_show_activation(
+    runs: Runs, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    arguments = ("--name", "tiny", *runs.where, "--out", "maps.png", *options)
+    assert words in script("visual_tools/show_activation", *arguments).error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "notes.txt"]
+
+
+# --------------------------------------------------------------------------------------------- search
+@pytest.fixture
+def search(runs: Runs, script: Script, gallery: Path, query: Path, tmp_path: Path) -> Script:
+    """search.py with a run, the gallery, a query and an index of the test's own; options may come after."""
+    defaults = ("--name", "tiny", "--gallery", gallery, "--query", query, "--index", tmp_path / "index")
+    return lambda *options: script("search", *defaults, *runs.where, *options)
+
+
+def answers(printed: str) -> list[list[tuple[float, str]]]:
+    """Scores and paths per query, as search.py printed them."""
+    blocks = re.split(r"\n\n", printed.partition("page written")[0])[1:]
+    rows = [[re.fullmatch(r" *(\d+)  +(-?[\d.]+)  (.+)", line) for line in block.splitlines()[1:]] for block in blocks]
+    for block in rows:
+        assert [int(row[1]) for row in block] == list(range(1, len(block) + 1))
+    return [[(float(row[2]), row[3]) for row in block] for block in rows]
+
+
+def snapshot(folder: Path) -> dict[bytes, tuple[bytes, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {os.fsencode(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("approximate_from", [1, 1000])
+def test_search_scores_are_those_of_the_evaluation(
+    runs: Runs, script: Script, search: Script, tmp_path: Path, approximate_from: int
+) -> None:
+    clean(script("test", "--name", "tiny", *runs.where, "--save-features", tmp_path / "f.npz"))
+    file = load_features(tmp_path / "f.npz")
+    primary, fine = (file.query.features[:, h] @ file.gallery.features[:, h].T for h in (0, 1))
+    scores = primary + 0.5 * fine
+    where = ("--gallery", runs.data / "bounding_box_test", "--query", runs.data / "query", "--top", 5)
+    before = snapshot(runs.data)
+    printed = clean(search(*where, "--approximate-from", approximate_from))
+    assert ("approximate, recall@10 1.000" if approximate_from == 1 else ", exact;") in printed
+    found = answers(printed)
+    assert len(found) == len(file.query)
+    for row, hits in zip(scores, found, strict=True):
+        assert len(hits) == 5
+        np.testing.assert_allclose([score for score, _ in hits], np.sort(row)[::-1][:5], atol=1e-4)
+        index = [list(file.gallery.keys).index(Path(path).name) for _, path in hits]
+        np.testing.assert_allclose([score for score, _ in hits], row[index], atol=1e-4)
+    assert snapshot(runs.data) == before
+
+
+def test_search_of_a_folder_that_changes(
+    runs: Runs, search: Script, gallery: Path, query: Path, tmp_path: Path
+) -> None:
+    everything = answers(clean(search("--top", 50)))[0]
+    listed = {path for path in gallery.rglob("*") if path.suffix.lower() == ".jpg" and ".hidden" not in path.parts}
+    assert {Path(path) for _, path in everything} == listed and len(listed) == 12
+    assert [score for score, _ in everything] == sorted((score for score, _ in everything), reverse=True)
+    page = PageReader(tmp_path / "index" / "results.html")
+    assert page.files(0) == [query, *(Path(path) for _, path in everything)]
+
+    index = tmp_path / "index" / "index.npz"
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    again = clean(search("--top", 50))
+    assert "12 images (no changes), exact" in again and answers(again)[0] == everything
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
+
+    (gallery / "0.jpg").unlink()
+    shutil.copyfile(gallery / "1.jpg", gallery / "new.jpg")
+    shutil.copyfile(gallery / "3.jpg", gallery / "2.jpg")  # another image under the same name
+    changed = clean(search("--top", 50))
+    assert "12 images (1 added, 1 changed, 1 removed)" in changed
+    incremental = answers(changed)[0]
+    score = {Path(path).name: score for score, path in incremental}
+    assert score["new.jpg"] == score["1.jpg"] and score["2.jpg"] == score["3.jpg"] and "0.jpg" not in score
+    fresh = answers(clean(search("--top", 50, "--index", tmp_path / "other")))[0]
+    assert sorted(incremental) == sorted(fresh)
+
+
+def test_an_index_becomes_a_graph_and_back(search: Script, gallery: Path) -> None:
+    exact = clean(search("--top", 12, "--approximate-from", 13))
+    assert ", exact;" in exact
+    graph = clean(search("--top", 12, "--approximate-from", 12))
+    assert "(no changes), approximate, recall@10 1.000" in graph and answers(graph) == answers(exact)
+    (gallery / "0.jpg").unlink()
+    smaller = clean(search("--top", 12, "--approximate-from", 11))
+    assert "11 images (1 removed), approximate" in smaller
+    assert answers(smaller)[0] == [hit for hit in answers(exact)[0] if not hit[1].endswith("/0.jpg")]
+    shutil.copyfile(gallery / "1.jpg", gallery / "0.jpg")
+    assert "12 images (1 added), approximate" in clean(search("--approximate-from", 11))
+    assert ", exact;" in clean(search("--approximate-from", 1000))
+
+
+def test_the_query_itself_is_no_answer(search: Script, gallery: Path) -> None:
+    found = answers(clean(search("--query", gallery / "3.jpg", "--top", 11)))[0]
+    assert len(found) == 11 and str(gallery / "3.jpg") not in [path for _, path in found]
+
+
+def test_default_places_of_a_teachers_index(runs: Runs, script: Script, gallery: Path, query: Path) -> None:
+    before = snapshot(gallery)
+    arguments = ("--teacher", "tutor", "--gallery", gallery, "--query", query, *runs.where)
+    printed = clean(script("search", *arguments))
+    folder = Path(printed.partition("index in ")[2].splitlines()[0])
+    assert folder.parent == runs.folder / "models" / "tutor" / "search" and folder.name.startswith("people-")
+    assert sorted(path.name for path in folder.iterdir()) == ["index.npz", "results.html"]
+    assert all(abs(score) <= 1 for score, _ in answers(printed)[0])
+    assert snapshot(gallery) == before
+
+
+def test_an_index_of_something_else_is_refused(
+    runs: Runs, script: Script, search: Script, gallery: Path, query: Path, tmp_path: Path
+) -> None:
+    clean(search())
+    index = tmp_path / "index" / "index.npz"
+    before = index.read_bytes()
+    other = search("--which_epoch", 1)
+    assert f"{index}: made with another model (tiny after 2 steps)" in other.error and "--rebuild" in other.error
+    teacher = ("--teacher", "tutor", "--gallery", gallery, "--query", query, "--index", tmp_path / "index", *runs.where)
+    assert "made with another model" in script("search", *teacher).error
+    assert "the index of another gallery" in search("--gallery", runs.data / "query").error
+    assert index.read_bytes() == before
+    assert "tiny after 1 steps: 12 images (12 added)" in clean(search("--which_epoch", 1, "--rebuild"))
+    assert "made with another model (tiny after 1 steps)" in search().error
+
+    index.write_bytes(before[: len(before) // 2])
+    assert f"{index}: not a readable index" in search("--rebuild").error
+    index.unlink()
+    (tmp_path / "index" / "results.html").write_text("mine")
+    assert "holds other files and no index" in search().error
+    assert (tmp_path / "index" / "results.html").read_text() == "mine"
+    # What a killed process leaves is no hindrance.
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".index.npz.part").write_text("half")
+    clean(search("--index", tmp_path / "killed"))
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["index.npz", "results.html"]
+
+
+def test_unreadable_images_of_a_gallery(search: Script, gallery: Path, tmp_path: Path) -> None:
+    (gallery / "0.jpg").write_bytes((gallery / "0.jpg").read_bytes()[:300])
+    (gallery / "empty.png").touch()
+    refused = search()
+    assert "2 of 13 images cannot be read" in refused.error and "0.jpg (damaged or cut short)" in refused.error
+    assert "--skip-bad-images" in refused.error and not (tmp_path / "index").exists()
+    for known in ("11 added, 2 unreadable", "2 unreadable"):
+        left_out = search("--skip-bad-images", "--top", 50)
+        assert f"11 images ({known})" in clean(left_out) and len(answers(left_out.out)[0]) == 11
+        assert "empty.png (empty file)" in left_out.err
+    shutil.copyfile(gallery / "1.jpg", gallery / "0.jpg")
+    assert "12 images (1 added, 1 unreadable)" in clean(search("--skip-bad-images"))
+
+
+def test_damage_that_only_decoding_finds(search: Script, gallery: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 32, 3), np.uint8)).save(gallery / "x.png")
+    data = bytearray((gallery / "x.png").read_bytes())
+    data[60:90] = bytes(30)  # in the compressed pixels; header and end stay
+    (gallery / "x.png").write_bytes(data)
+    assert "x.png: cannot be decoded" in search().error
+    done = search("--skip-bad-images")
+    assert "12 images (12 added, 1 unreadable)" in clean(done) and "x.png: cannot be decoded" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gallery", "nowhere"], "--gallery nowhere: no such folder"),
+        (["--gallery", "empty"], "--gallery empty: no images in it or below"),
+        (["--query", "nowhere.jpg"], "--query nowhere.jpg: no such file or folder"),
+        (["--query", "notes.txt"], "1 of 1 images cannot be read: notes.txt (not an image)"),
+        (["--top", "0"], "--top 0: must be at least 1"),
+        (["--approximate-from", "0"], "--approximate-from 0: must be at least 1"),
+        (["--batchsize", "0"], "--batchsize 0: must be at least 1"),
+        (["--page", "notes.txt"], "--page notes.txt: must end in .html"),
+        (["--index", "notes.txt"], "--index notes.txt: not a folder"),
+        (["--index", "full"], "--index full: holds other files and no index"),
+        (["--index", "notes.txt/below"], "notes.txt/below: cannot be made"),
+        (["--name", "nobody"], "config.yaml: no such run"),
+        (["--teacher", "tutor"], "--name and --teacher"),
+        (["--which_epoch", "7"], "--which_epoch 7: no such snapshot"),
+    ],
+)
+def test_bad_input_of_search(
+    search: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    for name in ("notes.txt", "full/mine"):
+        (tmp_path / name).write_text("no image")
+    before = snapshot(tmp_path)
+    assert words in search(*options).error
+    assert snapshot(tmp_path) == before and not (tmp_path / "index").exists()
+
+
+def test_a_fingerprint_is_of_all_that_features_depend_on() -> None:
+    found = []
+    for changes in ({}, {}, dict(pool="avg"), dict(stride=2)):
+        torch.manual_seed(0)
+        net = build_id_net("AB", 3, backbone="resnet10w8", **changes)
+        found.append(fingerprint(net, (64, 32)))
+    found.append(fingerprint(net, (64, 64)))
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+def test_a_named_page_is_kept_unless_forced(search: Script, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    clean(search("--page", page, "--top", 1))
+    before = page.read_bytes()
+    assert f"--page {page} exists" in search("--page", page).error and page.read_bytes() == before
+    clean(search("--page", page, "--force"))
+    assert len(PageReader(page).files(0)) == 11 and not (tmp_path / "index" / "results.html").exists()
+
+
+def toy_embed(paths: list[Path]) -> np.ndarray:
+    """Features (n, 2, 8) from what the files hold."""
+    rngs = [np.random.default_rng(list(Path(path).read_bytes()[:2000])) for path in paths]
+    features = np.array([rng.standard_normal((2, 8)) for rng in rngs], np.float32)
+    return features / np.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def test_an_interrupted_update_goes_on_where_it_was(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_BLOCK", 2)
+    monkeypatch.setattr(index_module, "_SAVE_SECONDS", 0)
+    calls: list[int] = []
+
+    def embed(paths: list[Path]) -> np.ndarray:
+        calls.append(len(paths))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return toy_embed(paths)
+
+    def opened() -> SearchIndex:
+        return open_index(tmp_path / "index", gallery, "model", "a model")
+
+    with pytest.raises(KeyboardInterrupt):
+        opened().update(embed, approximate_from=4)
+    assert len(opened()) == 6
+    index = opened()
+    assert index.update(embed, approximate_from=4)["added"] == 6 and sum(calls[4:]) == 6
+    assert index.approximate and index.recall == 1 and len(opened()) == 12
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.npz"]
+    # The graph holds every file's own vector.
+    vectors = index_module.to_vectors(toy_embed([gallery / name for name in index.files]))
+    for name, hits in zip(index.files, opened().search(vectors, 3), strict=True):
+        assert hits[0] == (name, pytest.approx(1.5))
+
+
+def test_recall_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A graph so poor that it misses much.
+    for name, value in (("LINKS", 2), ("BUILD_WIDTH", 1), ("SEARCH_WIDTH", 1)):
+        monkeypatch.setattr(index_module, name, value)
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((2000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = SearchIndex(tmp_path, tmp_path, "model", "a model")
+    index.files = {str(i): (0, 0) for i in range(2000)}
+    index._replace(vectors, graph=True)
+    recall = index._measure_recall()
+    chosen = np.random.default_rng(0).permutation(2000)[:200]
+    shares = []
+    for i, hits in zip(chosen, index.search(vectors[chosen], 11), strict=True):
+        scores = vectors @ vectors[i]
+        scores[i] = -np.inf
+        true = set(map(str, np.argsort(-scores)[:10]))
+        shares.append(len(true & set([name for name, _ in hits if name != str(i)][:10])) / 10)
+    assert 0.01 < recall < 0.9 and recall == pytest.approx(np.mean(shares))
+
+
+def test_features_that_are_not_numbers(gallery: Path, tmp_path: Path) -> None:
+    index = open_index(tmp_path / "index", gallery, "model", "a model")
+    with pytest.raises(UserError, match="a model: its features hold NaN"):
+        index.update(lambda paths: toy_embed(paths) * np.nan, approximate_from=100)
+    assert not (tmp_path / "index").exists()
+
+
+def test_names_that_are_no_text(runs: Runs, gallery: Path, query: Path, tmp_path: Path) -> None:
+    odd = gallery / os.fsdecode(b"b\xff\xe9.jpg")
+    (gallery / "0.jpg").rename(odd)
+    arguments = ("--name", "tiny", "--gallery", gallery, "--query", query, "--index", tmp_path / "index", *runs.where)
+    command = [sys.executable, ROOT / "search.py", *map(str, arguments), "--top", "12"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and os.fsencode(odd) in done.stdout, done.stderr
+    assert odd in PageReader(tmp_path / "index" / "results.html").files(0)
+    for changes in (12, 0):
+        index = open_index(tmp_path / "other", gallery, "model", "a model")
+        assert sum(index.update(toy_embed, approximate_from=100).values()) == changes
+
+
+def test_links_lead_to_the_query_from_anywhere(search: Script, tmp_path: Path) -> None:
+    clean(search("--top", 2))
+    page = PageReader(tmp_path / "index" / "results.html")
+    assert all(unquote(src).startswith("../") for src in page.sections[0]["images"])
+    assert page.sections[0]["text"][1:] == ["query", *(text for text in page.sections[0]["text"][2:])]
+    assert re.fullmatch(r"1, -?\d\.\d{3}", page.sections[0]["text"][2])
+
+
+@pytest.mark.parametrize("name", ["search", "visual_tools/show_activation"])
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path, name: str) -> None:
+    start = time.perf_counter()
+    program = (
+        f"import runpy, sys\nsys.argv = ['{name}.py', '--help']\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"try:\n    runpy.run_path({str(ROOT / f'{name}.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n    print('heavy', sorted({'torch', 'numpy', 'faiss', 'PIL'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy []\n") and "--teacher" in done.stdout
+    assert time.perf_counter() - start < 2

@@ -1,0 +1,371 @@
+"""Features, feature files and the report (spec section 9)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse
+import torch
+from PIL import Image
+
+from reid_eval.features import Features, embed_images, extract_features, load_features, save_features
+from reid_eval.report import format_table, report
+from reIDmodel import build_id_net
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_side(n, *, heads=2, dim=512, seed=0, noise=1.0, cameras=3):
+    """Features of n images of identities 1, 2, ... (five of each at most), any camera."""
+    rng = np.random.default_rng(seed)
+    pids = np.arange(n) % max(1, n // 5) + 1
+    f = np.stack([np.random.default_rng(pid).standard_normal((heads, dim)) for pid in pids])
+    f += noise * rng.standard_normal(f.shape)
+    f /= np.linalg.norm(f, axis=-1, keepdims=True)
+    return Features(f.astype(np.float32), pids, rng.integers(1, cameras + 1, n))
+
+
+@pytest.fixture
+def sides():
+    return {"query": make_side(30, seed=1), "gallery": make_side(50, seed=2), "multi": make_side(60, seed=3)}
+
+
+class ToyNet(torch.nn.Module):
+    """Two heads; BatchNorm and dropout tell eval mode from train mode, positions tell an image from its mirror."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bn, self.dropout = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
+        self.first, self.second = torch.nn.LazyLinear(5), torch.nn.LazyLinear(5)
+
+    def embed(self, x):
+        v = self.dropout(self.bn(x)).flatten(1)
+        return self.first(v), self.second(v)
+
+
+# ---- features ----
+
+
+def test_embed_images_adds_an_image_and_its_mirror():
+    net = ToyNet().double()
+    x = torch.randn(4, 3, 16, 8, dtype=torch.float64)
+    net.train()
+    net.bn.eval()
+    found = embed_images(net, x)
+    assert net.training and net.dropout.training and not net.bn.training  # as it was
+    assert found.shape == (4, 2, 5) and found.dtype == torch.float64 and not found.requires_grad
+
+    net.eval()
+    for h in range(2):
+        with torch.no_grad():
+            image, mirror = net.embed(x)[h], net.embed(x.flip(3))[h]
+        total = image / image.norm(dim=1, keepdim=True) + mirror / mirror.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(found[:, h], total / total.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(embed_images(net, x.flip(3)), found)
+
+
+def test_extract_features_keeps_the_order_of_the_paths(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (64, 32, 3), dtype=np.uint8)).save(path)
+    options = {"height": 64, "width": 32, "device": "cpu", "progress": False}
+    net = ToyNet()
+    found = extract_features(net, paths, batch_size=2, **options)
+    assert found.shape == (5, 2, 5) and found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-6)
+    backwards = extract_features(net, paths[::-1], batch_size=5, **options)
+    np.testing.assert_allclose(found, backwards[::-1], atol=1e-6)
+
+
+def images(folder, n):
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(n)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (64, 32, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+class SmallMemory(ToyNet):
+    """Cannot take more than `most` images, mirrors included, as a GPU that is full."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.tried = most, []
+
+    def embed(self, x):
+        self.tried.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().embed(x)
+
+
+def test_the_batch_is_halved_until_it_fits(tmp_path):
+    options = {"height": 64, "width": 32, "device": "cpu", "progress": False}
+    paths = images(tmp_path, 70)
+    expected = extract_features(ToyNet(), paths, batch_size=7, **options)
+    net = SmallMemory(20)
+    found = extract_features(net, paths, batch_size=None, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # 32 images and 16 are too many with their mirrors; 8 stay, also for what comes after.
+    assert net.tried == [64, 32, *8 * [16], 12]
+    with pytest.raises(UserError, match="--batchsize 16: the GPU's memory is too small; use a smaller one, auto or"):
+        extract_features(SmallMemory(20), paths, batch_size=16, **options)
+    with pytest.raises(UserError, match="--batchsize 1: the GPU's memory is too small"):
+        extract_features(SmallMemory(1), paths, batch_size=None, **options)
+
+
+def test_precision_of_features(tmp_path):
+    options = {"height": 64, "width": 32, "batch_size": 3, "device": "cpu", "progress": False}
+    paths, net = images(tmp_path, 5), build_id_net("AB", 4, backbone="resnet10w8").eval()
+    full, low = (extract_features(net, paths, precision=precision, **options) for precision in ("fp32", "bf16"))
+    assert low.dtype == np.float32 and (low != full).any()
+    np.testing.assert_allclose(np.linalg.norm(low, axis=-1), 1, atol=1e-6)  # normalised in float32
+    assert ((low * full).sum(-1) > 0.999).all()
+    with pytest.raises(UserError, match="fp16 .*needs a CUDA GPU"):
+        extract_features(net, paths, precision="fp16", **options)
+
+
+# ---- feature files ----
+
+
+@pytest.mark.parametrize("name", ["f.npz", "pytorch_result.mat"])
+def test_feature_files_round_trip(tmp_path, sides, name):
+    written = save_features(tmp_path / name, **sides)
+    assert [path.name for path in written] == ([name] if name == "f.npz" else [name, "multi_query.mat"])
+    found = load_features(tmp_path / name, multi=True)
+    for field, side in sides.items():
+        loaded = getattr(found, field)
+        for part in ("features", "pids", "camids"):
+            np.testing.assert_array_equal(getattr(loaded, part), getattr(side, part))
+    assert load_features(tmp_path / name).multi is None
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+
+
+def test_a_mat_has_the_releases_names_and_shapes(tmp_path, sides):
+    save_features(tmp_path / "pytorch_result.mat", **sides)
+    file = scipy.io.loadmat(tmp_path / "pytorch_result.mat")
+    assert file["gallery_f"].shape == (50, 1024) and file["query_f"].shape == (30, 1024)
+    assert all(file[f"{s}_{k}"].shape[0] == 1 for s in ("gallery", "query") for k in ("label", "cam"))
+    multi = scipy.io.loadmat(tmp_path / "multi_query.mat")
+    assert {"mquery_f", "mquery_label", "mquery_cam"} <= set(multi)
+    # The release's own files do not say how many heads they hold.
+    del file["heads"]
+    scipy.io.savemat(tmp_path / "theirs.mat", {k: v for k, v in file.items() if not k.startswith("__")})
+    np.testing.assert_array_equal(load_features(tmp_path / "theirs.mat").query.features, sides["query"].features)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+def test_parts_of_256_stay_parts(tmp_path, suffix):
+    query, gallery = make_side(10, heads=4, dim=256), make_side(10, heads=4, dim=256, seed=1)
+    save_features(tmp_path / f"pcb{suffix}", query, gallery)
+    assert load_features(tmp_path / f"pcb{suffix}").query.features.shape == (10, 4, 256)
+
+
+def save_raw(path, sides, **changes):
+    arrays = {}
+    for prefix, side in (("query", sides["query"]), ("gallery", sides["gallery"])):
+        arrays |= {f"{prefix}_f": side.features.reshape(len(side), -1)}
+        arrays |= {f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
+    arrays |= changes
+    arrays = {name: value for name, value in arrays.items() if value is not None}
+    if path.suffix == ".mat":
+        scipy.io.savemat(path, arrays)
+    else:
+        np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_f": np.ones((30, 512), np.float32)}, "extract all with the same model"),
+        ({"gallery_f": np.full((50, 1024), np.nan, np.float32)}, "NaN or infinity in 50 of 50 rows"),
+        ({"gallery_label": np.array(["a12"] * 50)}, "'a12'; identities must be whole numbers"),
+        ({"query_label": np.full(30, 1.5)}, "not whole numbers"),
+        ({"query_label": np.full(30, 1e300)}, "not whole numbers"),
+        ({"query_f": np.full((30, 1024), 1e300)}, "NaN or infinity in 30 of 30 rows"),
+        ({"gallery_f": np.empty((0, 1024), np.float32)}, "gallery_f is empty"),
+        ({"query_cam": np.ones(29)}, "29 entries for 30 rows"),
+        ({"query_cam": None}, "holds no query_cam"),
+        ({"query_f": np.ones((30, 1024), np.complex64)}, "query_f is not a table of numbers"),
+        ({"heads": np.array(["two"])}, "heads holds 'two'"),
+        ({"heads": np.array(3)}, "not 3 heads"),
+        ({"gallery_key": np.array(["a.jpg", "b.jpg"])}, "one name for each of the 50 images"),
+        ({"gallery_key": np.arange(50)}, "gallery_key does not hold"),
+    ],
+    ids=[
+        *("dimensions", "nan", "names", "fractions", "huge-label", "huge-feature", "empty", "length", "missing"),
+        *("complex", "heads-word", "heads-number", "keys-length", "keys-numbers"),
+    ],
+)
+def test_bad_feature_files(tmp_path, sides, suffix, changes, message, script):
+    path = save_raw(tmp_path / f"f{suffix}", sides, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_features(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert script("reid_eval/evaluate", path).error == f"error: {error.value}"
+
+
+def test_features_whose_products_overflow_are_refused(tmp_path, sides, script):
+    """Each number is finite; the scores would be infinite or NaN, and ranked all the same."""
+    changes = {f"{side}_f": 1e25 * sides[side].features.reshape(-1, 1024) for side in ("query", "gallery")}
+    path = save_raw(tmp_path / "f.npz", sides, **changes)
+    assert "have no products in fp32; divide them by their norm" in script("reid_eval/evaluate", path).error
+
+
+def test_a_report_never_takes_the_place_of_a_feature_file(tmp_path, sides, script):
+    path = save_raw(tmp_path / "f.npz", sides)
+    before = path.read_bytes()
+    assert "is the name of a feature file" in script("reid_eval/evaluate", path, "--json", path).error
+    assert path.read_bytes() == before
+
+
+def test_a_sparse_mat_is_refused(tmp_path, sides):
+    path = save_raw(tmp_path / "f.mat", sides, query_f=scipy.sparse.eye_array(30, 1024, format="csc"))
+    with pytest.raises(UserError, match="query_f is not a table of numbers"):
+        load_features(path)
+
+
+def test_a_file_as_the_releases_scripts_write_it(tmp_path, sides, script):
+    """Features side by side, labels as lists of ints, no further names; multi-query in a second file."""
+    query, gallery = sides["query"], sides["gallery"]
+    multi = Features(*(np.concatenate([getattr(sides[s], part) for s in ("query", "multi")]) for part in PARTS))
+
+    def theirs(prefix, side):
+        flat = side.features.reshape(len(side), 1024)
+        return {f"{prefix}_f": flat, f"{prefix}_label": side.pids.tolist(), f"{prefix}_cam": side.camids.tolist()}
+
+    scipy.io.savemat(tmp_path / "pytorch_result.mat", theirs("gallery", gallery) | theirs("query", query))
+    scipy.io.savemat(tmp_path / "multi_query.mat", theirs("mquery", multi))
+    done = script("reid_eval/evaluate", tmp_path / "pytorch_result.mat", "--multi", "--json", tmp_path / "out.json")
+    assert done.code == 0, done.err
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["tables"] == report(query, gallery, multi=multi)["tables"]
+    assert list(stored["tables"]["single query"]) == ["primary", "both (beta 0.5)", "fine"]
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.mat"])
+def test_files_that_are_something_else(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(UserError, match="no such file"):
+        load_features(path)
+    for content in (b"", b"not a feature file\n" * 50, b"PK\x03\x04 cut off", b"MATLAB 5.0 MAT-file" + bytes(200)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="f.mat|f.npz"):
+            load_features(path)
+
+
+def test_multi_query_of_a_mat_needs_its_second_file(tmp_path, sides):
+    save_features(tmp_path / "pytorch_result.mat", sides["query"], sides["gallery"])
+    with pytest.raises(UserError, match="multi_query.mat: no such file"):
+        load_features(tmp_path / "pytorch_result.mat", multi=True)
+
+
+# ---- report ----
+
+
+def test_report_and_table(sides):
+    multi = Features(*(np.concatenate([getattr(sides[s], part) for s in ("query", "multi")]) for part in PARTS))
+    result = report(sides["query"], sides["gallery"], multi=multi, rerank=True)
+    assert json.loads(json.dumps(result)) == result
+    assert list(result["tables"]) == [
+        "single query",
+        "multi-query",
+        "single query, re-ranked",
+        "multi-query, re-ranked",
+    ]
+    rows = result["tables"]["single query"]
+    assert list(rows) == ["primary", "both (beta 0.5)", "fine"]
+    for by_convention in rows.values():
+        assert by_convention["official"]["mAP"] <= by_convention["standard"]["mAP"]
+    text = format_table(result)
+    for expected in ("primary (beta 0) ", "both (beta 0.5) ", "fine-grained only ", "trapezoidal", "torchreid"):
+        assert expected in text
+    value = rows["primary"]["official"]["mAP"]
+    first_row = next(line for line in text.splitlines() if line.startswith("  primary"))
+    assert first_row.split()[-2] == f"{100 * value:.2f}"
+
+
+PARTS = ("features", "pids", "camids")
+
+
+@pytest.mark.parametrize(("heads", "label"), [(1, "feature"), (4, "all parts")])
+def test_other_numbers_of_heads_give_one_row(heads, label):
+    result = report(make_side(20, heads=heads, dim=16), make_side(30, heads=heads, dim=16, seed=4))
+    assert list(result["tables"]["single query"]) == [label]
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.mat"])
+def test_without_cameras_nothing_but_the_image_itself_is_left_out(tmp_path, name):
+    """Two images of each identity, all of them queries and gallery; by way of a file."""
+    rng = np.random.default_rng(0)
+    pids = np.repeat(np.arange(1, 11), 2)
+    f = rng.standard_normal((10, 2, 512))[pids - 1] + 4 * rng.standard_normal((20, 2, 512))
+    f = (f / np.linalg.norm(f, axis=-1, keepdims=True)).astype(np.float32)
+    names = np.array([f"{'x' * (i % 7)}{i % 2}.jpg" for i in range(20)])
+    side = Features(f, pids, np.zeros(20, int), names)
+    with pytest.raises(UserError, match="use --no-cameras"):
+        report(side, side)
+    save_features(tmp_path / name, side, side)
+    loaded = load_features(tmp_path / name)
+    assert loaded.gallery.keys.tolist() == names.tolist()
+
+    result = report(loaded.query, loaded.gallery, remove_same_camera=False)
+    # Worked out with all pairs of images but the 20 of an image with itself.
+    scores = f[:, 1] @ f[:, 1].T
+    np.fill_diagonal(scores, -np.inf)
+    ranks = [np.argsort(-row, kind="stable").tolist().index(i ^ 1) + 1 for i, row in enumerate(scores)]
+    assert 1 in ranks and max(ranks) > 1
+    values = result["tables"]["single query"]["fine"]["standard"]
+    assert values["mAP"] == pytest.approx(np.mean(1 / np.array(ranks)))
+    assert "nothing is left out but the query image itself" in format_table(result)
+
+    nameless = Features(f, pids, np.zeros(20, int))
+    result = report(nameless, nameless, remove_same_camera=False)
+    assert result["tables"]["single query"]["fine"]["standard"]["rank1"] == 1  # each finds itself
+    assert "nothing is left out; no names tell the query image" in format_table(result)
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_command_line(tmp_path, sides):
+    multi = Features(*(np.concatenate([getattr(sides[s], part) for s in ("query", "multi")]) for part in PARTS))
+    save_features(tmp_path / "f.npz", sides["query"], sides["gallery"], multi)
+    script = str(ROOT / "reid_eval" / "evaluate.py")
+    done = run(script, "f.npz", "--multi", "--rerank", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "out.json").read_text())
+    expected = report(sides["query"], sides["gallery"], multi=multi, rerank=True)
+    assert done.stdout == format_table(expected) + "\n"
+    assert stored == {"file": "f.npz"} | expected
+
+
+def test_command_line_errors_are_one_line(tmp_path, sides):
+    lost = Features(sides["query"].features, sides["query"].pids + 1000, sides["query"].camids)
+    save_features(tmp_path / "f.npz", lost, sides["gallery"])
+    done = run("-m", "reid_eval.evaluate", str(tmp_path / "f.npz"), cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'f.npz'}: no query has a match")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['evaluate', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_module('reid_eval.evaluate', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'scipy')))"
+    )
+    done = run("-c", code, cwd=ROOT)
+    assert done.returncode == 0 and "--rerank" in done.stdout, done.stderr

@@ -1,0 +1,474 @@
+"""The report of a run, in a real browser too, and `eval_iter`, whose values it shows: real runs on the tiny data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, load_script, merged
+from PIL import Image
+
+from config import changed_from_default, parse_config
+from data.folders import read_split
+from data.images import decode_images, normalise
+from files import write_atomically
+from mannequins.against_truth import describe_shares
+from mannequins.dataset import load_factors
+from mannequins.truth import draw_swaps, measure_swaps
+from reIDmodel import build_teacher
+from runs.folder import RunFolder
+from runs.swapper import load_swapper
+from visual_tools.curves import draw, group, read_scalars
+from visual_tools.grid import to_uint8
+from visual_tools.page import Hit, Result, write_page
+from visual_tools.report_pictures import data_uri
+from visual_tools.report_tables import swaps_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# What a page must show, not run.
+NAME = "<img src=x onerror=document.title='hacked'>"
+FOLDER = "\"><script>document.title='hacked'</script>"
+CONFIG = merged(TINY_DGNET, dict(teacher_style=3, teacher="tutor")) | dict(
+    max_iter=4, eval_iter=2, log_iter=1, snapshot_save_iter=2, image_save_iter=100, image_display_iter=100
+)
+
+
+def call(name: str, *arguments: object) -> None:
+    """Run a script of the project in this process, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert not load_script(name).main()
+
+
+@dataclass(frozen=True)
+class Place(OutputFolder):
+    """The output folder of a run called NAME and its teacher, on data in a folder called FOLDER."""
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder, NAME)
+
+    def train(self, name: str, *options: object, **changes: Any) -> None:
+        file = self.folder / "config.yaml"
+        file.write_text(yaml.safe_dump(CONFIG | dict(data_root=str(self.data)) | changes))
+        call("train", "--config", file, "--name", name, *self.where, *options)
+
+    def files(self, name: str, iteration: int) -> dict[str, Any]:
+        """Checksums of a snapshot's files: weights, optimisers, random state."""
+        manifest = self.folder / "outputs" / name / "checkpoints" / f"snapshot_{iteration:08d}.json"
+        return json.loads(manifest.read_text())["files"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, one_thread: None) -> Place:
+    """A run that was evaluated while it trained, was tested, and has no other results yet."""
+    folder = tmp_path_factory.mktemp("report")
+    data = folder / FOLDER
+    data.parent.mkdir(parents=True)
+    data.symlink_to(tiny_data)
+    torch.manual_seed(0)
+    model = folder / "models" / "tutor"
+    model.mkdir(parents=True)
+    write_atomically(model / "net_last.pth", build_teacher(8, backbone="resnet10w8").state_dict())
+    (model / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(data), stride=2)))
+    place = Place(folder, data)
+    place.train(NAME)
+    call("test", "--name", NAME, "--batchsize", 32, *place.where)
+    call("test", "--teacher", "tutor", *place.where)
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(place: Place) -> Path:
+    call("gen_eval/against_truth", "--name", NAME, "--count", 6, *place.where)
+    call("visual_tools/report", "--name", NAME, "--count", 3, *place.where)
+    return place.run.path / "report.html"
+
+
+# ----------------------------------------------------------------------------------------------- eval_iter
+def test_evaluating_changes_nothing_else(place: Place) -> None:
+    """Neither the weights nor the random state of a run, nor of one that is stopped and resumed."""
+    place.train("plain", eval_iter=0)
+    place.train("parts", max_iter=2)
+    place.train("parts", "--resume")
+    assert place.files(NAME, 4) == place.files("plain", 4) == place.files("parts", 4)
+    looked, plain, parts = (read_scalars(place.folder / "logs" / name) for name in (NAME, "plain", "parts"))
+    own = {tag for tag in looked if tag.startswith("eval/")}
+    assert looked.keys() - plain.keys() == own and len(own) == 8
+    for tag in looked.keys() - {"images_per_second"}:
+        assert looked[tag][0].tolist() == parts[tag][0].tolist() == ([2, 4] if tag in own else [1, 2, 3, 4])
+        assert looked[tag][1].tolist() == parts[tag][1].tolist()
+    for tag in plain.keys() - {"images_per_second"}:
+        assert plain[tag][1].tolist() == looked[tag][1].tolist()
+
+
+def test_evaluated_are_the_weights_that_are_saved(place: Place) -> None:
+    scalars = {tag: values[-1] for tag, (_, values) in read_scalars(place.run.logs).items()}
+    report = json.loads((place.run.path / "reid.json").read_text())
+    for convention, values in report["tables"]["single query"]["both (beta 0.5)"].items():
+        assert scalars[f"eval/reid_mAP_{convention}"] == pytest.approx(values["mAP"], abs=1e-6)
+        assert scalars[f"eval/reid_rank1_{convention}"] == pytest.approx(values["rank1"], abs=1e-6)
+    model = load_swapper(place.run, CPU)
+    query = read_split(place.data, "query")
+    rows = measure_swaps(draw_swaps(model.swap, load_factors(place.data), query, size=model.size, count=64))
+    assert scalars["eval/swap_l1_changed"] == pytest.approx(rows["generated"]["changed"], rel=1e-5)
+    assert scalars["eval/swap_l1_changed_of_copy"] == pytest.approx(rows["copy"]["changed"], rel=1e-5)
+    assert scalars["eval/swap_ssim"] == pytest.approx(rows["generated"]["ssim"], rel=1e-5)
+
+
+def test_a_test_set_that_cannot_be_evaluated(place: Place, script: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(place.data / "bounding_box_train", data / "bounding_box_train")
+    options = ("--name", "blind", "--output_path", tmp_path, "--set", f"data_root={data}")
+    refused: Outcome = script("train", "--config", place.folder / "config.yaml", *options)
+    assert str(data) in refused.error and not (tmp_path / "outputs").exists()
+
+
+# -------------------------------------------------------------------------------------------------- curves
+def test_every_scalar_is_in_one_panel() -> None:
+    names = ["loss/recon_x_a", "loss/recon_x_b", "loss/dis_total", "loss/new", "schedule/lr2", "images_per_second"]
+    panels = group({name: (np.arange(3), np.ones(3)) for name in names})
+    assert {title: [c.name for c in curves] for title, curves in panels.items()} == {
+        "Totals": ["dis_total"],
+        "Reconstruction of images": ["recon_x_a", "recon_x_b"],
+        "Other losses": ["new"],
+        "Learning rates": ["lr2"],
+        "Images per second": ["images_per_second"],
+    }
+    assert [(c.colour, c.dashed) for c in panels["Reconstruction of images"]] == [(0, False), (0, True)]
+
+
+def test_curves_take_their_colours_from_the_page() -> None:
+    steps = np.arange(1, 1001)
+    curves = group({"schedule/lr2": (steps, 1e-3 / steps), "schedule/lr_g": (steps, 0.0 * steps)})["Learning rates"]
+    svg = draw(curves, 1000, logarithmic=True)
+    assert svg.startswith("<svg") and "var(--curve-0)" in svg and "var(--curve-1)" in svg
+    assert not re.search(r"#0102|<style|<metadata|font-family|http(?!://www\.w3\.org/)", svg.split(">", 1)[1])
+    assert len(svg) < 60_000  # a thousand steps are drawn as two hundred
+
+
+# ------------------------------------------------------------------------------------- the page, as a text
+class Reader(HTMLParser):
+    """Texts and attributes of a page as a parser meets them; tables by their label."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.rows = self.tables.setdefault(dict(attributes)["aria-label"] or "", [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if not self.tags or self.tags[-1][0] in ("style", "script"):
+            return
+        self.text += data
+        if self.tags[-1][0] in ("td", "button") and self.tables and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
+    html = page.read_text()
+    read = Reader(html)
+    (table,) = (rows for label, rows in read.tables.items() if "single query" in label)
+    reid = {net: json.loads((folder / "reid.json").read_text()) for net, folder in (
+        ("teacher tutor", place.folder / "models" / "tutor"), (f"{NAME}, 4 steps", place.run.path)
+    )}  # fmt: skip
+    assert len(table) == 1 + 8
+    tutor = reid["teacher tutor"]["tables"]["single query"]["feature"]
+    both = reid[f"{NAME}, 4 steps"]["tables"]["single query"]["both (beta 0.5)"]
+    for convention in ("official", "standard"):
+        (row,) = (row for row in table if row[:3] == [f"{NAME}, 4 steps", "both (beta 0.5)", convention])
+        assert row[3] == f"{100 * both[convention]['rank1']:.2f}" and row[6] == f"{100 * both[convention]['mAP']:.2f}"
+        assert row[8] == f"{100 * (both[convention]['mAP'] - tutor[convention]['mAP']):+.2f}"
+    swaps = json.loads((place.run.path / "swaps.json").read_text())
+    (table,) = (rows for label, rows in read.tables.items() if label.startswith("Swaps against"))
+    assert table[1][:2] == ["generated swap", f"{swaps['generated']:.1f}"]
+    (table,) = (rows for label, rows in read.tables.items() if label.startswith("Whom the run's own"))
+    share = swaps["named"]["true changed"]["fine-grained"]["clothes"]
+    assert table[4] == ["changed pixels true, rest generated", *table[4][1:4], f"{100 * share:.1f}"]
+    assert f"Clothes of the structure image and of the truth in them: {describe_shares(swaps['shares'])}" in read.text
+    (table,) = (rows for label, rows in read.tables.items() if "differ from the default" in label)
+    assert ["max_iter", "4", "100000"] in table and ["data_root", str(place.data), "required"] in table
+    assert not any(row[0] == "gan_w" for row in table)
+    titles = {title for title in group(read_scalars(place.run.logs))}
+    assert {attributes["aria-label"] for tag, attributes in read.tags if attributes.get("role") == "img"} == {
+        f"{title} over the training steps" for title in titles
+    }
+    # The command that trained, from the log, and not only the one that would train again.
+    assert f"train.py --config {place.folder}" in read.text and "Trained with" in read.text
+    assert "report.py --name" in read.text and "cores" in read.text
+
+
+def test_swaps_of_an_earlier_version_are_shown(place: Place, page: Path) -> None:
+    """Without the rows, shares and names that came later."""
+    swaps = json.loads((place.run.path / "swaps.json").read_text())
+    for key in ("shares", "named"):
+        del swaps[key]
+    for found in (swaps["images"], swaps["recognised"], swaps["top1"]):
+        del found["recoloured"]
+    table = swaps_table(swaps)
+    labels = [row[0].text for row in table.rows]
+    assert (
+        labels[:2] == ["generated swap", "copy of the structure image"] and len(labels) == 6 and len(table.notes) == 1
+    )
+
+
+def test_the_page_has_everything_within(page: Path) -> None:
+    html = page.read_text()
+    addresses = [
+        v for tag, a in Reader(html).tags for k, v in a.items() if k in ("src", "href", "xlink:href", "action")
+    ]
+    assert len(addresses) > 40 and all(address.startswith(("data:", "#")) for address in addresses)
+    assert "url(http" not in html and "@import" not in html
+    assert not any(tag in ("iframe", "object", "embed", "base") for tag, _ in Reader(html).tags)
+
+
+def test_what_is_hostile_is_shown_as_text(place: Place, page: Path) -> None:
+    read = Reader(page.read_text())
+    assert NAME in read.text and str(place.data) in read.text
+    assert not any("onerror" in attributes or attributes.get("src") == "x" for _, attributes in read.tags)
+    assert sum(tag == "script" for tag, _ in read.tags) == 1
+
+
+def test_images_of_the_page_are_the_models(place: Place, page: Path) -> None:
+    """The matrix's rows are appearance, its columns structure."""
+    read = Reader(page.read_text())
+    tags = iter(read.tags)
+    cells = {(a["data-clothes"], a["data-pose"]): next(tags)[1]["src"] for tag, a in tags if "data-clothes" in a}
+    assert sorted(cells) == [(i, j) for i in "012" for j in "012"]
+    assert cells["0", "1"] != cells["1", "0"]
+    sources = [path for path in read_split(place.data, "query").paths]
+    model = load_swapper(place.run, CPU)
+    x = normalise(decode_images(sources, *model.size))
+    originals = [data_uri(image) for image in to_uint8(x)]
+    tags = iter(read.tags)
+    border = {a["data-pose-source"]: next(tags)[1]["src"] for tag, a in tags if "data-pose-source" in a}
+    i, j = (originals.index(border[k]) for k in "01")
+    expected = to_uint8(model.swap(x[i : i + 1], x[j : j + 1]))[0].astype(int)
+    with Image.open(io.BytesIO(base64.b64decode(cells["0", "1"].partition(",")[2]))) as image:
+        assert np.abs(np.asarray(image).astype(int) - expected).mean() < 12  # JPEG
+
+
+# ------------------------------------------------------------------------------------------ what is missing
+def test_sections_without_anything_name_the_command(place: Place, script: Any, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, "bare")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root="nowhere")))
+    made: Outcome = script("visual_tools/report", "--name", "bare", "--output_path", tmp_path)
+    assert made.code == 0, made.err
+    text = Reader((run.path / "report.html").read_text()).text
+    for words in (
+        f"python test.py --name bare --output_path {tmp_path}",
+        f"python -m mannequins.against_truth --name bare --output_path {tmp_path}",
+        "no checkpoint in it; train the run first",
+        f"python train.py --config {run.config_file}",
+    ):
+        assert words in text
+
+
+def test_a_teachers_report(place: Place, script: Any, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, "tutor")
+    run.path.mkdir(parents=True)
+    shutil.copytree(place.folder / "models", tmp_path / "models")
+    run.config_file.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data))))
+    features = tmp_path / "features.npz"
+    where = ("--output_path", tmp_path, "--device", "cpu")
+    assert script("test", "--teacher", "tutor", "--save-features", features, *where).code == 0
+    pages = []
+    for options in ((), ("--features", features)):
+        made: Outcome = script("visual_tools/report", "--name", "tutor", *options, *where)
+        assert made.code == 0, made.err
+        read = Reader((run.path / "report.html").read_text())
+        pages.append([a["src"] for tag, a in read.tags if tag == "img"])
+    assert pages[0] == pages[1] and len(pages[0]) > 8 * 5
+    refused: Outcome = script("visual_tools/report", "--name", "tutor", "--which_epoch", 7, *where)
+    assert "--which_epoch: tutor is a teacher's run" in refused.error
+    assert "Swaps" not in read.text and "Best" in read.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--name", "nobody"), "config.yaml: no such run"),
+        (("--which_epoch", 7), "--which_epoch 7: no such snapshot"),
+        (("--count", 1), "--count 1: must be between 2 and 12"),
+        (("--input", "nowhere"), "nowhere"),
+        (("--features", "nothing.npz"), "nothing.npz: no such file"),
+        (("--features", "f.npz", "--no-retrievals"), "--features and --no-retrievals: give one of the two"),
+        (("--out", "page.txt"), "--out page.txt: must end in .html"),
+        (("--out", "mine.html"), "mine.html exists; give another --out or --force"),
+    ],
+)
+def test_bad_options(
+    place: Place, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.html").write_text("mine")
+    quick = () if "--features" in options else ("--no-retrievals",)
+    assert words in script("visual_tools/report", "--name", NAME, *place.where, *quick, *options).error
+    assert (tmp_path / "mine.html").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["{", '{"tables": 3}', '{"tables": {"single query": {}}, "iteration": 1}'])
+def test_a_damaged_result_is_said(place: Place, script: Any, tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path, "odd")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root="nowhere")))
+    (run.path / "reid.json").write_text(content)
+    made: Outcome = script("visual_tools/report", "--name", "odd", "--output_path", tmp_path, "--no-retrievals")
+    assert made.code == 0, made.err
+    assert f"{run.path / 'reid.json'}: " in Reader((run.path / "report.html").read_text()).text
+
+
+def test_what_differs_from_the_default() -> None:
+    cfg = parse_config(dict(data_root="x", gen=dict(dim=8), batch_size=8), "a config")
+    assert changed_from_default(cfg) == {"data_root": ("x", None), "gen.dim": (8, 16)}
+
+
+# ------------------------------------------------------------------------------------------- in a browser
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; the tests that need it are skipped where it, its driver or selenium is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements.txt")
+    from selenium.webdriver.chrome.service import Service
+
+    programs = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome")]
+    chromium, driver = next(filter(None, programs), None), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs a browser and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in (
+            *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+            *("disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={profile}"),
+        ):
+            options.add_argument(f"--{flag}")
+        found = webdriver.Chrome(options=options, service=Service(driver))
+        try:
+            yield found
+        finally:
+            found.quit()
+
+
+def look(browser: Any, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
+    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    dark = [dict(name="prefers-color-scheme", value=scheme)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=dark))
+    browser.get(page.as_uri())
+
+
+@pytest.mark.parametrize("width,scheme", [(1280, "light"), (375, "dark")])
+def test_it_opens_clean_and_fits(browser: Any, page: Path, width: int, scheme: str) -> None:
+    look(browser, page, width, scheme=scheme)
+    assert browser.title == f"{NAME}: report"
+    widths = browser.execute_script(
+        "return [...document.images].map(image => image.complete && image.naturalWidth > 0 && image.clientWidth > 0)"
+    )
+    assert len(widths) > 60 and all(widths)
+    inner, outer = browser.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert inner <= outer <= width
+    assert browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
+    # Text stands out from what it stands on.
+    ink, paper = (
+        [int(v) for v in re.findall(r"\d+", browser.execute_script(f"return getComputedStyle(document.body).{what}"))]
+        for what in ("color", "backgroundColor")
+    )
+    assert abs(sum(ink[:3]) - sum(paper[:3])) > 400 and (sum(paper[:3]) > 384) == (scheme == "light")
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("how", ["hover", "focus", "tap"])
+def test_pointing_at_a_swap_shows_its_sources(browser: Any, page: Path, how: str) -> None:
+    from selenium.webdriver import ActionChains
+
+    look(browser, page, 375 if how == "tap" else 1280)
+    cell = browser.find_element("css selector", '[data-clothes="2"][data-pose="1"]')
+    if how == "hover":
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+        ActionChains(browser).move_to_element(cell).perform()
+    elif how == "focus":
+        browser.execute_script("arguments[0].focus()", cell)
+    else:
+        cell.click()
+    shown, sources, lit, names, people = browser.execute_script(
+        """const src = where => document.querySelector(where + " img").src;
+        return [["clothes", "pose", "swap"].map(name => src(`[data-shows=${name}]`)),
+                ['[data-clothes-source="2"]', '[data-pose-source="1"]', '[data-clothes="2"][data-pose="1"]'].map(src),
+                document.querySelectorAll(".lit").length,
+                ["clothes", "pose"].map(name => document.querySelector(`[data-shows=${name}] b`).textContent),
+                [2, 1].map(i => document.querySelector(`[data-pose-source="${i}"]`).dataset.who)];"""
+    )
+    assert shown == sources and len(set(shown)) == 3 and lit == 3
+    assert names == people and len(set(names)) == 2
+    assert browser.get_log("browser") == []
+
+
+def test_a_click_on_a_head_sorts(browser: Any, page: Path) -> None:
+    look(browser, page, 1280)
+    table = next(t for t in browser.find_elements("css selector", "table") if "single query" in t.accessible_name)
+
+    def column(number: int) -> list[str]:
+        return browser.execute_script(
+            "return [...arguments[0].tBodies[0].rows].map(r => r.cells[arguments[1]].textContent)", table, number
+        )
+
+    heads = table.find_elements("css selector", "th button")
+    listed = column(6)
+    heads[6].click()
+    assert column(6) == sorted(listed, key=float, reverse=True)
+    heads[6].click()
+    assert column(6) == sorted(listed, key=float)
+    assert [h.get_attribute("aria-sort") for h in table.find_elements("css selector", "th")].count("ascending") == 1
+    heads[8].click()  # of the difference to the teacher, which the teacher's rows do not have
+    assert column(8)[-2:] == ["-", "-"] and [float(v) for v in column(8)[:6]] == sorted(map(float, column(8)[:6]))[::-1]
+    heads[0].click()
+    assert column(0) == sorted(column(0)) and len(set(column(0))) == 2
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_of_ranked_lists_sorts(browser: Any, place: Place, tmp_path: Path) -> None:
+    path = str(read_split(place.data, "query").paths[0])
+    values = {"a": 0.5, "b": None, "c": 0.1, "d": 0.9}
+    results = [Result(path, name, [Hit(path, "1", "right")], {"AP": value}) for name, value in values.items()]
+    page = write_page(tmp_path / "page.html", results, title="lists")
+    look(browser, page, 375)
+
+    def order() -> str:
+        return "".join(e.text for e in browser.find_elements("css selector", "section p"))
+
+    listed, by_ap = browser.find_elements("css selector", "header button")
+    assert order() == "abcd"
+    for button, expected in ((by_ap, "cadb"), (by_ap, "dacb"), (listed, "abcd")):
+        button.click()
+        assert order() == expected
+    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth > 0)")
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

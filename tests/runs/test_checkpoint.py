@@ -1,0 +1,752 @@
+"""Checkpoints: the release's names and numbering, strict reading, damage, and resuming as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import yaml
+from conftest import (
+    ALL_LOSSES,
+    CPU,
+    TINY_DGNET,
+    merged,
+    random_batches,
+    tiny_config,
+    tiny_teacher_config,
+    tiny_trainer,
+)
+from torch import Tensor
+
+from config import Config, DGNetConfig
+from files import read_tensors, write_atomically, write_whole
+from networks import Discriminator, Generator
+from reIDmodel import build_id_net, build_teacher
+from runs.folder import RunFolder, open_run, run_config, start_folder
+from runs.load import (
+    build_trainer,
+    load_generator,
+    load_run_for_test,
+    load_teacher,
+    load_teacher_for_test,
+    num_classes,
+    pick_epoch,
+    save_teacher,
+    training_images,
+)
+from runs.release import export_release
+from runs.session import build_session, train
+from runs.snapshot import load_snapshot, prune_snapshots, remove_parts, save_snapshot, set_aside, snapshots
+from runs.weights import load_network
+from trainer import DGNetTrainer, TeacherTrainer
+from utils import ROOT, UserError, seed_everything
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NETWORKS = ["gen", "id", "dis"]
+Shapes = dict[str, list[int]]
+
+
+# --------------------------------------------------------------- names, shapes and order of the release
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "tests" / "golden" / name).read_text())
+
+
+OFFICIAL = golden("official_state_dict.json")
+VARIANTS = golden("official_state_dict_variants.json")
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def shapes(net: nn.Module, prefix: str = "") -> Shapes:
+    return {name: list(value.shape) for name, value in net.state_dict().items() if name.startswith(prefix)}
+
+
+def assert_same_layout(net: nn.Module, expected: Shapes, prefix: str = "") -> None:
+    """The same names with the same shapes in the same order, and the same order of the parameters among them."""
+    assert shapes(net, prefix) == expected
+    assert list(shapes(net, prefix)) == list(expected)
+    buffers = {name for name, _ in net.named_buffers()}
+    parameters = [name for name, _ in net.named_parameters() if name.startswith(prefix)]
+    assert parameters == [name for name in expected if name not in buffers]
+
+
+@pytest.mark.parametrize(
+    "name,build",
+    [
+        ("gen", lambda: Generator(code_dim=8192)),
+        ("dis", Discriminator),
+        ("id", lambda: build_id_net("AB", 751)),
+        ("teacher", lambda: build_teacher(751)),
+    ],
+)
+def test_state_dicts_are_those_of_the_release(name: str, build: Callable[[], nn.Module]) -> None:
+    assert_same_layout(on_meta(build), OFFICIAL[name])
+
+
+@pytest.mark.parametrize("dec", ["series", "parallel"])
+def test_other_decoders_have_the_names_of_the_default(dec: str) -> None:
+    assert VARIANTS["gen, dec: series or parallel"] == "the same names and shapes as the default"
+    assert_same_layout(on_meta(lambda: Generator(code_dim=8192, dec=dec)), OFFICIAL["gen"])
+
+
+@pytest.mark.parametrize(
+    "variant,build,prefix",
+    [
+        ("gen, non_local: 1", lambda: Generator(code_dim=8192, non_local=1), "dec."),
+        ("dis, non_local: 1", lambda: Discriminator(non_local=1), "cnns.0."),
+        ("dis, non_local: 2", lambda: Discriminator(non_local=2), "cnns.0."),
+        ("dis, gan_type: wgan", lambda: Discriminator(gan_type="wgan"), ""),
+        ("id, ID_style: PCB", lambda: build_id_net("PCB", 10), "classifier"),
+        ("id, ID_style: normal", lambda: build_id_net("normal", 10), "classifier"),
+    ],
+)
+def test_state_dicts_of_the_variants(variant: str, build: Callable[[], nn.Module], prefix: str) -> None:
+    net = on_meta(build)
+    assert_same_layout(net, VARIANTS[variant], prefix)
+    # What the file leaves out is as in the default.
+    kind = variant.partition(",")[0]
+    same = {"gen": ("enc_content.", "mlp_"), "id": ("model.",), "dis": ()}[kind]
+    for part in same:
+        assert shapes(net, part) == {name: v for name, v in OFFICIAL[kind].items() if name.startswith(part)}
+
+
+def test_every_variant_is_compared() -> None:
+    assert len(VARIANTS) == 7
+
+
+def test_optimisers_number_their_parameters_as_the_release() -> None:
+    """Position i of an optimiser's state belongs to the i-th parameter of the release's list."""
+    trainer = tiny_trainer(tiny_config())
+    for name, groups in (
+        ("gen", [""]),
+        ("dis", [""]),
+        # The trunk with its unused fc, then a group for each head.
+        ("id", ["model.", "classifier1.", "classifier2."]),
+    ):
+        net = trainer.networks()[name]
+        names = {id(p): key for key, p in net.named_parameters()}
+        optimizer = trainer.optimizers()[name]
+        found = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        order = [key for key, _ in net.named_parameters()]
+        assert found == [[key for key in order if key.startswith(prefix)] for prefix in groups]
+        numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+        assert sum(numbers, []) == list(range(len(order)))
+    assert "model.fc.weight" in dict(trainer.id_net.named_parameters()), "the unused fc has its number too"
+
+
+# ------------------------------------------------------------------------------- a folder of the release
+def released_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state as PyTorch 1.x wrote it: fewer entries in a group, Adam's step a plain number."""
+    adam = ("lr", "betas", "eps", "weight_decay", "amsgrad", "initial_lr", "params")
+    sgd = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "initial_lr", "params")
+    kept = adam if isinstance(optimizer, torch.optim.Adam) else sgd
+    state = optimizer.state_dict()
+    return {
+        "state": {
+            number: {key: int(value) if key == "step" else value for key, value in values.items()}
+            for number, values in state["state"].items()
+        },
+        "param_groups": [{key: group[key] for key in kept} for group in state["param_groups"]],
+    }
+
+
+@pytest.fixture(scope="module")
+def classes(tiny_data: Path) -> int:
+    return training_images(tiny_config(data_root=str(tiny_data))).num_classes
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, classes: int) -> tuple[Path, DGNetTrainer]:
+    """A run folder with the release's files alone, and the trainer whose state is in them."""
+    # Stride 2, no erasing, constant rates: what the release assumes where the config says nothing.
+    cfg = tiny_config(ID_stride=2, erasing_p=0, lr_policy="constant", data_root=str(tiny_data))
+    trainer = tiny_trainer(cfg, classes=classes)
+    trainer.step(*random_batches(cfg), 0)
+    folder = tmp_path_factory.mktemp("released")
+    checkpoints = folder / "outputs" / "E" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name, net in trainer.networks().items():
+        torch.save({"a": net.state_dict()}, checkpoints / f"{name}_00000100.pt")
+    states = {name: released_optimizer(optimizer) for name, optimizer in trainer.optimizers().items()}
+    torch.save(states, checkpoints / "optimizer.pt")
+    values = merged(TINY_DGNET, dict(data_root=str(tiny_data), ID_class=classes, max_iter=103, teacher_w=0))
+    values |= dict(image_dir="./", snapshot_save_iter=2, use_decoder_again=True, gen=values["gen"] | dict(style_dim=8))
+    (checkpoints.parent / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder, trainer
+
+
+def test_a_folder_of_the_release_is_resumed_as_it_is(
+    released: tuple[Path, DGNetTrainer], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, original = released
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    run = open_run(str(tmp_path), "E")
+    cfg = run_config(run)
+    warning, note = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and "use_decoder_again" in note
+    assert warning.startswith("warning: ") and "image_dir" in warning and "gen.style_dim" in warning
+    assert (cfg.ID_stride, cfg.erasing_p, cfg.T_w, cfg.lr_policy, cfg.apex) == (2, 0, 1, "constant", False)
+    assert snapshots(run.checkpoints, NETWORKS) == [100]
+
+    session = build_session(cfg, run, CPU, resume=True)
+    assert load_snapshot(run.checkpoints, session.trainer) == 100
+    for name, net in session.trainer.networks().items():
+        assert_same_tensors(net.state_dict(), original.networks()[name].state_dict())
+    for name, optimizer in session.trainer.optimizers().items():
+        ours, theirs = optimizer.state_dict(), original.optimizers()[name].state_dict()
+        assert ours["state"].keys() == theirs["state"].keys()
+        for number, values in ours["state"].items():
+            for key, value in values.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][number][key]))
+
+    before = copy_of(session.trainer.gen)
+    train(session, resume="last")
+    assert "resumed E after 100 of 103 steps" in capsys.readouterr().out
+    assert snapshots(run.checkpoints, NETWORKS) == [100, 102, 103]
+    after = session.trainer.gen.state_dict()
+    assert not torch.equal(before["mlp_w1.model.0.fc.weight"], after["mlp_w1.model.0.fc.weight"])
+    # The published files are as they were.
+    for path in (source / "outputs" / "E" / "checkpoints").iterdir():
+        assert path.read_bytes() == (run.checkpoints / path.name).read_bytes()
+
+
+def test_a_folder_of_the_release_is_evaluated_as_it_is(released: tuple[Path, DGNetTrainer]) -> None:
+    folder, original = released
+    run = open_run(str(folder), "E")
+    for which in (None, "last", "100"):
+        tested = load_run_for_test(run, which, CPU)
+        assert (tested.iteration, tested.size) == (100, (64, 32))
+        assert not tested.net.training
+        assert_same_tensors(tested.net.state_dict(), original.id_net.state_dict())
+    assert tested.net.model.layer4[0].conv1.stride == (2, 2)
+    gen = load_generator(run, run_config(run), 100, tested.net.code_dim, CPU)
+    assert_same_tensors(gen.state_dict(), original.gen.state_dict())
+    with pytest.raises(UserError, match="--which_epoch 7: no such snapshot; there are 100"):
+        pick_epoch(run, "dgnet", "7")
+
+
+def test_a_published_folder_of_weights_alone_is_evaluated(released: tuple[Path, DGNetTrainer], tmp_path: Path) -> None:
+    shutil.copytree(released[0], tmp_path, dirs_exist_ok=True)
+    run = open_run(str(tmp_path), "E")
+    (run.checkpoints / "optimizer.pt").unlink()
+    (run.checkpoints / "dis_00000100.pt").unlink()
+    assert load_run_for_test(run, None, CPU).iteration == 100
+    with pytest.raises(UserError, match="no complete snapshot to resume from"):
+        load_snapshot(run.checkpoints, tiny_trainer(tiny_config()))
+
+
+def test_a_published_teacher_is_read(tmp_path: Path) -> None:
+    """The release's opts.yaml has no key of ours but the stride."""
+    folder = tmp_path / "models" / "best"
+    folder.mkdir(parents=True)
+    net = build_teacher(5, stride=1)
+    torch.save(net.state_dict(), folder / "net_last.pth")
+    (folder / "opts.yaml").write_text("PCB: false\nbatchsize: 8\nnclasses: 5\nstride: 1\nwarm_epoch: 5\n")
+    loaded = load_teacher("best", tmp_path, 5)
+    assert_same_tensors(loaded.state_dict(), net.state_dict())
+    assert loaded.model.layer4[0].conv2.stride == (1, 1) and not loaded.training
+    (folder / "opts.yaml").write_text("nclasses: 5\n")
+    assert load_teacher("best", tmp_path).model.layer4[0].conv2.stride == (2, 2)
+    with pytest.raises(UserError, match="knows 5 identities, the data 8"):
+        load_teacher("best", tmp_path, 8)
+    assert load_teacher_for_test(open_run(str(tmp_path), "best"), CPU).size == (256, 128)
+
+
+def test_our_teacher_is_put_where_it_is_looked_for(tmp_path: Path) -> None:
+    cfg = tiny_teacher_config(stride=1, data_root="some/where")
+    trainer = TeacherTrainer(cfg, 6, CPU, steps_per_epoch=2)
+    run = open_run(str(tmp_path), "T")
+    save_teacher(run, cfg, trainer.net, 6)
+    assert sorted(path.name for path in (tmp_path / "models" / "T").iterdir()) == ["net_last.pth", "opts.yaml"]
+    tested = load_teacher_for_test(run, CPU)
+    assert_same_tensors(tested.net.state_dict(), trainer.net.state_dict())
+    assert (tested.size, tested.data_root) == ((64, 32), "some/where")
+    assert tested.net.model.layer4[0].conv1.stride == (1, 1)
+
+
+def test_a_missing_teacher_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train it with: python train.py --config configs/teacher.yaml --name nobody"):
+        load_teacher("nobody", tmp_path)
+
+
+# ------------------------------------------------------------------------------------- strict reading
+def copy_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def assert_same_tensors(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def small_id_net(classes: int = 4) -> nn.Module:
+    return build_id_net("AB", classes, backbone="resnet10w8")
+
+
+def test_known_extras_are_let_through_with_one_note(capsys: pytest.CaptureFixture) -> None:
+    gen = Generator(code_dim=256, **tiny_config().gen.model_dump())
+    state = copy_of(gen)
+    block = "dec.model.1.model.0.model.0.nonloc"
+    extras = {f"{block}.{name}": torch.ones(2) for name in ("gamma", "query_conv.weight", "key_conv.weight")}
+    load_network(gen, state | extras, Path("gen.pt"))
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: gen.pt: ") and block in note
+    assert_same_tensors(gen.state_dict(), state)
+    load_network(gen, state, Path("gen.pt"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("fc", ["absent", "larger", "extra"])
+def test_the_unused_fc_may_be_anything(fc: str, capsys: pytest.CaptureFixture) -> None:
+    state = copy_of(small_id_net())
+    if fc == "absent":
+        del state["model.fc.weight"], state["model.fc.bias"]
+    elif fc == "larger":
+        state["model.fc.weight"], state["model.fc.bias"] = torch.ones(1000, 32), torch.ones(1000)
+    else:
+        state["model.fc.add_block.0.weight"] = torch.ones(3)
+    net = small_id_net()
+    load_network(net, state, Path("id.pt"))
+    assert len(capsys.readouterr().err.splitlines()) == (1 if fc == "extra" else 0)
+    for name, value in net.state_dict().items():
+        assert name.startswith("model.fc.") or torch.equal(value, state[name]), name
+
+
+def test_every_other_difference_is_refused() -> None:
+    state = copy_of(small_id_net())
+    missing = {name: value for name, value in state.items() if name != "model.layer2.0.conv1.weight"}
+    with pytest.raises(UserError, match="id.pt: belongs to another network .missing model.layer2.0.conv1.weight"):
+        load_network(small_id_net(), missing, Path("id.pt"))
+    with pytest.raises(UserError, match="unexpected classifier3.weight"):
+        load_network(small_id_net(), state | {"classifier3.weight": torch.ones(1)}, Path("id.pt"))
+    with pytest.raises(UserError, match="model.conv1.weight has shape .* the config asks for"):
+        load_network(small_id_net(), state | {"model.conv1.weight": torch.ones(2, 3, 7, 7)}, Path("id.pt"))
+    for other in ({"a": 3}, [1, 2], {"a": state}):
+        with pytest.raises(UserError, match="not a state_dict of tensors"):
+            load_network(small_id_net(), other, Path("id.pt"))
+
+
+def test_a_refused_file_changes_nothing() -> None:
+    net = small_id_net()
+    before = copy_of(net)
+    with pytest.raises(UserError):
+        load_network(net, copy_of(small_id_net(5)), Path("id.pt"))
+    assert_same_tensors(net.state_dict(), before)
+
+
+def test_another_number_of_classes_is_said_in_words() -> None:
+    with pytest.raises(UserError, match="id.pt: made for 751 identities, but ID_class is 702"):
+        load_network(small_id_net(702), small_id_net(751).state_dict(), Path("id.pt"))
+    cfg = tiny_config(ID_class=751, data_root="x")
+    images = type("Images", (), {"num_classes": 702})
+    with pytest.raises(UserError, match="ID_class is 751, but x has 702 identities"):
+        num_classes(cfg, images)
+    assert num_classes(tiny_config(ID_class="auto"), images) == 702
+
+
+def test_other_files_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing.pt: no such checkpoint"):
+        read_tensors(tmp_path / "nothing.pt")
+    for content in (b"", b"hello", b"PK\x03\x04" + bytes(100)):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(UserError, match="x.pt: damaged or not a checkpoint") as error:
+            read_tensors(tmp_path / "x.pt")
+        assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------- snapshots
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def two_snapshots(tmp_path: Path) -> tuple[Path, DGNetTrainer]:
+    trainer = tiny_trainer(tiny_config())
+    for iteration in (1, 2):
+        trainer.step(*random_batches(trainer.cfg), iteration)
+        save_snapshot(tmp_path, trainer, iteration)
+    return tmp_path, trainer
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["gen_00000002.pt", "state_00000002.pt", "snapshot_00000002.json"])
+def test_one_wrong_bit_is_noticed(
+    two_snapshots: tuple[Path, DGNetTrainer], name: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder, trainer = two_snapshots
+    flip_a_bit(folder / name)
+    before = copy_of(trainer.gen)
+    with pytest.raises(UserError, match=rf"{name}: damaged .*the snapshot before it: --resume 1$"):
+        load_snapshot(folder, trainer)
+    assert_same_tensors(trainer.gen.state_dict(), before)
+    assert load_snapshot(folder, trainer, fall_back=True) == 1
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and name in warning and warning.endswith("from the snapshot before, 1")
+    flip_a_bit(folder / name.replace("2", "1"))
+    with pytest.raises(UserError, match="00000002.*00000001") as error:
+        load_snapshot(folder, trainer, fall_back=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_may_hold_anything(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    """Whatever stands in it, no other file is touched and no other error raised."""
+    folder, trainer = two_snapshots
+    manifest = folder / "snapshot_00000002.json"
+    whole = json.loads(manifest.read_text())
+    for content in (
+        [],
+        {},
+        {"files": 3},
+        whole | dict(files={"../x": 1}),
+        whole | dict(iteration=1),
+        whole | dict(config=[]),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="snapshot_00000002.json: damaged"):
+            load_snapshot(folder, trainer)
+    for content in (b"", b"\xff\xfe", b"[" * 100_000):
+        manifest.write_bytes(content)
+        with pytest.raises(UserError, match="snapshot_00000002.json: damaged"):
+            load_snapshot(folder, trainer)
+    manifest.write_text(json.dumps(whole | dict(files={})))
+    with pytest.raises(UserError, match="damaged .its manifest does not know it."):
+        load_snapshot(folder, trainer)
+
+
+def test_old_snapshots_make_room(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    for i in range(3, 9):
+        save_snapshot(folder, trainer, i)
+    (folder / "gen_00000000.pt").write_text("not ours")
+    (folder / "notes.txt").write_text("nor this")
+    manifest = folder / "snapshot_00000001.json"
+    manifest.write_text("{}")  # what cannot be told to be ours stays
+    prune_snapshots(folder, NETWORKS, 7, keep_last=0, keep_every=0)
+    assert len(list(folder.iterdir())) == 8 * 5 + 2
+    prune_snapshots(folder, NETWORKS, 7, keep_last=2, keep_every=4)
+    # 8 is newer than the newest: of a run that went back to an earlier snapshot.
+    assert snapshots(folder, NETWORKS) == [1, 4, 6, 7, 8]
+    assert len(list(folder.iterdir())) == 5 * 5 + 2
+    prune_snapshots(folder, NETWORKS, 7, keep_last=9, keep_every=0)
+    assert snapshots(folder, NETWORKS) == [1, 4, 6, 7, 8]
+
+
+def test_the_rest_of_an_interrupted_writing_is_removed(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    before = {path.name for path in folder.iterdir()}
+    save_snapshot(folder, trainer, 3)
+    # As a killed process leaves it: the mark, two whole files, one part.
+    (folder / "snapshot_00000003.json").rename(folder / ".snapshot_00000003.json.part")
+    (folder / "dis_00000003.pt").unlink()
+    (folder / "id_00000003.pt").rename(folder / ".id_00000003.pt.part")
+    (folder / "gen_00000009.pt").write_text("not ours")
+    assert snapshots(folder, NETWORKS) == [1, 2]
+    remove_parts(folder, NETWORKS)
+    assert {path.name for path in folder.iterdir()} == before | {"gen_00000009.pt"}
+
+
+@pytest.mark.parametrize("file", [1, 3, 5])
+def test_a_snapshot_that_cannot_be_written_leaves_nothing(
+    two_snapshots: tuple[Path, DGNetTrainer], file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full from the file-th writing on; the fifth is the manifest."""
+    folder, trainer = two_snapshots
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    left = iter(range(1, 9))
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        if next(left) >= file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr("checkpoint.sync_folder", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        save_snapshot(folder, trainer, 3)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["gen", "id", "dis", "state"])
+def test_a_checkpoint_cut_in_half_offers_the_one_before(two_snapshots: tuple[Path, DGNetTrainer], name: str) -> None:
+    folder, trainer = two_snapshots
+    cut(folder / f"{name}_00000002.pt")
+    with pytest.raises(UserError, match=rf"{name}_00000002.pt: damaged .*the snapshot before it: --resume 1$"):
+        load_snapshot(folder, trainer)
+    assert load_snapshot(folder, trainer, 1) == 1
+    cut(folder / f"{name}_00000001.pt")
+    with pytest.raises(UserError, match=f"{name}_00000001.pt: damaged") as error:
+        load_snapshot(folder, trainer, 1)
+    assert "--resume" not in str(error.value), "there is none before the first"
+
+
+def test_evaluation_offers_the_snapshot_before_a_damaged_one(tmp_path: Path) -> None:
+    cfg = tiny_config()
+    run = open_run(str(tmp_path), "run")
+    start_folder(run, cfg, resume=False)
+    trainer = tiny_trainer(cfg)
+    for iteration in (1, 2):
+        save_snapshot(run.checkpoints, trainer, iteration)
+    cut(run.checkpoints / "id_00000002.pt")
+    with pytest.raises(UserError, match="id_00000002.pt: damaged .*the snapshot before it: --which_epoch 1$"):
+        load_run_for_test(run, None, CPU)
+    assert load_run_for_test(run, "1", CPU).iteration == 1
+    # The release's files have no manifest to compare them with.
+    for path in run.checkpoints.glob("s*_00000001.*"):
+        path.unlink()
+    (run.checkpoints / "optimizer.pt").touch()
+    torch.save({"a": torch.ones(3)}, run.checkpoints / "id_00000001.pt")
+    with pytest.raises(UserError, match="id_00000001.pt: not a checkpoint of this format"):
+        load_run_for_test(run, "1", CPU)
+
+
+def test_only_complete_snapshots_count(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    (folder / "state_00000002.pt").unlink()
+    assert snapshots(folder, NETWORKS) == [1]
+    assert load_snapshot(folder, trainer) == 1
+    with pytest.raises(UserError, match="no complete snapshot of iteration 2; there are 1$"):
+        load_snapshot(folder, trainer, 2)
+    (folder / "dis_00000001.pt").unlink()
+    assert snapshots(folder, NETWORKS) == []
+
+
+def test_a_snapshot_restores_everything(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    other = tiny_trainer(tiny_config(seed=5, lr_g=0.5))
+    assert load_snapshot(folder, other) == 2
+    for name, net in trainer.networks().items():
+        assert_same_tensors(other.networks()[name].state_dict(), net.state_dict())
+    states = read_tensors(folder / "state_00000002.pt")
+    load_snapshot(folder, other)
+    assert torch.equal(torch.get_rng_state(), states["rng"])
+    assert states["iteration"] == 2
+    # Rates, decay and momenta are the config's, not the file's: a run may go on with others.
+    assert other.opt_gen.param_groups[0]["initial_lr"] == 0.5
+    other = tiny_trainer(tiny_config(beta1=0.9, weight_decay=0.25))
+    load_snapshot(folder, other)
+    for optimizer in other.optimizers().values():
+        assert all(group["weight_decay"] == 0.25 and group["fused"] for group in optimizer.param_groups)
+    assert other.opt_gen.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_later_snapshots_are_set_aside(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, trainer = two_snapshots
+    before = {path.name: path.read_bytes() for path in folder.glob("*00000002*")}
+    aside = set_aside(folder, NETWORKS, 1)
+    assert aside == folder / "after_00000001" and snapshots(folder, NETWORKS) == [1]
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert set_aside(folder, NETWORKS, 1) is None
+    save_snapshot(folder, trainer, 2)
+    assert set_aside(folder, NETWORKS, 1) == folder / "after_00000001_2" and len(list(aside.iterdir())) == len(before)
+    # The release's stay where they are.
+    (folder / "optimizer.pt").write_bytes(b"")
+    for name in NETWORKS:
+        (folder / f"{name}_00000009.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="holds later snapshots than 1, which --resume would take next .9."):
+        set_aside(folder, NETWORKS, 1)
+
+
+def test_a_snapshot_of_other_networks_is_refused_in_words(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, _ = two_snapshots
+    with pytest.raises(UserError, match="made for 4 identities, but ID_class is 9"):
+        load_snapshot(folder, tiny_trainer(tiny_config(), classes=9))
+    with pytest.raises(UserError, match="check the config beside it"):
+        load_snapshot(folder, tiny_trainer(tiny_config(gen=dict(mlp_dim=8))))
+
+
+def test_export_and_back(two_snapshots: tuple[Path, DGNetTrainer], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, trainer = two_snapshots
+    out = tmp_path_factory.mktemp("export") / "checkpoints"
+    assert export_release(folder, out, tiny_trainer(tiny_config(seed=3))) == 2
+    assert sorted(path.name for path in out.iterdir()) == [
+        "dis_00000002.pt",
+        "gen_00000002.pt",
+        "id_00000002.pt",
+        "optimizer.pt",
+    ]
+    for name, net in trainer.networks().items():
+        content = read_tensors(out / f"{name}_00000002.pt")
+        assert list(content) == ["a"]
+        assert_same_tensors(content["a"], net.state_dict())
+        assert list(content["a"]) == list(net.state_dict())
+    assert set(read_tensors(out / "optimizer.pt")) == {"gen", "id", "dis"}
+
+    back = tiny_trainer(tiny_config(seed=4))
+    assert load_snapshot(out, back) == 2
+    save_snapshot(folder / "again", back, 2)
+    for name in NETWORKS:
+        paths = [parent / f"{name}_00000002.pt" for parent in (folder, folder / "again")]
+        assert_same_tensors(*(read_tensors(path)["a"] for path in paths))
+    for name in NETWORKS:
+        ours, theirs = (read_tensors(f / "state_00000002.pt")[name]["state"] for f in (folder, folder / "again"))
+        assert ours.keys() == theirs.keys()
+        for number in ours:
+            assert_same_tensors(*({k: torch.as_tensor(v) for k, v in s[number].items()} for s in (ours, theirs)))
+    with pytest.raises(UserError, match="exists; export to an empty folder"):
+        export_release(folder, out, back)
+    assert export_release(folder, out.parent / "first", back, 1) == 1
+
+
+# ------------------------------------------------------------------------------------ atomic writing
+def test_writing_leaves_no_part(two_snapshots: tuple[Path, DGNetTrainer]) -> None:
+    folder, _ = two_snapshots
+    names = {f"{name}_0000000{i}.pt" for name in (*NETWORKS, "state") for i in (1, 2)}
+    names |= {f"snapshot_0000000{i}.json" for i in (1, 2)}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path, seen = tmp_path / "a", set()
+    (tmp_path / ".a.part").write_bytes(b"a killed writer's, longer than all of the others' together" * 10000)
+
+    def write(letter: bytes) -> None:
+        for _ in range(20):
+            write_whole(path, lambda file: [file.write(letter * 1000) for _ in range(100)])
+            seen.add(path.read_bytes())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, (b"1", b"2", b"3", b"4")))
+    assert seen <= {letter * 100_000 for letter in (b"1", b"2", b"3", b"4")}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk: the write itself fails."""
+    path = tmp_path / "gen_00000001.pt"
+    write_atomically(path, {"a": torch.ones(3)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="gen_00000001.pt: cannot be written") as error:
+            write_atomically(path, {"a": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert torch.equal(read_tensors(path)["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_missing_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written .No such file or directory."):
+        write_atomically(tmp_path / "nowhere" / "x.pt", {})
+
+
+# ------------------------------------------------------------------------------------- exact resuming
+def train_from(cfg: Config, output: Path, name: str, *, resume: str | None, seed: int) -> RunFolder:
+    """Train as train.py does, with the global random state at `seed`."""
+    run = open_run(str(output), name)
+    seed_everything(seed)
+    train(build_session(cfg, run, CPU, resume=resume is not None), resume=resume)
+    return run
+
+
+def assert_same_snapshot(one: RunFolder, other: RunFolder, networks: list[str], iteration: int) -> None:
+    for name in networks:
+        states = (read_tensors(run.checkpoints / f"{name}_{iteration:08d}.pt")["a"] for run in (one, other))
+        assert_same_tensors(*states)
+    ours, theirs = (read_tensors(run.checkpoints / f"state_{iteration:08d}.pt") for run in (one, other))
+    assert torch.equal(ours["rng"], theirs["rng"])
+    for name in networks:
+        assert ours[name]["param_groups"] == theirs[name]["param_groups"]
+        for number, values in ours[name]["state"].items():
+            assert_same_tensors(values, theirs[name]["state"][number])
+
+
+def continued(run: RunFolder, output: Path, start: int) -> RunFolder:
+    """A copy of a run as it stood after `start` steps."""
+    other = open_run(str(output), run.name)
+    shutil.copytree(run.path, other.path)
+    for path in other.checkpoints.iterdir():
+        if int(path.stem.rsplit("_", 1)[1]) > start:
+            path.unlink()
+    return other
+
+
+def test_resuming_dgnet_is_exact(tmp_path: Path, tiny_data: Path, classes: int) -> None:
+    changes = dict(max_iter=6, snapshot_save_iter=3, step_size=4, gen=dict(dropout=0.2), image_save_iter=2)
+    cfg = tiny_config(data_root=str(tiny_data), teacher="T", **ALL_LOSSES | changes)
+    torch.manual_seed(0)
+    teacher = build_teacher(classes, backbone="resnet10w8", stride=2)
+    for output in ("whole", "parts"):
+        teacher_cfg = tiny_teacher_config(stride=2)
+        save_teacher(open_run(str(tmp_path / output), "T"), teacher_cfg, teacher, classes)
+    whole = train_from(cfg, tmp_path / "whole", "run", resume=None, seed=cfg.seed)
+    assert snapshots(whole.checkpoints, NETWORKS) == [3, 6]
+    parts = continued(whole, tmp_path / "parts", 3)
+    train_from(cfg, tmp_path / "parts", "run", resume="last", seed=12345)
+    assert_same_snapshot(whole, parts, NETWORKS, 6)
+    for name in NETWORKS:
+        third, sixth = (read_tensors(whole.checkpoints / f"{name}_0000000{i}.pt")["a"].values() for i in (3, 6))
+        assert not torch.equal(next(iter(third)), next(iter(sixth))), "the last three steps did something"
+    pictures = [
+        sorted((run.images / path.name).read_bytes() for path in whole.images.iterdir()) for run in (whole, parts)
+    ]
+    assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
+
+
+def test_resuming_a_teacher_is_exact(tmp_path: Path, tiny_data: Path) -> None:
+    changes = dict(batch_size=32, epochs=4, snapshot_epochs=2, erasing_p=0.5, trunk_lr_factor=1.0, cache_images=True)
+    cfg = tiny_teacher_config(data_root=str(tiny_data), **changes)
+    whole = train_from(cfg, tmp_path / "whole", "T", resume=None, seed=cfg.seed)
+    middle, last = snapshots(whole.checkpoints, ["net"])
+    assert last == 2 * middle
+    parts = continued(whole, tmp_path / "parts", middle)
+    train_from(cfg, tmp_path / "parts", "T", resume=str(middle), seed=12345)
+    assert_same_snapshot(whole, parts, ["net"], last)
+    nets = [load_teacher("T", tmp_path / output).state_dict() for output in ("whole", "parts")]
+    assert_same_tensors(*nets)
+
+
+def test_resuming_goes_on_with_the_ramps_and_rates(tmp_path: Path) -> None:
+    """Both are functions of the iteration: a resumed trainer knows them without any state."""
+    cfg = tiny_config(lr_policy="step", step_size=3, gamma=0.5, gamma2=0.5)
+    trainer = tiny_trainer(cfg)
+    trainer.step(*random_batches(cfg), 4)
+    save_snapshot(tmp_path, trainer, 5)
+    other = tiny_trainer(cfg)
+    load_snapshot(tmp_path, other)
+    other.set_learning_rates(5)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (other.opt_gen, other.opt_dis, other.opt_id)]
+    assert rates == pytest.approx([cfg.lr_g / 4, cfg.lr_d / 4, cfg.lr2 / 4])
+
+
+# ------------------------------------------------------------------------------------------- building
+def test_the_id_net_may_start_from_the_teacher(tmp_path: Path) -> None:
+    cfg = tiny_config(id_init="teacher", teacher="T", teacher_style=2)
+    teacher = TeacherTrainer(tiny_teacher_config(), 4, CPU, steps_per_epoch=1).net
+    save_teacher(open_run(str(tmp_path), "T"), tiny_teacher_config(), teacher, 4)
+
+    def build(cfg: DGNetConfig, *, initialise: bool) -> DGNetTrainer:
+        torch.manual_seed(1)
+        return build_trainer(cfg, 4, CPU, output_path=tmp_path, steps_per_epoch=1, initialise=initialise)
+
+    expected = {name: v for name, v in teacher.state_dict().items() if name.startswith("model.")}
+    net = build(cfg, initialise=True).id_net
+    assert_same_tensors({f"model.{name}": v for name, v in net.model.state_dict().items()}, expected)
+    for head in net.heads():
+        assert_same_tensors(head.state_dict(), teacher.heads()[0].state_dict())
+    resumed = build(cfg, initialise=False).id_net.state_dict()
+    assert not torch.equal(resumed["model.conv1.weight"], expected["model.conv1.weight"])
+    wider = cfg.model_copy(update=dict(backbone="resnet10w16", gen=cfg.gen.model_copy(update=dict(id_dim=128))))
+    with pytest.raises(UserError, match="T has another backbone than resnet10w16"):
+        build(wider, initialise=True)

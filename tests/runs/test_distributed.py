@@ -1,0 +1,563 @@
+"""Several processes: the numbers of one process in two and four (gloo, float64), and how a run of several ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ALL_LOSSES, CPU, TINY_DGNET, TINY_TEACHER, load_script, merged, tiny_config, tiny_teacher_config
+from conftest import tiny_trainer as build_tiny
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data.batch import Batch, Part
+from data.cache import cached_images
+from data.folders import read_split
+from data.images import decoded
+from data.loader import PairLoader
+from losses import adversarial_terms, discriminator_terms
+from networks import Discriminator
+from parallel import collectives, launch
+from reid_eval.features import Features, extract_features
+from reid_eval.report import report
+from reIDmodel import build_id_net, build_teacher
+from trainer import TeacherTrainer
+from utils import ROOT, UserError, run_cli
+from visual_tools.curves import read_scalars
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = 8  # identities of the tiny data set
+HEIGHT, WIDTH = 40, 20  # the smallest images that the networks take
+# A synchronised and a frozen BatchNorm, either encoder, gray and edges, every kind of dropout, also drawn again.
+CASES = {
+    "synchronised": dict(sync_bn=True, use_encoder_again=1, erasing_p=0.5),
+    "edges": dict(sync_bn=True, use_encoder_again=-1, single="edge", detach_f=False, gen=dict(dropout=0.3)),
+    "recomputed": dict(sync_bn=True, use_encoder_again=-1, recompute=True, gen=dict(dropout=0.3)),
+    "frozen BatchNorm": dict(train_bn=False, ID_style="PCB", erasing_p=0.5, dis=dict(gan_type="nsgan")),
+    "channels last": dict(sync_bn=True, channels_last=True, joint_bn=True, gen=dict(dropout=0.3)),
+}
+
+
+# -------------------------------------------------------------- what is done in one process and in several
+def to_double(batch: Batch) -> Batch:
+    return batch._replace(x=batch.x.double(), xp=batch.xp.double())
+
+
+def loader(data: Path, batch_size: int, seed: int, **options: Any) -> PairLoader:
+    part = (collectives.rank(), collectives.world_size())
+    images = read_split(data, "train_all", need_names=False)
+    return PairLoader(images, batch_size=batch_size, height=HEIGHT, width=WIDTH, seed=seed, pad=2, part=part, **options)
+
+
+def together() -> dict[str, Any]:
+    return dict(part=collectives.own_part(), average_gradients=collectives.average_gradients)
+
+
+def gradients(nets: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    return {
+        net: {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        for net, module in nets.items()
+    }
+
+
+def dgnet_trainer(changes: dict[str, Any], dtype: torch.dtype) -> Any:
+    size = dict(crop_image_height=HEIGHT, crop_image_width=WIDTH)
+    cfg = tiny_config(**merged(ALL_LOSSES | size | dict(batch_size=4), changes))
+    torch.manual_seed(0)
+    teacher = build_teacher(CLASSES, backbone="resnet10w8")
+    trainer = build_tiny(cfg, classes=CLASSES, dtype=dtype, teachers=[teacher], **together())
+    own = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn or not cfg.train_bn)
+    collectives.act_on_whole_batch([*trainer.networks().values(), teacher], own, sync_bn=cfg.sync_bn)
+    if not cfg.train_bn:
+        for module in trainer.id_net.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    torch.manual_seed(7)  # of dropout
+    return trainer
+
+
+def dgnet_step(data: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses, gradients and BatchNorm's statistics of a step, in which every loss takes part."""
+    trainer = dgnet_trainer(changes, torch.float64)
+    a, b = loader(data, 4, 0), loader(data, 4, 1)
+    terms = trainer.step(to_double(a.batch(6)), to_double(b.batch(6)), 6)
+    statistics = {n: v.clone() for n, v in trainer.id_net.named_buffers() if v.is_floating_point()}
+    losses = [collectives.average_terms(terms)]
+    return dict(losses=losses, gradients=gradients(trainer.networks()), statistics=statistics)
+
+
+def teacher_steps(data: Path) -> dict[str, Any]:
+    cfg = tiny_teacher_config(batch_size=8, erasing_p=0.5, sync_bn=True)
+    torch.manual_seed(0)
+    trainer = TeacherTrainer(cfg, CLASSES, CPU, steps_per_epoch=4, **together())
+    trainer.net.double()
+    own = collectives.own_batch_size(8, sync_bn=True)
+    collectives.act_on_whole_batch([trainer.net], own, sync_bn=True)
+    batches = loader(data, 8, 3, with_positive=False)
+    losses = [collectives.average_terms(trainer.step(to_double(batches.batch(t)), t)) for t in range(3)]
+    weights = {n: p.detach().clone() for n, p in trainer.net.named_parameters()}
+    return dict(losses=losses, gradients=gradients(trainer.networks()), weights=weights)
+
+
+def wgan_terms() -> dict[str, Any]:
+    """The one loss with a sum over the batch."""
+    torch.manual_seed(0)
+    dis = Discriminator(dim=4, n_layer=1, n_res=1, gan_type="wgan").double()
+    real, fake = torch.randn(2, 8, 3, 256, 128, dtype=torch.float64)
+    real, fake = (collectives.own_part().rows(v, 4 // collectives.world_size()) for v in (real, fake))
+    how = dict(gan_type="wgan", processes=collectives.world_size())
+    terms = discriminator_terms(dis, real, fake, penalty=0.01, **how) | adversarial_terms(dis, fake, **how)
+    sum(terms.values()).backward()
+    collectives.average_gradients(torch.optim.SGD(dis.parameters(), lr=1))
+    return dict(losses=[collectives.average_terms(terms)], gradients=gradients({"dis": dis}))
+
+
+def batches_of(data: Path) -> dict[str, Batch]:
+    plain, cached = loader(data, 4, 5), loader(data, 4, 5, cache=True)
+    source = loader(data, 4, 5, cache="source")
+    found = {"files": plain.batch(9), "cache": cached.batch(9), "stream": next(plain.batches(9))}
+    return found | {"source": source.batch(9)}
+
+
+def cache_of(data: Path) -> dict[str, Any]:
+    """How many files this process has decoded for a cache, what another's change in it shows, and a refusal."""
+    opened: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cache.decoded", lambda path: opened.append(path) or decoded(path))
+        made = loader(data, 4, 5, cache="source")
+        images = read_split(data, "train_all", need_names=False)
+    collectives.wait_for_all()
+    if collectives.rank() == 1:
+        made.pixels[0] = 77
+    collectives.wait_for_all()
+    first = made.pixels[0].unique().tolist()
+    images.paths[2] = data / "gone.jpg"
+    with pytest.raises(UserError) as raised:
+        cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=100)
+    little = cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=0)
+    return dict(opened=len(opened), images=len(images), first=first, error=str(raised.value), little=little)
+
+
+def features_of(data: Path) -> np.ndarray:
+    torch.manual_seed(0)
+    net = build_id_net("AB", CLASSES, backbone="resnet10w8").eval()
+    paths = read_split(data, "gallery").paths
+    return extract_features(net, paths, height=64, width=32, batch_size=5, device=CPU)
+
+
+def report_of() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    sides = []
+    for n in (12, 60, 20):
+        values = rng.standard_normal((n, 2, 8)).astype(np.float32)
+        pids = np.arange(n) % 6
+        sides.append(Features(values, pids, rng.integers(1, 4, n) if n == 60 else pids % 3))
+    return report(sides[0], sides[1], multi=sides[2], rerank=True)
+
+
+def everything(data: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {name: dgnet_step(data, changes) for name, changes in CASES.items()}
+    found |= {"teacher": teacher_steps(data), "wgan": wgan_terms(), "batches": batches_of(data)}
+    return found | {"features": features_of(data), "report": report_of()}
+
+
+def twenty_steps(data: Path) -> dict[str, Any]:
+    """Float32 and BatchNorm per process, the default; and what the comparison of the weights finds."""
+    pairs = 2 * collectives.world_size()
+    off = dict.fromkeys(("recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w"), 0)  # until the ramps begin
+    trainer = dgnet_trainer(off | dict(batch_size=pairs, warm_iter=16, warm_teacher_iter=17), torch.float32)
+    collectives.start_together(trainer, 0, CPU)
+    a, b = loader(data, pairs, 0), loader(data, pairs, 1)
+    for t in range(20):
+        trainer.step(a.batch(t), b.batch(t), t)
+    collectives.check_ranks(trainer, 20)
+    state = lambda: {n: v.clone() for net in trainer.networks().values() for n, v in net.state_dict().items()}  # noqa: E731
+    found: dict[str, Any] = {"before": state()}
+    collectives.share_buffers(trainer)
+    found["after"] = state()
+
+    def error(change: Callable[[], object]) -> str:
+        if collectives.rank() == 1:
+            change()
+        with pytest.raises(UserError) as raised:
+            collectives.check_ranks(trainer, 21)
+        return str(raised.value)
+
+    weight = trainer.dis.get_parameter("cnns.0.0.conv.bias").data
+    found["swapped"] = error(lambda: weight.copy_(weight.flip(0)))
+    trainer.dis.cnns[0][0].conv.bias.data.copy_(collectives.gather(weight)[0])
+    collectives.check_ranks(trainer, 22)
+    momentum = trainer.opt_id.state[trainer.id_net.classifier1.classifier[0].weight]["momentum_buffer"]
+    found["momentum"] = error(lambda: momentum.view(-1)[3:4].mul_(1 + 1e-6))
+    return found
+
+
+def refusals() -> dict[str, str]:
+    found = {}
+    n = collectives.world_size()
+    for name, size, sync in (("unequal", n + 1, True), ("one each", n, False)):
+        try:
+            collectives.own_batch_size(size, sync_bn=sync)
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+# ------------------------------------------------------------------------------------- the processes
+def enter(rank: int, size: int, port: int) -> Any:
+    own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in own.items()})
+    torch.set_num_threads(1)
+    return launch.process_group("cpu")
+
+
+def work(rank: int, size: int, port: int, data: Path, out: Path) -> None:
+    with enter(rank, size, port):
+        found = everything(data)
+        found |= {
+            "cache": cache_of(data),
+            "twenty steps": twenty_steps(data),
+            "refusals": refusals(),
+            "main": collectives.is_main(),
+        }
+        print(f"process {rank} prints")
+        torch.save(found, out / f"{size}-{rank}.pt")
+
+
+def fail(rank: int, size: int, port: int, how: str, out: Path) -> None:
+    """Process 1 fails in the middle of a run; what process 0 does then stands in its status and on stderr."""
+    with open(out / f"{rank}.err", "w") as err:
+        os.dup2(err.fileno(), 2)
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+        if how == "stuck":
+            launch.BEAT, launch.SILENCE, launch.GRACE = 0.1, 5.0, 1.0
+
+        def main() -> None:
+            with enter(rank, size, port):
+                collectives.wait_for_all()
+                if rank == 1 and how == "refuses":
+                    raise UserError("image.jpg: cannot be decoded; replace the file")
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "stuck":
+                    time.sleep(60)  # as on a GPU that waits for the others
+                while True:
+                    collectives.average_terms({"id": torch.ones(())})
+
+        run_cli(main)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Starts processes from one that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training", "test_distributed"])
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11 preloads with the path of the environment alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def start(server: Any, target: Callable[..., None], size: int, *arguments: object) -> list[Any]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [server.Process(target=target, args=(rank, size, port, *arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def statuses(processes: list[Any], timeout: float) -> list[int | None]:
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+@pytest.fixture(scope="module")
+def found(server: Any, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each process of two, and of four, has found; under 1 the same in this process alone."""
+    out = tmp_path_factory.mktemp("ranks")
+    groups = [start(server, work, size, tiny_data, out) for size in (2, 4)]
+    alone = everything(tiny_data)
+    for group in groups:
+        assert statuses(group, 400) == [0] * len(group)
+    ranks = {size: [torch.load(out / f"{size}-{r}.pt", weights_only=False) for r in range(size)] for size in (2, 4)}
+    return ranks | {1: [alone]}
+
+
+several = pytest.mark.parametrize("size", [2, 4])
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], scale: float | None = None) -> None:
+    """Equal to 1e-6 of each value, or of the largest when `scale` is that."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        reference = scale if scale is not None else value.abs().max().item()
+        assert (got[name] - value).abs().max().item() <= 1e-6 * reference + 1e-12, name
+
+
+# --------------------------------------------------------------------------------------------- numbers
+@several
+@pytest.mark.parametrize("case", [*CASES, "teacher", "wgan"])
+def test_losses_and_gradients_are_those_of_one_process(found: Any, size: int, case: str) -> None:
+    expected = found[1][0][case]
+    assert any(grads for grads in expected["gradients"].values())
+    for own in found[size]:
+        assert len(own[case]["losses"]) == len(expected["losses"])
+        for terms, alone in zip(own[case]["losses"], expected["losses"], strict=True):
+            assert_close(terms, alone)
+        for net, grads in expected["gradients"].items():
+            largest = max(grad.abs().max().item() for grad in grads.values())
+            assert_close(own[case]["gradients"][net], grads, largest)
+        for other in ("statistics", "weights"):
+            assert_close(own[case].get(other, {}), expected.get(other, {}))
+
+
+@several
+def test_slices_together_are_the_batch_of_one_process(found: Any, size: int) -> None:
+    for kind, batch in found[1][0]["batches"].items():
+        for field in ("x", "xp", "y", "index"):
+            value = getattr(batch, field)
+            slices = [getattr(own["batches"][kind], field) for own in found[size]]
+            assert len({len(part) for part in slices}) == 1
+            assert torch.equal(torch.cat(slices), value), (kind, field)
+
+
+@several
+def test_one_cache_for_all_processes_of_a_machine(found: Any, size: int) -> None:
+    """The first one decodes; what one of them changes all see; an undecodable file ends all with its name."""
+    own = [rank["cache"] for rank in found[size]]
+    assert [rank["opened"] for rank in own] == [own[0]["images"], *[0] * (size - 1)]
+    for rank in own:
+        assert rank["first"] == [77]
+        assert "gone.jpg: cannot be decoded" in rank["error"]
+        assert rank["little"] is None
+
+
+@several
+def test_features_and_report_are_those_of_one_process(found: Any, size: int) -> None:
+    expected = found[1][0]
+    assert len(expected["features"]) % 5, "the last batch is not full"
+    for own in found[size]:
+        assert np.array_equal(own["features"], expected["features"])
+        assert json.dumps(own["report"]) == json.dumps(expected["report"])
+
+
+@several
+def test_weights_are_identical_after_twenty_steps(found: Any, size: int) -> None:
+    """BatchNorm's statistics are each process's own, until those of process 0 are shared for a snapshot."""
+    first, *others = [own["twenty steps"] for own in found[size]]
+    buffers = [name for name in first["before"] if "running" in name and name.startswith(("model.", "classifier"))]
+    for own in others:
+        for name, value in first["before"].items():
+            assert torch.equal(own["before"][name], value) == (name not in buffers), name
+            assert torch.equal(own["after"][name], value), name
+    assert buffers and all(torch.equal(first["after"][n], v) for n, v in first["before"].items())
+
+
+@several
+def test_differing_weights_are_found_and_named_everywhere(found: Any, size: int) -> None:
+    for own in found[size]:
+        assert "iteration 21: the processes' weights are no longer the same" in own["twenty steps"]["swapped"]
+        assert "(dis.cnns.0.0.conv.bias)" in own["twenty steps"]["swapped"]
+        assert "(id.classifier1.classifier.0.weight (momentum_buffer))" in own["twenty steps"]["momentum"]
+
+
+@several
+def test_batches_that_cannot_be_shared_out_are_refused(found: Any, size: int) -> None:
+    for own in found[size]:
+        assert f"cannot be shared out equally over {size} processes" in own["refusals"]["unequal"]
+        assert "leaves one image in each" in own["refusals"]["one each"]
+
+
+@several
+def test_one_process_writes_and_all_decide_alike(found: Any, size: int) -> None:
+    assert [own["main"] for own in found[size]] == [True] + [False] * (size - 1)
+
+
+def test_own_rows_are_slices_of_each_batch() -> None:
+    drawn = np.array([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])  # two batches of six images
+    assert Part(1, 3).rows(drawn, 2).tolist() == [2, 3, 12, 13]
+    assert Part(1, 3).rows(torch.from_numpy(drawn)[:, None], 2).tolist() == [[2], [3], [12], [13]]
+
+
+def test_buckets_keep_order_and_size() -> None:
+    tensors = [torch.zeros(n) for n in (1, 2, 9, 3, 1)]
+    assert [[len(v) for v in bucket] for bucket in collectives.buckets(tensors, 16)] == [[1, 2], [9], [3, 1]]
+    assert list(collectives.buckets([], 16)) == []
+
+
+# --------------------------------------------------------------------------------------------- endings
+@pytest.mark.parametrize(
+    "how,expected,words",
+    [
+        ("refuses", [1, 2], "image.jpg: cannot be decoded"),
+        ("dies", [1, -signal.SIGKILL], "another process of this run has ended"),
+        ("stuck", [1, -signal.SIGKILL], "another process of this run has ended"),
+    ],
+)
+def test_one_failing_process_ends_all_with_one_line(
+    server: Any, tmp_path: Path, how: str, expected: list[int], words: str
+) -> None:
+    assert statuses(start(server, fail, 2, how, tmp_path), 60) == expected
+    lines = [line for r in range(2) for line in (tmp_path / f"{r}.err").read_text().splitlines()]
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1 and words in errors[0], lines
+    assert not any("Traceback" in line for line in lines)
+
+
+def shell(*arguments: object) -> subprocess.Popen:
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks up processes in /proc")
+def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(
+    script: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    schedule = dict(
+        max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3
+    )
+    changes = schedule | dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, batch_size=4, data_root=str(tiny_data))
+    config = merged(TINY_DGNET, ALL_LOSSES | changes)
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(config))
+    common = ("--config", tmp_path / "pair.yaml", "--output_path", tmp_path, "--device", "cpu")
+    run = shell(ROOT / "train.py", *common, "--processes", 2)
+    checkpoints = tmp_path / "outputs" / "pair" / "checkpoints"
+    end = time.monotonic() + 120
+    while not (checkpoints / "dis_00000004.pt").exists() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    ranks = children(run.pid)
+    assert len(ranks) == 2, run.communicate()
+    killed = time.monotonic()
+    os.kill(max(ranks), signal.SIGKILL)
+    out, err = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert run.returncode == 1, err
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "process 1 of 2 was ended by SIGKILL" in errors[0], err
+    assert "Traceback" not in err and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert len(list((tmp_path / "logs" / "pair").iterdir())) == 1, "only process 0 writes logs"
+
+    found = set(checkpoints.glob("snapshot_*.json"))
+    run = shell(ROOT / "train.py", *common, "--processes", 2, "--resume", "auto")
+    end = time.monotonic() + 120
+    while not set(checkpoints.glob("snapshot_*.json")) - found and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, err
+    stopped = [line for line in err.splitlines() if line.startswith("stopped by SIGTERM")]
+    assert len(stopped) == 1 and "Traceback" not in err, err
+    last = int(stopped[0].split(" after ")[1].split()[0])
+    assert (checkpoints / f"snapshot_{last:08d}.json").is_file()
+    scalars = read_scalars(tmp_path / "logs" / "pair")
+    for tag in ("eval/reid_mAP_official", "eval/swap_psnr"):
+        assert scalars[tag][0].tolist() == list(range(4, last + 1, 4)), "evaluated by both, written once"
+
+    outcome = script("train", *common, "--resume", "--set", f"max_iter={last + 3}", "eval_iter=0")
+    assert outcome.code == 0, outcome.err
+    assert f"of {last + 3} steps" in outcome.out
+    assert (checkpoints / f"dis_{last + 3:08d}.pt").is_file()
+
+
+def test_torchrun_tests_a_teacher_as_one_process_does(script: Any, tiny_data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "models" / "best"
+    folder.mkdir(parents=True)
+    torch.save(build_teacher(CLASSES, backbone="resnet10w8").state_dict(), folder / "net_last.pth")
+    (folder / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data))))
+    common = ("--teacher", "best", "--output_path", tmp_path, "--device", "cpu", "--batchsize", 7, "--rerank")
+    outcome = script("test", *common, "--threads", 1, "--save-features", tmp_path / "one.npz")
+    assert outcome.code == 0, outcome.err
+    shutil.move(folder / "reid.json", tmp_path / "one.json")
+
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    run = shell(*torchrun, ROOT / "test.py", *common, "--threads", 1, "--save-features", tmp_path / "two.npz")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert out.replace("two.npz", "one.npz") == outcome.out
+    assert (folder / "reid.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    one, two = (zipfile.ZipFile(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert one.namelist() == two.namelist()
+    assert all(one.read(name) == two.read(name) for name in one.namelist())
+
+
+# --------------------------------------------------------------------------------------------- options
+def test_gpu_ids_become_one_process_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What `--gpu_ids 1,3` starts, on a machine with four GPUs that this test pretends."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 0)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"batch_size": 4}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "c.yaml"), "--gpu_ids", "1,3"])
+    assert load_script("train").main() == 0 and started == [(2, None, [1, 3])]
+    ids = launch.parse_gpu_ids("1,3", None)
+    assert [str(launch.own_device(None, ids, local, 2)) for local in (0, 1)] == ["cuda:1", "cuda:3"]
+    assert [str(launch.own_device(None, None, local, 2)) for local in (0, 1)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="--device cuda:7: only 4 CUDA GPUs"):
+        launch.own_device(None, launch.parse_gpu_ids("0,7", None), 1, 2)
+    with pytest.raises(UserError, match="each of 2 processes needs a GPU of its own"):
+        launch.own_device("cuda:1", None, 0, 2)
+
+
+def test_a_batch_that_cannot_be_shared_out_starts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("started"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TINY_DGNET | {"batch_size": 2}))
+    argv = ["train.py", "--config", str(tmp_path / "c.yaml"), "--processes", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match="batch_size 2 cannot be shared out equally over 3 processes"):
+        load_script("train").main()
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert [launch.count_processes(*given) for given in ((None, None), (3, None), (None, [4, 5]))] == [1, 3, 2]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="WORLD_SIZE 8: MASTER_ADDR is not set; start several processes with torchrun"):
+        launch.started()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "port")
+    with pytest.raises(UserError, match="must be numbers"):
+        launch.started()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert launch.started() and launch.count_processes(None, [4, 5]) == 8
+    with pytest.raises(UserError, match="torchrun has started 8"):
+        launch.count_processes(2, None)

@@ -1,0 +1,688 @@
+"""Interrupted runs: whatever stops one, going on gives the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import (
+    ALL_LOSSES,
+    CPU,
+    TINY_DGNET,
+    TINY_TEACHER,
+    Outcome,
+    load_script,
+    merged,
+    random_batches,
+    tiny_config,
+    tiny_trainer,
+)
+
+from benchmarks import kill_test
+from runs import session
+from runs.folder import RunFolder
+from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
+from runs.snapshot import changed_settings
+from trainer import DGNetTrainer, TeacherTrainer
+from utils import ROOT, UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Trace = dict[int, dict[str, float]]
+# Every loss, dropout and erasing; no teacher, whose net would have to be trained first.
+DGNET = merged(TINY_DGNET, ALL_LOSSES | dict(teacher_style=3, gen=dict(dropout=0.2), step_size=4)) | dict(
+    max_iter=6, snapshot_save_iter=2, image_save_iter=3, image_display_iter=100, log_iter=1
+)
+# For the faults: the quickest steps, half of the terms, four of them.
+LIGHT = DGNET | dict(
+    **dict.fromkeys(
+        ("recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w", "recon_id_w", "warm_scale", "erasing_p"), 0
+    ),
+    **dict(max_iter=4, display_size=1),
+)
+TEACHER = TINY_TEACHER | dict(batch_size=32, epochs=2, snapshot_epochs=1, erasing_p=0.5, log_iter=1)
+
+
+@dataclass
+class Runs:
+    """Runs of train.py in this process, and what they logged."""
+
+    folder: Path
+    data: Path
+    script: Callable[..., Outcome]
+    monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any] = field(default_factory=lambda: DGNET)
+    traces: dict[str, Trace] = field(default_factory=dict)
+
+    def train(
+        self,
+        name: str,
+        *options: object,
+        config: dict[str, Any] | None = None,
+        at: tuple[int, Callable[[], object]] | None = None,
+        **settings: Any,
+    ) -> Outcome:
+        """Run train.py; at iteration `at[0]`, before its step, `at[1]` is called."""
+        file = self.folder / "config.yaml"
+        file.write_text(yaml.safe_dump((config or self.config) | dict(data_root=str(self.data))))
+        trace, log = self.traces.setdefault(name, {}), session.log
+        with self.monkeypatch.context() as patch:
+
+            def logged(board: Any, s: Any, values: dict[str, float], rate: float, t: int, skipped: Any) -> None:
+                trace[t] = values
+                log(board, s, values, rate, t, skipped)
+
+            patch.setattr(session, "log", logged)
+            for trainer in (DGNetTrainer, TeacherTrainer):
+                patch.setattr(trainer, "step", calling(trainer.step, at))
+            where = ("--config", file, "--name", name, "--output_path", self.folder, "--device", "cpu")
+            changes = [f"{key}={value}" for key, value in settings.items()]
+            return self.script("train", *where, *options, *(["--set", *changes] if changes else []))
+
+    def run(self, name: str) -> Path:
+        return self.folder / "outputs" / name
+
+    def hashes(self, name: str, iteration: int) -> dict[str, str]:
+        """Checksums of a snapshot's files: weights, optimisers, scalers, random state."""
+        return json.loads((self.run(name) / "checkpoints" / f"snapshot_{iteration:08d}.json").read_text())["files"]
+
+    def images(self, name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.run(name) / "images").iterdir()}
+
+    def assert_same(self, name: str, other: str) -> None:
+        """Losses of every step, all of the last snapshot, and the images."""
+        iteration = max(self.traces[name]) + 1
+        assert self.traces[name] == self.traces[other]
+        assert self.hashes(name, iteration) == self.hashes(other, iteration)
+        assert self.images(name) == self.images(other)
+
+
+def calling(step: Callable[..., Any], at: tuple[int, Callable[[], object]] | None) -> Callable[..., Any]:
+    def first_call(self: Any, *arguments: Any) -> Any:
+        if at is not None and arguments[-1] == at[0]:
+            at[1]()
+        return step(self, *arguments)
+
+    return first_call
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def clean(outcome: Outcome) -> Outcome:
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+    return outcome
+
+
+def lines(outcome: Outcome, start: str) -> list[str]:
+    return [line for line in outcome.err.splitlines() if line.startswith(start)]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_data: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(tmp_path, tiny_data, script, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[int, tuple[Path, Trace]]:
+    """Runs that were never stopped, made by the first tests that ask: folder and trace by the number of steps."""
+    return {}
+
+
+def with_whole(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    """`runs` with the finished run `whole` of its config in it."""
+    steps = runs.config["max_iter"]
+    if steps not in finished:
+        clean(runs.train("whole"))
+        finished[steps] = runs.folder.parent / f"{runs.folder.name}-whole", dict(runs.traces["whole"])
+        shutil.copytree(runs.folder, finished[steps][0])
+    else:
+        shutil.copytree(finished[steps][0], runs.folder, dirs_exist_ok=True)
+        runs.traces["whole"] = dict(finished[steps][1])
+    assert sorted(runs.traces["whole"]) == list(range(steps)) and len(runs.images("whole")) == 2
+    return runs
+
+
+@pytest.fixture
+def undisturbed(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    return with_whole(runs, finished)
+
+
+@pytest.fixture
+def light(runs: Runs, finished: dict[int, tuple[Path, Trace]]) -> Runs:
+    runs.config = LIGHT
+    return with_whole(runs, finished)
+
+
+# ------------------------------------------------------------------------------------------ full traces
+@pytest.mark.parametrize("settings", [dict(), dict(cache_images=True), dict(num_workers=2)], ids=str)
+def test_a_stopped_dgnet_goes_on_as_if_nothing_had_happened(undisturbed: Runs, settings: dict[str, Any]) -> None:
+    """Stopped by a signal amid an interval between snapshots; how images are read does not show either."""
+    runs, handlers = undisturbed, [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
+    stopped = runs.train("parts", at=(2, send(signal.SIGTERM)), **settings)
+    assert stopped.code == 128 + signal.SIGTERM
+    (line,) = lines(stopped, "stopped by SIGTERM after 3 of 6 steps")
+    again = f"python train.py --resume --name parts --output_path {runs.folder} --device cpu"
+    assert line.endswith(f"continue with: {again}")
+    assert sorted(runs.traces["parts"]) == [0, 1, 2]
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)]
+
+    goes_on = clean(runs.train("parts", "--resume", **settings))
+    assert "resumed parts after 3 of 6 steps" in goes_on.out and not lines(goes_on, "note")
+    runs.assert_same("whole", "parts")
+    third, sixth = (runs.hashes("whole", i) for i in (2, 6))
+    assert all(third[f"{n}_00000002.pt"] != sixth[f"{n}_00000006.pt"] for n in ("gen", "id", "dis", "state"))
+
+
+def test_a_stopped_dgnet_in_bf16_with_a_cosine(runs: Runs) -> None:
+    settings = dict(precision="bf16", channels_last=True, lr_policy="cosine", max_iter=4)
+    clean(runs.train("whole", **settings))
+    assert runs.train("parts", at=(0, send(signal.SIGINT)), **settings).code == 128 + signal.SIGINT
+    clean(runs.train("parts", "--resume", "auto", **settings))
+    runs.assert_same("whole", "parts")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("gpu_ids", ["0", "0,1"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_stopped_dgnet_on_gpus(runs: Runs, precision: str, gpu_ids: str) -> None:
+    """With `deterministic`: weights, optimisers, scalers and random states. Processes of their own, as a user's."""
+    if torch.cuda.device_count() <= int(gpu_ids[-1]):
+        pytest.skip("needs two GPUs")
+    file = runs.folder / "config.yaml"
+    values = dict(data_root=str(runs.data), precision=precision, deterministic=True, batch_size=4)
+    file.write_text(yaml.safe_dump(DGNET | values))
+
+    def train(name: str, *options: str) -> None:
+        where = ["--config", file, "--name", name, "--output_path", runs.folder, "--gpu_ids", gpu_ids]
+        subprocess.run([sys.executable, ROOT / "train.py", *where, *options], check=True, cwd=ROOT)
+
+    train("whole")
+    train("parts", "--set", "max_iter=3", "snapshot_save_iter=3")
+    train("parts", "--resume")
+    assert runs.hashes("parts", 6) == runs.hashes("whole", 6)
+
+
+def test_a_stopped_teacher(runs: Runs) -> None:
+    clean(runs.train("whole", config=TEACHER))
+    steps = max(runs.traces["whole"]) + 1
+    command = dict(config=TEACHER)
+    assert runs.train("parts", "--resume", "auto", at=(steps // 2, send(signal.SIGTERM)), **command).code == 143
+    assert not list((runs.folder / "models" / "parts").iterdir())
+    assert "teacher written" in clean(runs.train("parts", "--resume", "auto", **command)).out
+    assert runs.traces["whole"] == runs.traces["parts"] and runs.hashes("whole", steps) == runs.hashes("parts", steps)
+    # The same command once more has nothing to do, and does nothing.
+    weights = runs.folder / "models" / "parts" / "net_last.pth"
+    before = weights.stat().st_mtime_ns
+    assert "teacher written" not in clean(runs.train("parts", "--resume", "auto", **command)).out
+    assert weights.stat().st_mtime_ns == before
+    weights.unlink()  # as when the process was killed before its very last act
+    clean(runs.train("parts", "--resume", "auto", **command))
+    assert weights.read_bytes() == (runs.folder / "models" / "whole" / "net_last.pth").read_bytes()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(runs: Runs) -> None:
+    outcome = clean(runs.train("parts", at=(1, send(signal.SIGTERM)), max_iter=2))
+    assert outcome.code == 0 and "stopped by" not in outcome.err
+    assert (runs.run("parts") / "checkpoints" / "snapshot_00000002.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------ --resume auto
+def test_auto_starts_continues_and_is_done(light: Runs) -> None:
+    runs = light
+    codes = [runs.train("parts", "--resume", "auto", at=(t, send(signal.SIGTERM))).code for t in (0, 2)]
+    codes += [clean(runs.train("parts", "--resume", "auto")).code for _ in range(2)]
+    assert codes == [143, 143, 0, 0]
+    runs.assert_same("whole", "parts")
+
+
+def test_from_an_older_snapshot_the_newest_is_what_was_done_since(light: Runs) -> None:
+    runs = light
+    hashes, name = runs.hashes("whole", 4), "whole"
+    outcome = runs.train(name, "--resume", "2", at=(2, send(signal.SIGTERM)))
+    aside = runs.run(name) / "checkpoints" / "after_00000002"
+    assert outcome.code == 143 and f"the snapshots after 2 steps are now in {aside}" in outcome.out
+    assert {path.name for path in aside.iterdir()} == {*hashes, "snapshot_00000004.json"}
+    assert "resumed whole after 3 of 4 steps" in clean(runs.train(name, "--resume", "auto")).out
+    assert runs.hashes(name, 4) == hashes
+
+
+def test_a_wrong_key_is_refused_also_when_resuming(light: Runs) -> None:
+    where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
+    assert "unknown key batch_sise; did you mean batch_size?" in light.script(*where, "--set", "batch_sise=4").error
+
+
+def test_auto_needs_the_name_only(light: Runs) -> None:
+    outcome = light.script("train", "--resume", "auto", "--name", "whole", "--output_path", light.folder)
+    assert "resumed whole after 4 of 4 steps" in clean(outcome).out
+
+
+def test_auto_passes_over_a_damaged_snapshot(light: Runs) -> None:
+    runs = light
+    checkpoints = runs.run("whole") / "checkpoints"
+    hashes, last = runs.hashes("whole", 4), checkpoints / "dis_00000004.pt"
+    last.write_bytes(last.read_bytes()[:-1])
+    assert "--resume 2" in runs.train("whole", "--resume").error
+    outcome = clean(runs.train("whole", "--resume", "auto"))
+    (warning,) = lines(outcome, "warning")
+    assert last.name in warning and "resumed whole after 2 of 4 steps" in outcome.out
+    assert runs.hashes("whole", 4) == hashes
+    for path in checkpoints.glob("*.json"):
+        path.write_text("{}")
+    assert runs.train("whole", "--resume", "auto").error.count("damaged") == 2
+
+
+@pytest.mark.parametrize("killed", ["before the config", "in the first snapshot"])
+def test_auto_begins_anew_where_nothing_was_saved(light: Runs, killed: str) -> None:
+    runs = light
+    folder = runs.run("parts")
+    if killed == "before the config":
+        folder.mkdir()
+        (folder / ".config.yaml.part").write_text("gen")
+    else:
+        runs.train("parts", at=(0, send(signal.SIGTERM)))
+        manifest = folder / "checkpoints" / "snapshot_00000001.json"
+        manifest.rename(manifest.with_name(f".{manifest.name}.part"))
+        (folder / "checkpoints" / "id_00000001.pt").unlink()
+    assert "starting from the beginning" in clean(runs.train("parts", "--resume", "auto")).out
+    runs.assert_same("whole", "parts")
+    assert {p.name for p in folder.rglob("*")} == {p.name for p in runs.run("whole").rglob("*")}
+
+
+def test_auto_does_not_touch_what_is_not_a_run(runs: Runs) -> None:
+    runs.run("parts").mkdir(parents=True)
+    (runs.run("parts") / "notes.txt").write_text("precious")
+    assert "holds another run" in runs.train("parts", "--resume", "auto").error
+    teacher = runs.folder / "models" / "T"
+    teacher.mkdir(parents=True)
+    (teacher / "net_last.pth").write_text("somebody's")
+    assert "holds another run" in runs.train("T", "--resume", "auto", config=TEACHER).error
+    assert (teacher / "net_last.pth").read_text() == "somebody's"
+
+
+# ------------------------------------------------------------------------------------- changed settings
+def test_a_change_that_matters_is_named(light: Runs) -> None:
+    harmless = dict(log_iter=2, snapshot_save_iter=5, image_save_iter=5, display_size=1, num_workers=1, max_iter=5)
+    assert not lines(clean(light.train("whole", "--resume", keep_last=3, **harmless)), "note")
+    outcome = clean(
+        light.train(
+            "whole",
+            "--resume",
+            batch_size=3,
+            seed=4,
+            max_iter=6,
+            dis="{dim: 4, n_layer: 1, n_res: 1, num_scales: 2, LAMBDA: 0.5}",
+        )
+    )
+    (note,) = lines(outcome, "note")
+    assert note.startswith("note: this will not be the run that was never stopped: ")
+    for words in ("batch_size was 2, is 3", "seed was 0, is 4", "dis.LAMBDA was 0.01, is 0.5"):
+        assert words in note
+    assert note.count(" was ") == 4  # and the one in the sentence
+
+
+def test_settings_of_a_resumed_run_are_kept(light: Runs) -> None:
+    """What it was resumed with holds for the command that is printed, too; the file from before stays."""
+    where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
+    folder, file = light.run("whole"), light.run("whole") / "config.yaml"
+    before = file.read_bytes()
+    outcome = clean(light.script(*where, "--set", "max_iter=5", "log_iter=3"))
+    assert "config.yaml now says how the run goes on; as it was: config_until_00000004.yaml" in outcome.out
+    assert (folder / "config_until_00000004.yaml").read_bytes() == before
+    assert {"max_iter": 5, "log_iter": 3}.items() <= yaml.safe_load(file.read_text()).items()
+    again = clean(light.script(*where, "--set", "max_iter=6"))
+    assert "resumed whole after 5 of 6 steps" in again.out
+    assert yaml.safe_load(file.read_text())["log_iter"] == 3
+    assert "resumed whole after 6 of 6 steps" in clean(light.script(*where)).out
+
+
+def test_what_matters_besides_the_config() -> None:
+    cfg = tiny_config(lr_policy="cosine")
+    manifest = dict(config=cfg.model_dump(mode="json"), circumstances={"device": "cpu, threads 1", "old": 1})
+    assert changed_settings(manifest, cfg, {"device": "cpu, threads 1", "new": 2}) == {}
+    assert changed_settings(manifest, cfg, {"device": "cpu, threads 2"}) == {
+        "device": ("cpu, threads 1", "cpu, threads 2")
+    }
+    longer = tiny_config(lr_policy="cosine", max_iter=cfg.max_iter + 1, cache_images=True, data_root="elsewhere")
+    assert changed_settings(manifest, longer, {}) == {"max_iter": (cfg.max_iter, cfg.max_iter + 1)}
+
+
+def test_keep_last_and_keep_every(runs: Runs) -> None:
+    runs.config = LIGHT
+
+    def kept(name: str) -> list[int]:
+        return sorted(int(p.stem[9:]) for p in (runs.run(name) / "checkpoints").glob("snapshot_*.json"))
+
+    clean(runs.train("few", snapshot_save_iter=1, keep_last=2, keep_every=3, image_save_iter=100, max_iter=5))
+    assert kept("few") == [3, 4, 5]
+    assert len(list((runs.run("few") / "checkpoints").iterdir())) == 3 * 5
+    clean(runs.train("T", config=TEACHER, keep_last=1, keep_every=3, epochs=4))
+    per_epoch = max(runs.traces["T"]) // 4 + (max(runs.traces["T"]) % 4 > 0)
+    assert kept("T") == [3 * per_epoch, 4 * per_epoch], "every third epoch's"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", "python train.py --resume --name 'my run'"),
+        ("--processes 2 --threads 1", "python train.py --resume --name 'my run' --processes 2 --threads 1"),
+        ("--gpu_ids 0,1 --device cuda", "python train.py --resume --name 'my run' --gpu_ids 0,1 --device cuda"),
+        ("--output_path out", f"python train.py --resume --name 'my run' --output_path {ROOT / 'out'}"),
+    ],
+)
+def test_the_command_that_continues(options: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("train")
+    monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
+    args = script.parse_args()
+    run = RunFolder(ROOT / args.output_path if args.output_path else ROOT, "my run")
+    assert script.resume_command(args, run) == expected
+
+
+def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("train")
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    for argv, start in ((["train.py"], "the same torchrun command"), (["train.py", "--processes", "2"], "python")):
+        monkeypatch.setattr(sys, "argv", argv)  # the second: what train.py itself has started
+        assert script.resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+def test_a_signal_to_the_whole_group_and_a_second_one(runs: Runs) -> None:
+    """As a cluster or a terminal sends them, to workers too; the handler is real, the process a real one."""
+    file = runs.folder / "config.yaml"
+    values = DGNET | dict(data_root=str(runs.data), max_iter=10**6, num_workers=1, image_save_iter=10**6)
+    file.write_text(yaml.safe_dump(values | dict(snapshot_save_iter=10**6)))
+    command = [sys.executable, ROOT / "train.py", "--config", file, "--output_path", runs.folder, "--device", "cpu"]
+    process = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        seen = ""
+        while "gen_total" not in seen:
+            part = process.stderr.read(80)
+            assert part, seen
+            seen += part
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # a launcher that sends it to the process as well
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "steps, which are saved; continue with" in rest.splitlines()[-1] and "Traceback" not in rest
+    assert len(list((runs.run("config") / "checkpoints").iterdir())) == 5
+    with pytest.raises(ProcessLookupError):  # nobody is left in the group
+        os.killpg(process.pid, 0)
+
+
+def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(StopSignals, "SAME", 0.02)
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGINT and ended == []
+        time.sleep(0.03)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [143]
+
+
+# ----------------------------------------------------------------------------------- numbers not finite
+def test_a_loss_that_is_not_finite_is_traced_to_its_iteration(runs: Runs) -> None:
+    """The log comes four steps later; terms, files and the last good snapshot are those of iteration 2."""
+
+    def spoil(step: Callable[..., Any]) -> Callable[..., Any]:
+        def spoiled(self: DGNetTrainer, a: Any, b: Any, t: int) -> Any:
+            if t == 2:
+                a.x[0] = torch.inf
+                named.extend(runs.data.rglob("*"))
+            return step(self, a, b, t)
+
+        return spoiled
+
+    named: list[Path] = []
+    runs.monkeypatch.setattr(DGNetTrainer, "step", spoil(DGNetTrainer.step))
+    error = runs.train("run", log_iter=6, snapshot_save_iter=2, max_iter=12).error
+    assert error.startswith("error: iteration 2: a loss is not finite") and error.endswith("--resume 2")
+    for term in ("gen_total", "dis_total", "recon_x_a", "recon_xp_b", "id", "pid"):
+        assert f" {term} " in error, error
+    assert "recon_x_a nan" in error or "recon_x_a inf" in error, error
+    images = error.split("Images: ")[1].split(". the last")[0].replace("; ", ", ").split(", ")
+    assert len(images) == 8 and set(images) <= {path.name for path in named}
+    assert not (runs.run("run") / "checkpoints" / "gen_00000004.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_found_before_it_is_saved(runs: Runs) -> None:
+    def spoil(step: Callable[..., Any]) -> Callable[..., Any]:
+        def spoiled(self: DGNetTrainer, a: Any, b: Any, t: int) -> Any:
+            terms = step(self, a, b, t)
+            if t == 3:
+                next(self.dis.parameters()).data.fill_(torch.nan)
+            return terms
+
+        return spoiled
+
+    runs.monkeypatch.setattr(DGNetTrainer, "step", spoil(DGNetTrainer.step))
+    error = runs.train("run").error
+    assert "iteration 3: the losses are finite, but after its step 1 tensors are not (dis." in error
+    assert error.endswith("the last good snapshot: --resume 2") and "Images: " in error
+    assert not (runs.run("run") / "checkpoints" / "gen_00000004.pt").exists()
+
+
+def test_the_watch_keeps_the_first_iteration() -> None:
+    watch = FiniteWatch(CPU)
+    for t, total in enumerate([1.0, 2.0]):
+        watch.note(t, {"gen_total": torch.tensor(total), "dis_total": torch.tensor(1.0)})
+    assert watch.first() is None
+    for t, (total, other) in enumerate([(1.0, 1.0), (1.0, torch.inf), (torch.nan, 1.0), (1.0, 1.0)], start=2):
+        watch.note(t, {"gen_total": torch.tensor(total), "dis_total": torch.tensor(other)})
+    assert watch.first() == (3, "gen_total 1, dis_total inf")
+
+
+def test_infinities_in_optimisers_and_statistics_are_found() -> None:
+    trainer = tiny_trainer(tiny_config())
+    trainer.step(*random_batches(trainer.cfg), 0)
+    assert not_finite(trainer) == []
+    trainer.id_net.model.bn1.running_var[0] = torch.inf
+    state = trainer.opt_gen.state[next(iter(trainer.gen.parameters()))]
+    state["exp_avg_sq"].view(-1)[0] = torch.nan
+    assert not_finite(trainer) == ["id.model.bn1.running_var", "exp_avg_sq 0 of optimiser gen"]
+
+
+def skip_steps(overflowing: list[bool]) -> Iterator[SkippedSteps]:
+    """A real gradient scaler whose gradients overflow where the list says so."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=50)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    skipped = SkippedSteps({"gen": scaler, "off": torch.amp.GradScaler("cpu", enabled=False)}, CPU)
+    for overflows in overflowing:
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * (torch.inf if overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.note()
+        yield skipped
+
+
+def test_skipped_steps_are_counted() -> None:
+    # As every fp16 run begins: the scale comes down to where it fits. Now and then it grows too far again.
+    usual = ([True] * 14 + [False] * 56) + [True, *[False] * 60] * 3
+    for skipped in skip_steps(usual):
+        assert skipped.most() is None
+    assert skipped.counts() == {"gen": 17}
+
+
+def test_a_run_that_skips_most_steps_is_told() -> None:
+    good, bad = [False] * 150, [True] * 60
+    told = [skipped.most() for skipped in skip_steps(good + bad)]
+    assert told[:200] == [None] * 200
+    assert told[200].startswith("51 of the last 100 steps of gen (gradient scale now ")
+
+
+def test_skipped_steps_end_the_run_with_a_reason(runs: Runs) -> None:
+    runs.monkeypatch.setattr(
+        SkippedSteps, "most", lambda self: "60 of the last 100 steps of gen (gradient scale now 0)"
+    )
+    error = runs.train("run", log_iter=3).error
+    assert "precision fp16: the gradients overflow, 60 of the last 100 steps of gen" in error
+    assert "use precision: bf16 or fp32" in error and error.endswith("--resume 2")
+
+
+# ----------------------------------------------------------------------------------------------- faults
+def test_a_full_disk_loses_nothing(light: Runs) -> None:
+    """A limit on file sizes stands in for a full disk; only the snapshots are larger."""
+    runs = light
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        full = (2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard)))
+        error = runs.train("parts", at=full).error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "_00000004.pt: cannot be written" in error and "free space" in error
+    assert not list((runs.run("parts") / "checkpoints").glob("*_00000004*"))
+    assert "resumed parts after 2 of 4 steps" in clean(runs.train("parts", "--resume")).out
+    runs.assert_same("whole", "parts")
+
+
+def test_a_read_only_output_folder(runs: Runs) -> None:
+    """Nobody can make a folder in /sys, not even root."""
+    for options in ((), ("--resume", "auto")):
+        outcome = runs.script("train", "--config", config_of(runs), "--name", "x", "--output_path", "/sys", *options)
+        assert "/sys/outputs/x: cannot be written" in outcome.error
+
+
+def config_of(runs: Runs) -> Path:
+    file = runs.folder / "config.yaml"
+    file.write_text(yaml.safe_dump(DGNET | dict(data_root=str(runs.data))))
+    return file
+
+
+def test_an_output_folder_that_is_removed_is_made_again(light: Runs) -> None:
+    runs = light
+    outcome = clean(runs.train("parts", at=(2, lambda: shutil.rmtree(runs.run("parts")))))
+    (warning,) = lines(outcome, "warning")
+    assert "was removed while the run was going on; made again" in warning
+    assert runs.hashes("parts", 4) == runs.hashes("whole", 4)
+    assert (runs.run("parts") / "config.yaml").read_text() == (runs.run("whole") / "config.yaml").read_text()
+
+
+def test_an_output_folder_that_cannot_be_made_again(runs: Runs) -> None:
+    def remove() -> None:
+        shutil.rmtree(runs.folder / "outputs")
+        (runs.folder / "outputs").write_text("")
+
+    assert "cannot be written" in runs.train("parts", at=(2, remove)).error
+
+
+def test_tensorboard_may_fail(light: Runs) -> None:
+    runs = light
+
+    def spoil() -> None:
+        shutil.rmtree(runs.folder / "logs")
+        (runs.folder / "logs").write_text("")
+
+    outcome = clean(runs.train("parts", at=(1, spoil)))
+    (warning,) = lines(outcome, "warning")
+    assert f"{runs.folder / 'logs' / 'parts'}: cannot be written" in warning
+    runs.assert_same("whole", "parts")
+    assert f"{runs.folder / 'logs' / 'other'}: cannot be written" in runs.train("other").error
+
+
+def test_a_figure_that_cannot_be_written_is_a_warning(light: Runs) -> None:
+    runs = light
+
+    def spoil() -> None:
+        shutil.rmtree(runs.run("parts") / "images")
+        (runs.run("parts") / "images").write_text("")
+
+    outcome = clean(runs.train("parts", at=(2, spoil)))
+    warnings = lines(outcome, "warning")
+    assert len(warnings) == 2
+    assert all(f"test_0000000{i}.png: cannot be written" in line for i, line in zip((3, 4), warnings, strict=True))
+    assert runs.hashes("parts", 4) == runs.hashes("whole", 4)
+
+
+@pytest.mark.parametrize("settings", [dict(num_workers=0), dict(num_workers=1)], ids=str)
+def test_a_data_file_that_goes_bad(light: Runs, settings: dict[str, int]) -> None:
+    """The steps so far are saved, and with the file back again the run ends as ever."""
+    runs = light
+    data = runs.folder / "data"
+    shutil.copytree(runs.data, data)
+    runs.data, images = data, sorted((data / "bounding_box_train").iterdir())
+
+    def spoil() -> None:
+        for i, path in enumerate(images):
+            path.rename(path.with_suffix(".kept"))
+            if i % 2:
+                path.write_bytes(path.with_suffix(".kept").read_bytes()[:500])
+
+    error = runs.train("parts", at=(0, spoil), **settings).error
+    assert ".jpg: cannot be decoded" in error and "--resume --name parts" in error
+    for path in images:
+        path.with_suffix(".kept").rename(path)
+    clean(runs.train("parts", "--resume"))
+    runs.assert_same("whole", "parts")
+
+
+def kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+def test_a_killed_worker_is_replaced(light: Runs) -> None:
+    outcome = clean(light.train("parts", at=(0, kill_workers), num_workers=1))
+    warnings = lines(outcome, "warning")
+    assert 1 <= len(warnings) <= 2, "one for each stream at most"
+    assert all("a process that reads images died" in line and "by signal 9" in line for line in warnings)
+    light.assert_same("whole", "parts")
+
+
+def test_workers_that_keep_dying_end_the_run(runs: Runs) -> None:
+    """The reader of images dies, as by lack of memory, in every worker."""
+
+    def die(*_: object) -> None:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.monkeypatch.setattr("data.pairs.resized", die)
+    runs.monkeypatch.setattr(session, "display_pairs", lambda s: None)
+    error = runs.train("parts", num_workers=1).error
+    assert "processes that read images keep dying" in error and "lower num_workers" in error
+    assert multiprocessing.active_children() == []
+
+
+# ------------------------------------------------------------------------------------------- kill test
+def test_three_kills(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["kill_test", "--kills", "3", "--data", str(tiny_data), "--results", str(tmp_path)]
+    )
+    assert kill_test.main() == 0, capsys.readouterr().out
+    result = json.loads((tmp_path / "kill_test.json").read_text())
+    assert result["kills"] == 3 and result["same_as_undisturbed"] is True
+    assert result["files_compared"]["checkpoints"] == 12 and result["files_compared"]["images"] == 8
+
+
+def test_the_kill_test_refuses_nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["kill_test", "--kills", "0"])
+    with pytest.raises(UserError, match="--kills 0: must be at least 1"):
+        kill_test.main()

@@ -1,0 +1,520 @@
+"""Random configs, names, images and damaged files: each ends in a correct run or in one clear line.
+
+`FUZZ=20 python -m pytest tests/test_fuzz.py` tries twenty times as many of each, other ones with every `FUZZ_SEED=N`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CPU, TINY_DGNET, TINY_TEACHER, merged, noise, random_batches, tiny_config, tiny_trainer
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import loadmat, savemat
+from torch import nn
+
+from config import load_config, parse_config
+from data import archives
+from data.folders import ImageList, check_images, parse_name
+from data.generated import MANIFEST, Row, add_generated, read_manifest, write_manifest
+from data.images import load_image
+from data.loader import PairLoader
+from reid_eval.features import Features, extract_features, load_features, save_features
+from reid_eval.index import open_index, to_vectors
+from reid_eval.matfile import read_mat
+from reIDmodel import build_teacher
+from runs.folder import RunFolder
+from runs.guards import not_finite
+from runs.load import load_teacher, save_teacher
+from runs.snapshot import load_snapshot, save_snapshot
+from trainer import TeacherTrainer
+from utils import ROOT, UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FUZZ, SEED = int(os.environ.get("FUZZ", 1)), int(os.environ.get("FUZZ_SEED", 0))
+
+
+def fuzz(examples: int) -> Callable:
+    return settings(
+        max_examples=examples * FUZZ,
+        deadline=None,
+        database=None,
+        derandomize=not SEED,
+        phases=[Phase.generate],  # a step takes its time: no search for a smaller example
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+# --------------------------------------------------------------------------------------------- configs
+def some(**choices: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of the keys, each with one of its values; a list stands for these values."""
+    strategies = {k: st.sampled_from(v) if isinstance(v, list) else v for k, v in choices.items()}
+    return st.fixed_dictionaries({}, optional=strategies)
+
+
+weight = st.sampled_from([0, 0.3, 1, 7.5])
+ACTIVATIONS, PADS = ["lrelu", "relu", "prelu", "selu", "tanh", "none"], ["reflect", "replicate", "zero"]
+GEN = some(
+    activ=ACTIVATIONS,
+    dec=["basic", "series", "parallel"],
+    dim=[1, 2, 5],
+    dropout=[0, 0.4],
+    init=["kaiming", "gaussian", "xavier", "orthogonal"],
+    mlp_dim=[1, 7],
+    mlp_norm=["none", "ln"],
+    n_downsample=[1, 2],
+    n_res=[1, 2, 4],
+    non_local=[0, 1],
+    pad_type=PADS,
+    tanh=[True, False],
+)
+DIS = some(
+    LAMBDA=weight,
+    activ=ACTIVATIONS,
+    dim=[1, 4, 9],
+    gan_type=["lsgan", "nsgan"],
+    n_layer=[1, 2],
+    n_res=[0, 2],
+    non_local=[0, 1, 2],
+    norm=["none", "in", "ln"],
+    num_scales=[1, 2, 3],
+    pad_type=PADS,
+)
+WEIGHTS = "B_w T_w gan_w id_w pid_w recon_x_w recon_xp_w recon_id_w recon_f_w recon_s_w recon_x_cyc_w teacher_w"
+DGNET = some(
+    **{name: weight for name in WEIGHTS.split()},
+    ID_stride=[1, 2],
+    ID_style=["AB", "normal", "PCB"],
+    apex=[False],
+    batch_size=[1, 2, 3],
+    beta1=[0, 0.5],
+    channels_last=[True, False],
+    crop_image_height=[32, 40, 64, 70],
+    crop_image_width=[16, 32, 36],
+    detach_f=[True, False],
+    dis=DIS,
+    erasing_p=[0, 0.5, 1],
+    gen=GEN,
+    head_lr_factor=[0.1, 10],
+    id_freeze_iter=[0, 5],
+    id_weight_decay=[None, 0, 0.04],
+    lr2=[1e-9, 0.002],
+    lr_policy=["constant", "step", "multistep", "cosine"],
+    max_iter=[1, 10],
+    norm_id=[True, False],
+    pool=["max", "avg"],
+    precision=["fp32", "bf16"],
+    seed=[0, 2**31 - 1],
+    single=["gray", "edge"],
+    step_size=[1, 100],
+    teacher=["one", "one,two"],
+    teacher_style=[0, 1, 2, 3, 4],
+    train_bn=[True, False],
+    use_encoder_again=[-1.0, 0.5, 2.0],
+    warm_iter=[0, 3],
+    warm_scale=[0, 0.5],
+    warm_teacher_iter=[0, 3],
+    weight_decay=[0, 0.1],
+)
+TEACHER = some(
+    batch_size=[2, 5],
+    channels_last=[True, False],
+    dropout=[0, 0.9],
+    epochs=[1, 7],
+    erasing_p=[0, 1],
+    lr=[1e-6, 0.05],
+    lr_policy=["step", "cosine"],
+    precision=["fp32", "bf16"],
+    stride=[1, 2],
+    trunk_lr_factor=[0, 1],
+    warm_epochs=[0, 9],
+)
+
+
+def parsed(values: dict[str, Any], least: int = 1) -> Any:
+    """The config, of which there is none where the values do not go together, as its one line says."""
+    try:
+        cfg = parse_config(values, "drawn")
+    except UserError as error:
+        assert str(error).startswith("drawn: ") and "\n" not in str(error)
+        assume(False)
+    assume(cfg.batch_size >= least)
+    return cfg
+
+
+@fuzz(10)
+@given(changes=DGNET, t=st.sampled_from([0, 1, 5, 99]))
+def test_any_config_of_dgnet_takes_a_step_and_is_saved(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], t: int
+) -> None:
+    gen = changes.setdefault("gen", {})
+    gen["id_dim"] = 128 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
+    cfg = parsed(merged(TINY_DGNET, changes), least=2)
+    teachers = [build_teacher(4, backbone="resnet10w8") for _ in cfg.teachers]
+    trainer = tiny_trainer(cfg, teachers=teachers)
+    values = trainer.step(*random_batches(cfg), t)
+    assert all(np.isfinite(float(value)) for value in values.values()), values
+    assert not_finite(trainer) == []
+    folder = tmp_path_factory.mktemp("snapshot")
+    save_snapshot(folder, trainer, t + 1)
+    before = {name: net.state_dict() for name, net in trainer.networks().items()}
+    again = tiny_trainer(cfg, teachers=teachers)
+    assert load_snapshot(folder, again) == t + 1
+    for name, net in again.networks().items():
+        assert all(torch.equal(value, before[name][key]) for key, value in net.state_dict().items())
+    shutil.rmtree(folder)
+
+
+@fuzz(10)
+@given(changes=TEACHER, t=st.sampled_from([0, 1, 50]))
+def test_any_config_of_a_teacher_takes_a_step(changes: dict[str, Any], t: int) -> None:
+    cfg = parsed(TINY_TEACHER | changes)
+    trainer = TeacherTrainer(cfg, 4, CPU, steps_per_epoch=3)
+    values = trainer.step(random_batches(cfg)[0], t)
+    assert all(np.isfinite(float(value)) for value in values.values()), values
+    assert not_finite(trainer) == []
+
+
+# ----------------------------------------------------------------------------------------------- names
+@fuzz(300)
+@given(pid=st.integers(-1, 10**18 - 1), camid=st.integers(0, 10**18 - 1), rest=st.text())
+def test_names_of_the_form_are_read(pid: int, camid: int, rest: str) -> None:
+    assume(not rest[:1].isascii() or not rest[:1].isdigit())
+    assert parse_name(f"{pid:04d}_c{camid}{rest}") == (pid, camid)
+
+
+@fuzz(300)
+@given(name=st.one_of(st.text(), st.text("0123456789_cs-.jpg٣²"), st.from_regex(r"-?\d+_c\d*")))
+def test_any_other_name_is_refused(name: str) -> None:
+    try:
+        pid, camid = parse_name(name)
+    except UserError as error:
+        assert name in str(error) and "rename it like" in str(error)
+    else:
+        head, _, rest = name.partition("_c")
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        assert head.isascii() and int(head) == pid and int(digits) == camid
+        assert -(10**18) < pid < 10**18 and 0 <= camid < 10**18
+
+
+# ---------------------------------------------------------------------------------------------- images
+class Pixels(nn.Module):
+    """An id net of one head whose features are coarse pixels, so that what was read shows in them."""
+
+    def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (nn.functional.adaptive_avg_pool2d(x, (4, 2)).flatten(1) + 10,)
+
+
+def draw_image(data: st.DataObject, file: Path) -> tuple[Path, tuple[int, int]]:
+    """An image of any mode, size and orientation on disk, with its upright (width, height)."""
+    suffix, mode = data.draw(
+        st.sampled_from(
+            [(".jpg", m) for m in ("RGB", "L", "CMYK")]
+            + [(".png", m) for m in ("RGB", "L", "1", "P", "RGBA", "LA", "I;16", "transparent palette")]
+            + [(".bmp", m) for m in ("RGB", "L", "1", "P")]
+            + [(".ppm", m) for m in ("RGB", "L", "I;16")]
+        )
+    )
+    width, height = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    options: dict[str, Any] = {}
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 2**16, (height, width), dtype=np.uint16))
+    elif mode == "transparent palette":
+        image, options = image.quantize(), {"transparency": bytes(range(256))}
+    else:
+        image = image.convert(mode)
+    turned = data.draw(st.integers(1, 8)) if suffix in (".jpg", ".png") else 1
+    if turned > 1:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = turned
+    path = file.with_suffix(suffix)
+    image.save(path, **options)
+    return path, (height, width) if turned >= 5 else (width, height)
+
+
+@fuzz(40)
+@given(data=st.data())
+def test_any_image_is_read_upright_in_colour(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("image")
+    drawn = [draw_image(data, folder / name) for name in ("a", "b", "c")]
+    paths = [path for path, _ in drawn]
+    assert check_images(paths, skip_bad=False) == [True] * 3
+    for path, size in drawn:
+        image = load_image(path)
+        assert image.mode == "RGB" and image.size == size
+    images = ImageList(paths, np.array([1, 1, 2]), np.zeros(3, np.int64))
+    loader = PairLoader(images, batch_size=3, height=8, width=4, seed=0, pad=data.draw(st.integers(0, 9)))
+    batch = loader.batch(0)
+    for x in (batch.x, batch.xp):
+        assert x.shape == (3, 3, 8, 4) and x.isfinite().all() and -2.2 < x.min() and x.max() < 2.7
+    features = extract_features(Pixels(), paths, height=8, width=4, batch_size=2, device="cpu", progress=False)
+    assert features.shape == (3, 1, 24) and np.abs(np.linalg.norm(features, axis=-1) - 1).max() < 1e-5
+    shutil.rmtree(folder)
+
+
+@fuzz(30)
+@given(data=st.data())
+def test_mat_files_are_read_as_scipy_does(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "a.mat"
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(0, 5), st.integers(1, 3)))
+    dtype = data.draw(st.sampled_from("i1 u1 i2 u2 i4 u4 i8 u8 f4 f8 >f4 ?".split()))
+    numbers = (rng.standard_normal(shape) * data.draw(st.sampled_from([1, 100, 1e4]))).astype(dtype)
+    words = np.array(data.draw(st.lists(st.text("aZ_.é漢", min_size=1, max_size=9), min_size=1, max_size=4)))
+    arrays = {"query_f": numbers, "one": np.array(3), "words": words, "x": 1j, "cell": np.array([{}, 2], dtype=object)}
+    savemat(path, arrays, do_compression=data.draw(st.booleans()))
+    found, expected = read_mat(path, growth=1000), loadmat(path)
+    for name in ("query_f", "one", "words"):
+        assert np.array_equal(found[name], expected[name]), name
+        assert found[name].dtype.kind == expected[name].dtype.kind
+    assert found["x"].dtype == found["cell"].dtype == object
+
+
+# --------------------------------------------------------------------------------------------- damages
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """The content with one to eight flips, cuts, insertions or holes."""
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.choice(["flip", "byte", "cut", "insert", "zeros", "remove"])
+        if kind == "cut" and rng.random() < 0.5:
+            del data[place:]
+        elif kind == "insert":
+            data[place:place] = rng.randbytes(rng.randint(1, 8))
+        elif kind == "zeros":
+            data[place : place + 64] = bytes(len(data[place : place + 64]))
+        elif kind == "remove":
+            del data[place : place + rng.randint(1, 8)]
+        elif place < len(data):
+            data[place] = data[place] ^ 1 << rng.randrange(8) if kind == "flip" else rng.randrange(256)
+    return bytes(data)
+
+
+def damaged(file: Path, times: int, read: Callable[[], Any], same: Callable[[Any], bool] | None = None) -> int:
+    """Read a file under many damages; how many were refused. What is not refused must be the `same` as before."""
+    rng, content, refused = random.Random(f"{SEED} {file.name}"), file.read_bytes(), 0
+    for _ in range(times * FUZZ):
+        changed = damage(content, rng)
+        if changed == content:
+            continue
+        file.write_bytes(changed)
+        try:
+            result = read()
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and file.name in str(error), error
+        except BaseException as error:
+            raise AssertionError(f"{error!r} from {file.name} as {changed!r}") from error
+        else:
+            assert same is None or same(result), f"another result from {changed!r}"
+    file.write_bytes(content)
+    read()
+    return refused
+
+
+def weights(*nets: nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for net in nets for value in net.state_dict().values()]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tiny_config())
+    save_snapshot(tmp_path, trainer, 1)
+    before = weights(*trainer.networks().values())
+
+    def read() -> None:
+        try:
+            load_snapshot(tmp_path, trainer)
+        except UserError as error:
+            # A damaged manifest may still be one, of another file.
+            assert "_00000001." in str(error)
+            raise UserError(f"{error} {[file.name for file in files]}") from None
+
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        # Between the words of a manifest there may be other blanks.
+        refused = damaged(file, 150, read, lambda _: equal(weights(*trainer.networks().values()), before))
+        assert refused > 0.95 * 150 * FUZZ or file.suffix == ".json"
+        assert equal(weights(*trainer.networks().values()), before)
+
+
+def test_a_damaged_folder_of_the_release_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    """Without a manifest, by the checksums that the files themselves hold."""
+    trainer = tiny_trainer(tiny_config())
+    trainer.step(*random_batches(trainer.cfg), 0)
+    save_snapshot(tmp_path, trainer, 1)
+    (tmp_path / "snapshot_00000001.json").unlink()
+    (tmp_path / "state_00000001.pt").rename(tmp_path / "optimizer.pt")
+    before = weights(*trainer.networks().values())
+    for name in ("gen_00000001.pt", "optimizer.pt"):
+        damaged(
+            tmp_path / name,
+            30,
+            lambda: load_snapshot(tmp_path, trainer),
+            lambda _: equal(weights(*trainer.networks().values()), before),
+        )
+
+
+def test_a_damaged_teacher_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    run, net = RunFolder(tmp_path, "tutor"), build_teacher(4, backbone="resnet10w8")
+    save_teacher(run, parse_config(TINY_TEACHER, "tiny"), net, 4)
+    before = weights(net)
+    refused = damaged(
+        run.model / "net_last.pth", 100, lambda: load_teacher("tutor", tmp_path), lambda n: equal(weights(n), before)
+    )
+    assert refused > 80 * FUZZ
+    damaged(run.model / "opts.yaml", 50, lambda: load_teacher("tutor", tmp_path))
+    # PyTorch's old format, as of the release's time, holds no checksums: values may differ, nothing else may happen.
+    torch.save(net.state_dict(), run.model / "net_last.pth", _use_new_zipfile_serialization=False)
+    damaged(run.model / "net_last.pth", 50, lambda: load_teacher("tutor", tmp_path))
+
+
+def side(n: int) -> Features:
+    rng = np.random.default_rng(n)
+    names = np.array([f"{i}.jpg" for i in range(n)])
+    return Features(rng.standard_normal((n, 2, 4)).astype(np.float32), np.arange(n) % 3, np.arange(n) % 2, names)
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.mat"])
+def test_damaged_features_are_refused_or_read_as_they_were(tmp_path: Path, name: str) -> None:
+    file, sides = tmp_path / name, (side(4), side(6))
+    save_features(file, *sides)
+
+    def same(found: Any) -> bool:
+        pairs = zip((found.query, found.gallery), sides, strict=True)
+        return all(np.array_equal(getattr(a, k), getattr(b, k)) for a, b in pairs for k in ("features", "pids", "keys"))
+
+    # An uncompressed .mat holds no checksums: its values may differ, nothing else may happen.
+    assert damaged(file, 500, lambda: load_features(file), same if name == "f.npz" else None) > 250 * FUZZ
+
+
+@pytest.mark.parametrize("approximate_from", [100, 2])
+def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path, approximate_from: int) -> None:
+    for i in range(5):
+        noise(tmp_path / "gallery" / f"{i}.png")
+    vectors = np.random.default_rng(0).standard_normal((5, 2, 4)).astype(np.float32)
+
+    def answer() -> Any:
+        index = open_index(tmp_path / "index", tmp_path / "gallery", "model", "name")
+        index.update(lambda paths: vectors[[int(p.stem) for p in paths]], approximate_from=approximate_from)
+        return index.search(to_vectors(vectors[:2]), 3)
+
+    expected = answer()
+    refused = damaged(tmp_path / "index" / "index.npz", 300, answer, lambda found: found == expected)
+    assert refused > 250 * FUZZ
+
+
+def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
+    rows = [
+        Row(f"train_all/{i}/{i}_c1s1_0.png", "a.jpg", "b.jpg", f"{i}", "2", 1, 2, "1:0.7500 2:0.1000") for i in (1, 2)
+    ]
+    for row in rows:
+        noise(tmp_path / row.file)
+    write_manifest(tmp_path, rows)
+    paths = [tmp_path / row.file for row in rows]
+    real = ImageList(paths, np.array([1, 2]), np.zeros(2, np.int64))
+    inside = tmp_path.resolve()
+
+    def read() -> None:
+        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_manifest(tmp_path))
+        images, labels = add_generated(real, tmp_path, "soft")
+        q = labels.rows(np.arange(len(images)))
+        assert np.abs(q.sum(axis=1) - 1).max() < 1e-3 and q.min() >= 0
+
+    # A file that the manifest names wrongly is named instead of the manifest.
+    def named() -> None:
+        try:
+            read()
+        except UserError as error:
+            raise UserError(f"{error} {MANIFEST}") from None
+
+    assert damaged(tmp_path / MANIFEST, 400, named) > 200 * FUZZ
+
+
+@pytest.mark.parametrize("name", ["latest", "teacher"])
+def test_a_damaged_config(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}.yaml"
+    shutil.copy(ROOT / "configs" / file.name, file)
+    for strict in (True, False):
+        assert damaged(file, 100, partial(load_config, file, strict=strict)) > 20 * FUZZ
+
+
+def test_damaged_lists_of_images(tmp_path: Path) -> None:
+    splits = ["train", "train", "train", "query", "gallery", "gallery"]
+    for i in range(6):
+        noise(tmp_path / f"{i}.png")
+    lines = [f"{i}.png,{i // 2},{i % 2},{split}\n" for i, split in enumerate(splits)]
+    (tmp_path / "dataset.csv").write_text("path,identity,camera,split\n" + "".join(lines))
+    table = tmp_path / "dataset.csv"
+    assert damaged(table, 250, lambda: archives.table(tmp_path, table)) > 20 * FUZZ
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+    for file in archives.MSMT17_LISTS.values():
+        (tmp_path / file).write_text("0000/0000_000_01_0303morning_0008_0.jpg 0\n")
+    damaged(tmp_path / "list_train.txt", 250, lambda: archives.msmt17(tmp_path))
+
+
+def test_damaged_images(tmp_path: Path) -> None:
+    """JPEG has no checksums: a wrong picture may come out, of the right shape; nothing else may happen."""
+    warnings.simplefilter("ignore")  # Pillow's, of the damage; pytest puts the filters back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(noise(tmp_path / "noise.png", (12, 20)))
+    kinds = {"a.jpg": image, "b.jpg": image.convert("CMYK"), "c.png": image, "d.png": image.quantize(), "e.bmp": image}
+    kinds |= {"f.ppm": image, "g.png": Image.fromarray(np.arange(240, dtype=np.uint16).reshape(20, 12) * 256)}
+    for name, picture in kinds.items():
+        path = tmp_path / name
+        picture.save(path, **({"exif": exif} if name[-1] == "g" else {}))
+
+        def read(path: Path = path) -> None:
+            good = check_images([path], skip_bad=True, minimum=0)
+            found = load_image(path)
+            assert found.mode == "RGB" and min(found.size) > 0 and good in ([True], [False])
+
+        damaged(path, 200, read)
+    for name, form in (("h.jpg", "TIFF"), ("i.jpg", "GIF"), ("j.jpg", "WEBP")):  # by their content, whatever the name
+        image.save(tmp_path / name, form)
+        damaged(tmp_path / name, 60, partial(load_image, tmp_path / name))
+
+
+def test_damages_through_the_commands(tmp_path: Path, tiny_data: Path) -> None:
+    """A smaller sample, each by a process of its own: status 0, or 2 with one line."""
+    cfg = tiny_config(data_root=str(tiny_data))
+    run = RunFolder(tmp_path, "tiny")
+    save_snapshot(run.checkpoints, tiny_trainer(cfg, classes=8), 1)
+    run.config_file.write_text(yaml.safe_dump(cfg.model_dump()))
+    save_features(tmp_path / "f.mat", side(4), side(6))
+    rng = random.Random(SEED)
+    evaluate = ["-m", "reid_eval.evaluate", tmp_path / "f.mat"]
+    test = ["test.py", "--name", "tiny", "--output_path", tmp_path, "--threads", 1, "--device", "cpu"]
+    part = rng.choice([run.checkpoints / "id_00000001.pt", run.checkpoints / "snapshot_00000001.json", run.config_file])
+    for file, command in ((tmp_path / "f.mat", evaluate), (part, test)):
+        content = file.read_bytes()
+        for _ in range(FUZZ):
+            file.write_bytes(damage(content, rng))
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120
+            )
+            assert done.returncode in (0, 2), done.stderr
+            assert "Traceback" not in done.stderr
+            assert done.returncode == 0 or done.stderr.count("error: ") == 1
+        file.write_bytes(content)

@@ -1,0 +1,545 @@
+"""Files of unknown origin: what is in them is never run, leads nowhere else, and cannot fill the memory.
+
+Every test is an attack on a command as a user would run it. Also elsewhere: weights of FID and LPIPS in test_score.py,
+the links of a page in test_look.py, a listed image that leads out of a generated data set in test_generate.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import (
+    TINY_DGNET,
+    TINY_TEACHER,
+    Outcome,
+    OutputFolder,
+    noise,
+    tiny_config,
+    tiny_teacher_config,
+    tiny_trainer,
+)
+from PIL import Image, PngImagePlugin
+from scipy.io import savemat
+
+from data.folders import list_images, read_split
+from data.generated import SETTINGS, Row, write_manifest
+from mannequins.dataset import load_factors
+from reIDmodel import build_teacher, build_trunk
+from runs.folder import RunFolder, start_folder
+from runs.load import save_teacher
+from runs.snapshot import save_snapshot
+from runs.weights import load_imagenet
+from utils import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Place(OutputFolder):
+    """A run `tiny`, the same as the release would have left it in `release`, a teacher `tutor`, and a trap.
+
+    trap  a folder that appears as soon as an attack is run
+    """
+
+    script: Callable[..., Outcome]
+
+    @property
+    def trap(self) -> Path:
+        return self.folder / "trap"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "outputs" / "tiny" / "checkpoints"
+
+    @property
+    def tutor(self) -> Path:
+        return self.folder / "models" / "tutor"
+
+    def run(self, command: str, *options: object) -> Outcome:
+        outcome = self.script(command, *options, *self.where)
+        assert not self.trap.exists(), "the attack was run"
+        return outcome
+
+    def assert_refuses(self, words: str, command: str, *options: object) -> None:
+        error = self.run(command, *options).error
+        assert words in error and len(error) < 2000, error[:2000]
+
+    def sign(self, file: Path) -> None:
+        """Put a file's new size and checksum into its manifest, as whoever exchanged it would."""
+        (manifest,) = self.checkpoints.glob("snapshot_*.json")
+        content = json.loads(manifest.read_text())
+        data = file.read_bytes()
+        content["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    cfg = tiny_config(data_root=str(tiny_data), teacher="tutor")
+    trainer = tiny_trainer(cfg, classes=8)
+    for name in ("tiny", "release"):
+        run = RunFolder(folder, name)
+        start_folder(run, cfg, resume=False)
+        save_snapshot(run.checkpoints, trainer, 1)
+    next(run.checkpoints.glob("state_*")).rename(run.checkpoints / "optimizer.pt")
+    next(run.checkpoints.glob("snapshot_*")).unlink()
+    net = build_teacher(8, backbone="resnet10w8")
+    save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
+    return folder
+
+
+@pytest.fixture
+def place(template: Path, tiny_data: Path, tmp_path: Path, script: Callable[..., Outcome]) -> Place:
+    shutil.copytree(template, tmp_path / "place")
+    return Place(tmp_path / "place", tiny_data, script)
+
+
+class Malicious:
+    """Unpickled, it creates a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_the_trap_works(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "trap")))
+    assert (tmp_path / "trap").is_dir()
+    yaml.unsafe_load(f"!!python/object/apply:os.mkdir [{tmp_path / 'other'}]")
+    assert (tmp_path / "other").is_dir()
+
+
+# --------------------------------------------------------------------------------------------- pickles
+NEW_RUN = ("train", "--name", "new", "--config", "CONFIG")
+RESUME = ("train", "--name", "tiny", "--resume")
+READERS = {
+    "outputs/tiny/checkpoints/gen_00000001.pt": ("generate", "--name", "tiny", "--count", 1, "--out", "OUT"),
+    "outputs/tiny/checkpoints/id_00000001.pt": ("test", "--name", "tiny"),
+    "outputs/tiny/checkpoints/dis_00000001.pt": RESUME,
+    "outputs/tiny/checkpoints/state_00000001.pt": RESUME,
+    "outputs/release/checkpoints/optimizer.pt": ("train", "--name", "release", "--resume"),
+    "outputs/release/checkpoints/id_00000001.pt": ("visual_tools/show_rainbow", "--name", "release"),
+    "models/tutor/net_last.pth": ("test", "--teacher", "tutor"),
+    "trunk.pth": (*NEW_RUN, "--backbone-weights", "FILE", "--set", "pretrained=true"),
+    "vgg.pth": (*NEW_RUN, "--set", "vgg_w=1", "vgg_weights=FILE"),
+}
+
+
+def command(place: Place, file: Path, arguments: tuple[object, ...]) -> list[object]:
+    config = place.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root=str(place.data), teacher="tutor")))
+    names = {"CONFIG": config, "OUT": place.folder / "out"}
+    return [names.get(text, str(text).replace("FILE", str(file))) for text in arguments]
+
+
+@pytest.mark.parametrize("form", ["zip", "plain pickle"])
+@pytest.mark.parametrize("name", READERS)
+def test_code_in_weights_and_states_is_not_run(place: Place, name: str, form: str) -> None:
+    file = place.folder / name
+    if form == "zip":
+        content = torch.load(file, weights_only=True) if file.exists() else {"a": {}}
+        torch.save({"evil": Malicious(place.trap)} | content, file)
+    else:
+        file.write_bytes(pickle.dumps(Malicious(place.trap), protocol=2))
+    if "tiny" in name:
+        place.sign(file)
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", *command(place, file, READERS[name]))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+def test_code_in_a_feature_file_is_not_run(place: Place, suffix: str) -> None:
+    file = place.folder / f"features{suffix}"
+    evil = np.array([Malicious(place.trap)], dtype=object)
+    if suffix == ".npz":
+        np.savez(file, query_f=evil, gallery_f=evil)
+    else:
+        file.write_bytes(pickle.dumps(evil))
+    error = place.script("reid_eval/evaluate", file).error
+    assert f"{file}: not a readable {suffix}" in error and not place.trap.exists()
+
+
+def search(place: Place, gallery: Path, query: Path | None = None) -> tuple[object, ...]:
+    query = query or read_split(place.data, "query").paths[0]
+    return "search", "--teacher", "tutor", "--gallery", gallery, "--query", query, "--index", place.folder / "index"
+
+
+@pytest.fixture
+def gallery(place: Place) -> Path:
+    folder = place.folder / "gallery"
+    folder.mkdir()
+    for i, path in enumerate(read_split(place.data, "gallery").paths[:4]):
+        shutil.copyfile(path, folder / f"{i}.jpg")
+    return folder
+
+
+def test_code_in_a_search_index_is_not_run(place: Place, gallery: Path) -> None:
+    assert place.run(*search(place, gallery)).code == 0
+    file = place.folder / "index" / "index.npz"
+    with np.load(file) as index:
+        about, vectors = index["about"], index["faiss"]
+    np.savez(file, about=np.array([Malicious(place.trap)], dtype=object), faiss=vectors)
+    place.assert_refuses(f"{file}: not a readable index", *search(place, gallery))
+    # An index of faiss may also name a file of its own to be read; no other kind than those written here is.
+    other = vectors.copy()
+    other[:4] = np.frombuffer(b"IwFl", np.uint8)
+    np.savez(file, about=about, faiss=other)
+    place.assert_refuses(f"{file}: not a readable index (its vectors are of no kind", *search(place, gallery))
+
+
+# ------------------------------------------------------------------------------------------------ YAML
+TAGS = ["apply:os.mkdir [TRAP]", "new:os.mkdir [TRAP]", "apply:os.system ['mkdir TRAP']"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_tags_in_yaml_are_not_run(place: Place, tag: str) -> None:
+    evil = "!!python/object/" + tag.replace("TRAP", str(place.trap))
+    config = place.folder / "evil.yaml"
+    config.write_text(f"data_root: {evil}\n")
+    place.assert_refuses(f"{config}: not valid YAML", "train", "--config", config)
+    own = place.folder / "outputs" / "tiny" / "config.yaml"
+    own.write_text(own.read_text() + f"{evil}: 1\n")
+    place.assert_refuses(f"{own}: not valid YAML", "test", "--name", "tiny")
+    opts = place.tutor / "opts.yaml"
+    opts.write_text(opts.read_text() + f"more: {evil}\n")
+    place.assert_refuses(f"{opts}: not valid YAML", "test", "--teacher", "tutor")
+    place.assert_refuses("--set batch_size=", "train", "--set", f"batch_size={evil}")
+
+
+STEPS = [*zip("abcdefghijklmnop", "bcdefghijklmnopq", strict=True)]
+LISTS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in STEPS)
+MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}, *{a}]}}\n" for a, b in STEPS)
+
+
+@pytest.mark.parametrize("bomb", [LISTS, MERGES], ids=["lists", "merges"])
+def test_a_few_lines_of_yaml_do_not_fill_the_memory(place: Place, bomb: str) -> None:
+    config, opts = place.folder / "bomb.yaml", place.tutor / "opts.yaml"
+    config.write_text(bomb + "batch_size: *q\n")
+    place.assert_refuses(f"{config}: line 2: an alias of a list or a section is refused", "train", "--config", config)
+    opts.write_text(bomb + "backbone: *q\n")
+    place.assert_refuses(f"{opts}: line 2: an alias of", "test", "--teacher", "tutor")
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 20_000, "1" + "0" * 5000, "0x" + "f" * 5000, "2001-99-99", "{[a]: b}"], ids=len
+)
+def test_yaml_that_its_library_stumbles_over(place: Place, value: str) -> None:
+    good, odd = place.folder / "outputs" / "tiny" / "config.yaml", place.folder / "odd.yaml"
+    odd.write_text(f"data_root: x\nmax_iter: {value}\n")
+    place.assert_refuses(f"{odd}: ", "train", "--config", odd)
+    place.assert_refuses("max_iter", "train", "--config", good, "--set", f"max_iter={value}")
+
+
+# ----------------------------------------------------------------------------------------------- paths
+@pytest.mark.parametrize("file", ["../outside.jpg", "/OUTSIDE", "train_all/../../outside.jpg"])
+def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: str) -> None:
+    outside, made = noise(place.folder / "outside.jpg"), place.folder / "made"
+    made.mkdir()
+    (made / SETTINGS).write_text("{}")
+    write_manifest(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
+    config = place.folder / "teacher.yaml"
+    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(made))))
+    place.assert_refuses("leads out of the manifest's folder", "train", "--config", config)
+
+
+def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
+    """Only a snapshot's own files are read, whatever its manifest lists."""
+    (manifest,) = place.checkpoints.glob("snapshot_*.json")
+    content = json.loads(manifest.read_text())
+    files = content["files"]
+    content["files"] = {f"../../../trap/{name}": entry for name, entry in files.items()}
+    manifest.write_text(json.dumps(content))
+    place.assert_refuses("damaged (its manifest does not know it)", "test", "--name", "tiny")
+    for odd in ([], {"id_00000001.pt": 3}, {"id_00000001.pt": {"bytes": "many", "sha256": []}}):
+        manifest.write_text(json.dumps(content | {"files": odd}))
+        place.assert_refuses("damaged", "test", "--name", "tiny")
+    manifest.write_text("[" * 100_000)
+    place.assert_refuses(f"{manifest}: damaged", "test", "--name", "tiny")
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/etc/hostname"])
+def test_a_search_index_stays_in_its_gallery(place: Place, gallery: Path, name: str) -> None:
+    assert place.run(*search(place, gallery)).code == 0
+    file = place.folder / "index" / "index.npz"
+    with np.load(file) as index:
+        about, vectors = json.loads(index["about"].tobytes()), index["faiss"]
+    about["files"][0][0] = name
+    np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), faiss=vectors)
+    place.assert_refuses(f"{file}: not a readable index ({name!r} leads out", *search(place, gallery))
+
+
+@pytest.mark.parametrize("path", ["../outside.jpg", "/OUTSIDE", "a/../../outside.jpg"])
+def test_lists_of_a_data_set_stay_in_its_folder(place: Place, path: str) -> None:
+    root = place.folder / "root"
+    outside = noise(place.folder / "0000_000_01_0303morning_0008_0.jpg")
+    path = path.replace("outside.jpg", outside.name).replace("/OUTSIDE", str(outside))
+    (root / "a").mkdir(parents=True)
+    (root / "dataset.csv").write_text(f"path,identity,split\n{path},1,train\n")
+    error = place.script("prepare", "--dataset", "csv", "--data_root", root).error
+    assert "dataset.csv: row 2" in error and "leads out of" in error
+    for folder in ("train", "test"):
+        (root / folder / "a").mkdir(parents=True)
+    for name in ("train", "val", "query", "gallery"):
+        (root / f"list_{name}.txt").write_text(f"{path} 0\n")
+    error = place.script("prepare", "--dataset", "msmt17", "--data_root", root).error
+    assert "list_train.txt: line 1" in error and "leads out of" in error
+    assert not (root / "pytorch").exists()
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/tmp", "..", "a/b"])
+def test_a_name_of_a_run_is_no_path(place: Place, name: str) -> None:
+    for options in (("test", "--name", name), ("test", "--teacher", name), (*RESUME[:1], "--name", name, "--resume")):
+        place.assert_refuses("must be a plain folder name", *options)
+
+
+def test_links_in_a_circle(place: Place, gallery: Path) -> None:
+    """They are left out, as are links that lead nowhere; without anything else there are no images."""
+    (gallery / "round.jpg").symlink_to(gallery / "round.jpg")
+    (gallery / "here").symlink_to(gallery, target_is_directory=True)
+    outcome = place.run(*search(place, gallery))
+    assert outcome.code == 0 and "4 images (4 added)" in outcome.out, outcome.err
+    data = place.folder / "people"
+    for person in ("0001", "0002"):
+        noise(data / "train_all" / person / f"{person}_c1_a.png")
+        (data / "train_all" / person / "loop.png").symlink_to("loop.png")
+        (data / "train_all" / person / "up").symlink_to("..")
+    (data / "train_all" / "0003").symlink_to("0003")
+    (data / "train_all" / "0004").symlink_to("..")
+    assert [path.name for path in read_split(data, "train_all").paths] == ["0001_c1_a.png", "0002_c1_a.png"]
+    alone = place.folder / "alone"
+    alone.mkdir()
+    (alone / "round.jpg").symlink_to("round.jpg")
+    shutil.rmtree(place.folder / "index")
+    place.assert_refuses(f"--gallery {alone}: no images in it or below", *search(place, alone))
+    circle = place.folder / "circle"
+    circle.symlink_to(circle)
+    place.assert_refuses(f"--gallery {circle}: no such folder", *search(place, circle))
+
+
+# ---------------------------------------------------------------------------------------------- pages
+def test_names_of_files_and_runs_are_text_in_pages(place: Place, gallery: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    shutil.move(place.folder / "outputs" / "tiny", place.folder / "outputs" / evil)
+    data = place.folder / f"data {evil}"
+    for split in ("query", "bounding_box_test"):
+        (data / split).mkdir(parents=True)
+        for path in sorted((place.data / split).iterdir())[:12]:
+            shutil.copyfile(path, data / split / f"{path.stem}{evil}.jpg")
+    shutil.copyfile(gallery / "0.jpg", gallery / f"{evil}.jpg")
+    (query,) = [path for path in gallery.iterdir() if evil in path.name]
+    options = search(place, gallery, query)
+    assert place.run(*options[:1], "--name", evil, *options[3:]).code == 0
+    assert place.run("test", "--name", evil, "--test_dir", data, "--rank-figure", 1).code == 0
+    pages = [*(place.folder / "index").glob("*.html"), *(place.folder / "outputs" / evil).glob("rank_page*.html")]
+    assert len(pages) == 2
+    for page in pages:
+        text = page.read_text()
+        assert "onerror" in text and evil not in text and "&lt;img src=x" in text
+
+
+# ---------------------------------------------------------------------------------------------- bombs
+def declare(path: Path, width: int, height: int) -> Path:
+    """A PNG of some bytes that claims to be of any size."""
+    with Image.new("RGB", (4, 8)) as image:
+        image.save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 9_000), (2**31 - 1, 2**31 - 1)], ids=str)
+def test_images_of_absurd_sizes(place: Place, gallery: Path, size: tuple[int, int]) -> None:
+    query = declare(place.folder / "query.png", *size)
+    place.assert_refuses(f"{query} (", *search(place, gallery, query))
+    declare(gallery / "huge.png", *size)
+    place.assert_refuses("huge.png (", *search(place, gallery))
+    data = place.folder / "data"
+    shutil.copytree(place.data, data)
+    declare(data / "bounding_box_train" / "0001_c1_huge.png", *size)
+    config = place.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root=str(data))))
+    place.assert_refuses("0001_c1_huge.png (", "train", "--config", config)
+    huge = declare(data / "query" / "0001_c1_huge.png", *size)
+    place.assert_refuses(f"{huge}: cannot be decoded", "test", "--name", "tiny", "--test_dir", data)
+
+
+def test_text_in_an_image_that_unpacks_to_gigabytes(place: Place, gallery: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 80_000_000, zip=True)
+    query = place.folder / "query.png"
+    Image.new("RGB", (4, 8)).save(query, pnginfo=text)
+    assert query.stat().st_size < 100_000
+    place.assert_refuses(f"{query} (", *search(place, gallery, query))
+
+
+def packed(file: Path) -> None:
+    """The same zip, compressed, its biggest part followed by 300 MB of zeros."""
+    with zipfile.ZipFile(file) as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    biggest = max(parts, key=lambda name: len(parts[name]))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for name, content in parts.items():
+            with new.open(name, "w", force_zip64=True) as part:
+                part.write(content)
+                for _ in range(300 if name == biggest else 0):
+                    part.write(bytes(1_000_000))
+
+
+def viewed(file: Path) -> None:
+    """The same weights, but a classifier for a billion people, all of whom share one row."""
+    state = torch.load(file, weights_only=True)
+    name = "classifier.classifier.0.weight"
+    torch.save(state | {name: state[name][:1].expand(2**30, -1)}, file)
+
+
+def declared(file: Path) -> None:
+    """PyTorch's old format, in which the number of elements stands beside them, with another number."""
+    state = torch.load(file, weights_only=True)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    data = file.read_bytes()
+    count = state["model.conv1.weight"].numel()
+    old = struct.pack("<q", count)
+    assert old in data
+    file.write_bytes(data.replace(old, struct.pack("<q", 2**40)))
+
+
+@pytest.mark.parametrize("attack", [packed, viewed, declared])
+def test_weights_that_claim_to_be_huge(place: Place, attack: Callable[[Path], None]) -> None:
+    file = place.tutor / "net_last.pth"
+    attack(file)
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3, device="meta"), torch.ones(3, 4, dtype=torch.cfloat), torch.eye(4).to_sparse()], ids=str
+)
+def test_tensors_that_are_no_plain_numbers(place: Place, value: torch.Tensor) -> None:
+    file = place.tutor / "net_last.pth"
+    torch.save(torch.load(file, weights_only=True) | {"model.bn1.weight": value}, file)
+    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+
+
+@pytest.mark.parametrize("state", [[], 3, {"gen": 3}, {"rng": "x"}, {"scalers": {"gen": 1}}, {1: 2}], ids=str)
+def test_states_that_are_none(place: Place, state: Any) -> None:
+    file = place.checkpoints / "state_00000001.pt"
+    whole = torch.load(file, weights_only=True)
+    torch.save(whole | state if isinstance(state, dict) else state, file)
+    place.sign(file)
+    outcome = place.run(*RESUME, "--set", "max_iter=1")
+    if state in ({1: 2}, {"scalers": {"gen": 1}}):  # on a CPU nobody asks for either
+        assert outcome.code == 0, outcome.err
+    else:
+        assert f"{file}: " in outcome.error and outcome.error.endswith("replace the file")
+
+
+def test_optimisers_of_other_shapes(place: Place) -> None:
+    file = place.checkpoints / "state_00000001.pt"
+    whole = torch.load(file, weights_only=True)
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    torch.save(whole | {"gen": whole["gen"] | {"state": {0: moments}}}, file)
+    place.sign(file)
+    place.assert_refuses(f"{file}: optimiser 'gen' does not fit the network (exp_avg", *RESUME)
+
+
+@pytest.mark.parametrize("kind", ["packed.npz", "packed.mat", "declared.npz"])
+def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
+    file = place.folder / kind
+    zeros = {f"{side}_{name}": np.zeros((4000, 4000), np.float32) for side in ("query", "gallery") for name in "f"}
+    if kind == "packed.npz":
+        np.savez_compressed(file, **zeros)
+    elif kind == "packed.mat":
+        savemat(file, zeros, do_compression=True)
+    else:
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }\n"
+        with zipfile.ZipFile(file, "w") as out:
+            for name in zeros:
+                out.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64))
+    error = place.script("reid_eval/evaluate", file).error
+    assert f"{file}: not a readable {file.suffix}" in error
+    assert "claim to hold" in error or kind == "declared.npz"
+
+
+# ------------------------------------------------------------------------------------- other bad files
+def test_an_index_of_other_vectors(place: Place, gallery: Path) -> None:
+    assert place.run(*search(place, gallery)).code == 0
+    file = place.folder / "index" / "index.npz"
+    with np.load(file) as index:
+        about, vectors = index["about"], faiss.deserialize_index(index["faiss"])
+    other = faiss.IndexFlatIP(vectors.d + 1)
+    other.add(np.ones((vectors.ntotal, vectors.d + 1), np.float32))
+    np.savez(file, about=about, faiss=faiss.serialize_index(other))
+    place.assert_refuses(f"{file}: damaged, it holds {vectors.d + 1} numbers", *search(place, gallery))
+
+
+def test_json_nested_too_deep(place: Place) -> None:
+    out = place.folder / "out"
+    out.mkdir()
+    (out / SETTINGS).write_text("[" * 100_000)
+    options = ("--name", "tiny", "--count", 1, "--out", out, "--no-soft-labels")
+    place.assert_refuses(f"{out / SETTINGS}: damaged", "generate", *options)
+    factors = place.folder / "factors.json"
+    factors.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="factors.json: not the factors"):
+        load_factors(factors)
+
+
+@pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1", "1.0"], ids=len)
+def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
+    write_manifest(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
+    config = place.folder / "teacher.yaml"
+    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(place.folder))))
+    outcome = place.run("train", "--config", config)
+    assert "are not whole numbers; generate the data set again" in outcome.error
+
+
+def test_a_backbone_of_any_width(place: Place) -> None:
+    opts = place.tutor / "opts.yaml"
+    opts.write_text(yaml.safe_dump(yaml.safe_load(opts.read_text()) | {"backbone": "resnet10w999999999"}))
+    place.assert_refuses("backbone resnet10w999999999: not a ResNet", "test", "--teacher", "tutor")
+
+
+def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name ends in the beginning of the checksum; what differs is not kept."""
+    trunk = build_trunk("resnet10w8", last_stride=1)
+    torch.save(trunk.state_dict(), tmp_path / "weights")
+    monkeypatch.setattr("runs.list_models", lambda _: ["resnet10w8"])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
+    for prefix in ("00000000", right):
+        source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
+        url = type("Weights", (), {"url": source.as_uri()})
+        monkeypatch.setattr("runs.get_model_weights", lambda _, url=url: [url])
+        if prefix == right:
+            load_imagenet(trunk, "resnet10w8", None)
+        else:
+            with pytest.raises(UserError, match="cannot be downloaded here"):
+                load_imagenet(trunk, "resnet10w8", None)
+        kept = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()]
+        assert kept == ([source.name] if prefix == right else [])
+        source.rename(tmp_path / "weights")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: cannot be read .*; set its permissions"):
+        list_images(tmp_path / "a.png")
