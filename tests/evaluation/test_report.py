@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, one_thread:
 
 @pytest.fixture(scope="module")
 def page(place: Place) -> Path:
-    call("gen_eval/against_truth", "--name", NAME, "--count", 6, *place.where)
+    call("mannequins/against_truth", "--name", NAME, "--count", 6, *place.where)
     call("visual_tools/report", "--name", NAME, "--count", 3, *place.where)
     return place.run.path / "report.html"
 
