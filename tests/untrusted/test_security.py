@@ -173,7 +173,7 @@ def test_code_in_a_feature_file_is_not_run(place: Place, suffix: str) -> None:
         np.savez(file, query_f=evil, gallery_f=evil)
     else:
         file.write_bytes(pickle.dumps(evil))
-    error = place.script("reid_eval/evaluate", file).error
+    error = place.script("reid_eval/report", file).error
     assert f"{file}: not a readable {suffix}" in error and not place.trap.exists()
 
 
@@ -474,7 +474,7 @@ def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
         with zipfile.ZipFile(file, "w") as out:
             for name in zeros:
                 out.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64))
-    error = place.script("reid_eval/evaluate", file).error
+    error = place.script("reid_eval/report", file).error
     assert f"{file}: not a readable {file.suffix}" in error
     assert "claim to hold" in error or kind == "declared.npz"
 
