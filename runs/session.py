@@ -52,6 +52,7 @@ from runs.snapshot import (
     set_aside,
     snapshots,
 )
+from runs.validate import sample_pairs
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, own_command, set_deterministic
@@ -308,7 +309,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: 
             bar.set_postfix({k: f"{values[k]:.3f}" for k in SHOWN[cfg.task] if k in values}, refresh=False)
         if paints and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
             require_finite(s, finite)
-            figure = paint_pairs(trainer.sample(*pairs))
+            figure = paint_pairs(sample_pairs(trainer, *pairs))
             if done % cfg.image_display_iter == 0 or last:
                 board.image("test pairs", figure, done)
             if done % cfg.image_save_iter == 0 or last:

@@ -33,7 +33,6 @@ def main() -> None:
 
     from data.folders import find_images
     from data.images import decode_images, normalise
-    from reIDmodel import head_names
     from runs.load import open_net
     from visual_tools.activation import activation_maps, overlay
     from visual_tools.figure import new_file, write_image
@@ -51,7 +50,7 @@ def main() -> None:
     for image, one in zip(to_uint8(x), x.split(1), strict=True):
         maps = activation_maps(tested.net, one.to(device))[0]
         rows.append([image, *(overlay(image, activation) for activation in maps)])
-    write_image(out, paint_grid(rows, column_labels=["image", *head_names(tested.net)], cell_height=192))
+    write_image(out, paint_grid(rows, column_labels=["image", *tested.net.head_names], cell_height=192))
     print(f"activation maps written to {out}")
 
 
