@@ -13,8 +13,8 @@ from files import make_folder, write_whole
 from reid_eval.features import Features
 from reid_eval.ranking import Ranking
 from reid_eval.top import Entry, first_entries, main_setting
+from runs.grid import INK, WHITE, paint_grid
 from utils import UserError
-from visual_tools.grid import INK, WHITE, paint_grid
 from visual_tools.page import Hit, Result, write_page
 
 # Colours that people with colour-blindness tell apart; the word under each image says the same.

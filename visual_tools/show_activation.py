@@ -32,12 +32,12 @@ def main() -> None:
         raise UserError(f"--count {args.count}: must be at least 1")
 
     from data.folders import find_images
-    from data.images import decode_images, normalise
+    from data.images import decode_images, normalise, to_uint8
     from reIDmodel import head_names
+    from runs.grid import paint_grid
     from runs.load import open_net
     from visual_tools.activation import activation_maps, overlay
     from visual_tools.figure import new_file, write_image
-    from visual_tools.grid import paint_grid, to_uint8
 
     paths = [path for source in args.input for path in find_images(source, "--input")]
     if len(paths) > args.count:

@@ -35,9 +35,9 @@ def main() -> None:
     args = parse_args()
     check_arguments(args, count=(2, AT_MOST))
 
+    from runs.grid import paint_grid
     from runs.swapper import open_swapper
     from visual_tools.figure import choose_images, figure_file, labels, read_input, write_image
-    from visual_tools.grid import paint_grid
 
     model = open_swapper(args)
     out = figure_file(args, model, "rainbow")

@@ -32,9 +32,9 @@ def main() -> None:
     args = parse_args()
     check_arguments(args, count=(1, AT_MOST))
 
+    from runs.grid import PAIR_ROWS, paint_grid
     from runs.swapper import open_swapper
     from visual_tools.figure import choose_images, figure_file, read_input, write_image
-    from visual_tools.grid import PAIR_ROWS, paint_grid
 
     model = open_swapper(args)
     out = figure_file(args, model, "swap")

@@ -50,8 +50,8 @@ def paint(model: Swapper, args: argparse.Namespace, *, code: str) -> tuple[np.nd
 
     A row of the figure per image, with that image's other code; the ends of the line stand on top.
     """
+    from runs.grid import paint_grid
     from visual_tools.figure import choose_images, labels, read_input
-    from visual_tools.grid import paint_grid
 
     images = choose_images(read_input(args, model), args.count or COUNT, args.seed, asked=args.count is not None)
     originals, s, f = model.read(images.paths, args.batchsize)

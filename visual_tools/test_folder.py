@@ -62,9 +62,8 @@ def generate(
     from tqdm import tqdm
 
     from data.folders import ImageList
-    from data.images import iter_images
+    from data.images import iter_images, to_uint8
     from visual_tools.figure import file_names, write_image
-    from visual_tools.grid import to_uint8
 
     names = file_names(images)
     batches = zip(

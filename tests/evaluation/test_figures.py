@@ -20,14 +20,14 @@ from conftest import CPU, HEIGHT, WIDTH, Outcome, random_batches, tiny_config, t
 from PIL import Image
 
 from data.folders import parse_name, read_people, read_split
-from data.images import decode_images, normalise
+from data.images import decode_images, normalise, to_uint8
 from gen_eval.metrics import Protocol
 from runs.folder import RunFolder, start_folder
+from runs.grid import GAP
 from runs.snapshot import save_snapshot
 from runs.swapper import load_swapper
 from utils import ROOT, UserError
 from visual_tools.figure import choose, file_names, labels, write_gif, write_image
-from visual_tools.grid import GAP, to_uint8
 from visual_tools.smooth import interpolate
 from visual_tools.test_folder import draw_partners
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from config import changed_from_default, parse_config
 from data.folders import read_split
-from data.images import decode_images, normalise
+from data.images import decode_images, normalise, to_uint8
 from files import write_atomically
 from mannequins.against_truth import describe_shares
 from mannequins.dataset import load_factors
@@ -33,7 +33,6 @@ from reIDmodel import build_teacher
 from runs.folder import RunFolder
 from runs.swapper import load_swapper
 from visual_tools.curves import draw, group, read_scalars
-from visual_tools.grid import to_uint8
 from visual_tools.page import Hit, Result, write_page
 from visual_tools.report_pictures import data_uri
 from visual_tools.report_tables import swaps_table
