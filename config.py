@@ -120,7 +120,7 @@ class CommonConfig(Section):
     ID_class: Annotated[Count | Literal["auto"], NO_EFFECT] = "auto"
     """Number of identities; auto counts those of the training images."""
     crop_image_height: Count = 256
-    """Image height. Images of at most 128 pixels are enlarged twice for the id net."""
+    """Image height. Images at most 128 pixels high are enlarged to twice their size for the id net."""
     crop_image_width: Count = 128
     """Image width."""
     num_workers: Annotated[CountOrZero, NO_EFFECT] = 8

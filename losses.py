@@ -110,8 +110,7 @@ def discriminator_terms(
                 loss = F.binary_cross_entropy_with_logits(f, torch.zeros_like(f))
                 loss = loss + F.binary_cross_entropy_with_logits(r, torch.ones_like(r))
             else:  # wgan
-                squares = f.square().sum() * processes + r.square().sum() * processes
-                loss = f.mean() - r.mean() + 0.001 * squares
+                loss = f.mean() - r.mean() + 0.001 * processes * (f.square().sum() + r.square().sum())
             terms[name] = terms[name] + loss + penalty * g.flatten(1).square().sum(dim=1).mean()
     return terms
 
@@ -126,7 +125,7 @@ def adversarial_terms(dis: Discriminator, fake: Tensor, *, gan_type: str, proces
             elif gan_type == "nsgan":
                 loss = F.binary_cross_entropy_with_logits(d, torch.ones_like(d))
             else:  # wgan
-                loss = -d.mean() + 0.001 * (d.square().sum() * processes)
+                loss = -d.mean() + 0.001 * processes * d.square().sum()
             terms[name] = terms[name] + loss
     return terms
 

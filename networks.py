@@ -31,7 +31,6 @@ ACTIVATIONS = {
     "none": nn.Identity,
 }
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "zero": "zeros"}
-INIT_GAIN = 2**0.5
 CANNY_THRESHOLDS = (10, 200)
 EDGE_NOISE = 0.1
 
@@ -61,10 +60,7 @@ def to_edge(x: Tensor, rng: np.random.Generator, images: int | None = None, part
 def structure_input(
     x: Tensor, single: str, rng: np.random.Generator | None = None, images: int | None = None, part: Part = ALL
 ) -> Tensor:
-    """What the structure encoder sees of normalised images: (N, 1, H, W). `single` is gray or edge (config).
-
-    rng, images, part  as in `to_edge`; gray needs none of them
-    """
+    """What the structure encoder sees of an image, (N, 1, H, W): `to_gray`, or `to_edge` for `single: edge`."""
     return to_gray(x) if single == "gray" else to_edge(x, rng, images, part)
 
 
@@ -272,8 +268,7 @@ class StructureEncoder(nn.Module):
             layers += [ConvBlock(c, c, 3, **block), ConvBlock(c, 2 * c, 3, stride=2, **block)]  # (N, 64, 64, 32)
             c *= 2
         layers += [ResBlocks(n_res, c, **block), ASPP(c, **block)]  # (N, 128, 64, 32)
-        if tanh:
-            layers.append(nn.Tanh())
+        layers += [nn.Tanh()] * tanh
         self.model = nn.Sequential(*layers)
         self.output_dim = 2 * c
 
@@ -299,8 +294,7 @@ class Decoder(nn.Module):
         super().__init__()
         block = dict(activ=activ, pad_type=pad_type)
         layers: list[nn.Module] = [nn.Dropout(dropout), AdaINResBlocks(n_res, dim, kind=kind, **block)]
-        if non_local:
-            layers.append(SelfAttention(dim))
+        layers += [SelfAttention(dim)] * non_local
         c = dim
         for _ in range(n_upsample):
             layers += [nn.Upsample(scale_factor=2), ConvBlock(c, c // 2, 5, norm="ln", **block)]
@@ -468,11 +462,10 @@ def init_weights(net: nn.Module, kind: str) -> None:
     initialise = {
         "kaiming": lambda w: nn.init.kaiming_normal_(w, a=0, mode="fan_in"),  # gain sqrt 2
         "gaussian": lambda w: nn.init.normal_(w, 0.0, 0.02),
-        "xavier": lambda w: nn.init.xavier_normal_(w, gain=INIT_GAIN),
-        "orthogonal": lambda w: nn.init.orthogonal_(w, gain=INIT_GAIN),
+        "xavier": lambda w: nn.init.xavier_normal_(w, gain=2**0.5),
+        "orthogonal": lambda w: nn.init.orthogonal_(w, gain=2**0.5),
     }[kind]
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             initialise(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)

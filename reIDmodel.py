@@ -62,16 +62,10 @@ def build_trunk(name: str, *, last_stride: int) -> ResNet:
             f"backbone {name}: not a ResNet of torchvision; use resnet50, resnet18, another resnet*, "
             f"resnext* or wide_resnet* name, or for a CPU resnet10w32 (at least w{NARROWEST})"
         )
-    set_last_stride(trunk, last_stride)
-    return trunk
-
-
-def set_last_stride(trunk: ResNet, stride: int) -> None:
-    """Set the stride of layer4's first block: its strided convolution and its shortcut."""
     block = trunk.layer4[0]
     strided = block.conv1 if isinstance(block, BasicBlock) else block.conv2
-    strided.stride = (stride, stride)
-    block.downsample[0].stride = (stride, stride)
+    strided.stride = block.downsample[0].stride = (last_stride, last_stride)
+    return trunk
 
 
 # ------------------------------------------------------------------------------------------------ heads
@@ -98,6 +92,8 @@ class Head(nn.Module):
 # ---------------------------------------------------------------------------------------------- id nets
 class IdNet(nn.Module, ABC):
     """What the three styles share. Called on images it returns `(f, logits)`; `embed` is for test time."""
+
+    head_names: tuple[str, ...] = ("feature",)  # in the order of `embed`
 
     def __init__(self, backbone: str, last_stride: int) -> None:
         super().__init__()
@@ -145,6 +141,8 @@ class IdNetAB(IdNet):
 
     `detach_f=False` lets image reconstruction and the code loss train the trunk, as in the paper's Eq. 2 and 4.
     """
+
+    head_names = ("primary", "fine-grained")
 
     def __init__(self, num_classes: int, *, backbone: str, stride: int, pool: str, detach_f: bool = True) -> None:
         super().__init__(backbone, stride)
@@ -196,6 +194,8 @@ class IdNetNormal(IdNet):
 class IdNetPCB(IdNet):
     """Style PCB: one head per horizontal part, live code."""
 
+    head_names = tuple(f"part {k + 1}" for k in range(PARTS))
+
     def __init__(self, num_classes: int, *, backbone: str) -> None:
         super().__init__(backbone, last_stride=1)
         self.avgpool = nn.AdaptiveAvgPool2d((PARTS, 1))
@@ -236,13 +236,6 @@ def build_teacher(
 ) -> IdNetNormal:
     """A teacher: the one-head net with average pooling."""
     return IdNetNormal(num_classes, backbone=backbone, pool="avg", stride=stride, dropout=dropout)
-
-
-def head_names(net: IdNet) -> list[str]:
-    """A name for each head, in the order of `embed`."""
-    if isinstance(net, IdNetAB):
-        return ["primary", "fine-grained"]
-    return [f"part {k + 1}" for k in range(len(net.heads()))] if isinstance(net, IdNetPCB) else ["feature"]
 
 
 # --------------------------------------------------------------------------------------------- passes

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from networks import Discriminator, Generator, structure_input, to_gray
 from optim import adam, id_sgd, lr_factor, set_rates, teacher_lr_factor
 from precision import autocast, pick_precision
 from reIDmodel import Logits, build_id_net, build_teacher, seen_size
-from utils import IMAGENET_MEAN, IMAGENET_STD, evaluating
+from utils import IMAGENET_MEAN, IMAGENET_STD
 
 # Streams of random draws; each is a pure function of (seed, stream, iteration), so resuming needs no state.
 ERASING, ENCODER = 3, 4
@@ -121,9 +122,8 @@ class DGNetTrainer:
         self.dis = accelerate(dis, device, channels_last=cfg.channels_last).train()
         self.teachers = [accelerate(net, device, channels_last=resnet_layout).eval() for net in teachers]
         self.vgg = vgg.to(device).eval() if vgg is not None else None
-        mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-        black_and_white = np.stack([-mean / std, (1 - mean) / std], dtype=np.float32)
-        self.pixel_range = torch.from_numpy(black_and_white).view(2, 3, 1, 1).to(device)
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.pixel_range = torch.stack([-mean / std, (1 - mean) / std]).float().to(device)
 
         betas, decay = (cfg.beta1, cfg.beta2), cfg.weight_decay
         self.opt_gen = adam(self.gen.parameters(), cfg.lr_g, betas=betas, decay=decay)
@@ -131,13 +131,11 @@ class DGNetTrainer:
         id_decay = decay if cfg.id_weight_decay is None else cfg.id_weight_decay
         self.opt_id = id_sgd(self.id_net, trunk_lr=cfg.lr2, head_lr=cfg.head_lr_factor * cfg.lr2, decay=id_decay)
         # Encoder, decoder and id net share one backward, so they share a loss scale.
-        fp16 = self.precision == "fp16"
-        self.scaler_gen = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.scaler_dis = torch.amp.GradScaler(device.type, enabled=fp16)
+        scaler = partial(torch.amp.GradScaler, device.type, enabled=self.precision == "fp16")
+        self.scaler_gen, self.scaler_dis = scaler(), scaler()
         if cfg.recompute:
-            encoder, images = self.gen.enc_content, cfg.batch_size // part.count
-            encoder.forward = recompute(encoder.forward, encoder)
-            self.gen.decode = recompute(self.gen.decode, self.gen, images)
+            self.gen.encode = recompute(self.gen.encode, self.gen)
+            self.gen.decode = recompute(self.gen.decode, self.gen, cfg.batch_size // part.count)
             self.id_net.forward = recompute(self.id_net.forward, self.id_net)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -175,9 +173,8 @@ class DGNetTrainer:
     def lr_factors(self, t: int) -> dict[str, float]:
         """What every optimiser's rates are multiplied by at iteration `t`."""
         cfg = self.cfg
-        gammas = {"gen": cfg.gamma, "dis": cfg.gamma, "id": cfg.gamma2}
-        schedule = dict(step_size=cfg.step_size, max_iter=cfg.max_iter)
-        return {name: lr_factor(cfg.lr_policy, t, gamma=gamma, **schedule) for name, gamma in gammas.items()}
+        factor = partial(lr_factor, cfg.lr_policy, t, step_size=cfg.step_size, max_iter=cfg.max_iter)
+        return {"gen": factor(gamma=cfg.gamma), "dis": factor(gamma=cfg.gamma), "id": factor(gamma=cfg.gamma2)}
 
     def encode(self, a: Batch, b: Batch, plan: Plan) -> Encoded:
         """Structure codes of x_a and x_b; appearance codes and logits of x_a, x_b, xp_a and xp_b."""
@@ -335,27 +332,6 @@ class DGNetTrainer:
         with frozen(self.id_net, batch_statistics=self.cfg.train_bn):
             # By running statistics the images do not see each other, so one pass serves all.
             return self.id_passes(*batches) if self.cfg.train_bn else self.one_id_pass(*batches)
-
-    # ------------------------------------------------------------------------------------- looking
-    @torch.no_grad()
-    def sample(self, x_a: Tensor, x_b: Tensor) -> dict[str, Tensor]:
-        """Figures in eval mode: reconstructions, both swaps and cycles of the pairs, each (N, 3, H, W) float."""
-        rng = np.random.default_rng(0)
-
-        def encode(structure: Tensor, appearance: Tensor) -> tuple[Tensor, ...]:
-            s = self.gen.encode(structure_input(structure, self.cfg.single, rng))
-            return *s.chunk(2), *self.id_net(appearance)[0].chunk(2)
-
-        with evaluating(*self.networks().values()), autocast(self.device, self.precision):
-            s_a, s_b, f_a, f_b = encode(torch.cat([x_a, x_b]), torch.cat([x_a, x_b]))
-            decoded = self.gen.decode(torch.cat([s_a, s_b, s_b, s_a]), torch.cat([f_a, f_b, f_a, f_b]))
-            x_a_recon, x_b_recon, x_ba, x_ab = decoded.chunk(4)
-            s_a, s_b, f_a, f_b = encode(torch.cat([x_ab, x_ba]), torch.cat([x_ba, x_ab]))
-            x_aba, x_bab = self.gen.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
-        images = dict(
-            x_a=x_a, x_a_recon=x_a_recon, x_ba=x_ba, x_aba=x_aba, x_b=x_b, x_b_recon=x_b_recon, x_ab=x_ab, x_bab=x_bab
-        )
-        return {name: image.float() for name, image in images.items()}
 
 
 # ---------------------------------------------------------------------------------------------- teacher

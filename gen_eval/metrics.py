@@ -1,4 +1,4 @@
-"""FID, KID, SSIM and LPIPS of folders of images; README.md beside this file says exactly what is measured.
+"""FID, KID, SSIM and LPIPS of folders of images; docs/evaluation.md says exactly what is measured.
 
 The features come from a network that maps images (N, 3, H, W) uint8 to (N, D): Inception unless another is given.
 """

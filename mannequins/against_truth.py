@@ -145,7 +145,6 @@ def main() -> None:
     from data.folders import data_set_name, other_data_set, read_split
     from mannequins.dataset import load_factors
     from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, name_people
-    from reIDmodel import head_names
     from runs.folder import resolve_data_root
     from runs.swapper import open_swapper
 
@@ -177,7 +176,7 @@ def main() -> None:
             people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
             training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
             if people.num_classes == model.id_net.num_classes:
-                names = head_names(model.id_net)
+                names = model.id_net.head_names
                 result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
     except UserError as error:
         print(f"swaps of training images are left out: {error}")

@@ -1,4 +1,4 @@
-"""Report of a feature file under both conventions: `python -m reid_eval.evaluate FILE` (spec section 9)."""
+"""Report of a feature file under both conventions: `python -m reid_eval.report FILE`."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _numbers(ranking: Ranking) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="reid_eval.evaluate", description="Rank-1/5/10, mAP and mINP of a feature file, under both conventions."
+        prog="reid_eval.report", description="Rank-1/5/10, mAP and mINP of a feature file, under both conventions."
     )
     parser.add_argument("file", metavar="FILE", help=".npz of test.py --save-features, or a pytorch_result.mat")
     parser.add_argument("--multi", action="store_true", help="also multi-query (for a .mat: multi_query.mat beside it)")

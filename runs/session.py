@@ -26,6 +26,7 @@ from files import write_whole
 from losses import RAMPED, loss_weights
 from networks import structure_input
 from parallel import collectives
+from parallel.layers import act_on_whole_batch
 from precision import pick_precision
 from runs.board import Board
 from runs.folder import (
@@ -52,6 +53,7 @@ from runs.snapshot import (
     set_aside,
     snapshots,
 )
+from runs.validate import sample_pairs
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, own_command, set_deterministic
@@ -138,7 +140,7 @@ def build_session(
         cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resumable
     )
     nets = [*trainer.networks().values(), *getattr(trainer, "teachers", [])]
-    collectives.act_on_whole_batch(nets, own_batch_size, sync_bn=cfg.sync_bn)
+    act_on_whole_batch(nets, own_batch_size, sync_bn=cfg.sync_bn)
     if isinstance(cfg, TeacherConfig):
         max_iter, snapshot_iter = cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch
     else:
@@ -307,7 +309,7 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: Board | None, stop: 
             bar.set_postfix({k: f"{values[k]:.3f}" for k in SHOWN[cfg.task] if k in values}, refresh=False)
         if paints and (done % cfg.image_save_iter == 0 or done % cfg.image_display_iter == 0 or last):
             require_finite(s, finite)
-            figure = paint_pairs(trainer.sample(*pairs))
+            figure = paint_pairs(sample_pairs(trainer, *pairs))
             if done % cfg.image_display_iter == 0 or last:
                 board.image("test pairs", figure, done)
             if done % cfg.image_save_iter == 0 or last:

@@ -6,16 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from data.folders import have_cameras, read_split
 from mannequins.dataset import is_embedded, load_factors
+from networks import structure_input
 from parallel import collectives
+from precision import autocast
 from reid_eval.features import extract_data_set
 from reid_eval.report import report
 from reid_eval.top import main_setting
 from runs.folder import resolve_data_root
 from runs.swapper import Swapper
+from trainer import DGNetTrainer
+from utils import evaluating
 
 if TYPE_CHECKING:
     from runs.session import Session
@@ -76,3 +82,27 @@ def as_saved(*nets: nn.Module) -> Iterator[None]:
             module.training = mode
         for buffer, before in own:
             buffer.copy_(before)
+
+
+@torch.no_grad()
+def sample_pairs(trainer: DGNetTrainer, x_a: Tensor, x_b: Tensor) -> dict[str, Tensor]:
+    """What a run makes of pairs of normalised images: reconstructions, both swaps and cycles, (N, 3, H, W) float32.
+
+    The nets run in eval mode and are left as they were.
+    """
+    gen, id_net, rng = trainer.gen, trainer.id_net, np.random.default_rng(0)
+
+    def encode(structure: Tensor, appearance: Tensor) -> tuple[Tensor, ...]:
+        s = gen.encode(structure_input(structure, trainer.cfg.single, rng))
+        return *s.chunk(2), *id_net(appearance)[0].chunk(2)
+
+    with evaluating(gen, id_net), autocast(trainer.device, trainer.precision):
+        s_a, s_b, f_a, f_b = encode(torch.cat([x_a, x_b]), torch.cat([x_a, x_b]))
+        decoded = gen.decode(torch.cat([s_a, s_b, s_b, s_a]), torch.cat([f_a, f_b, f_a, f_b]))
+        x_a_recon, x_b_recon, x_ba, x_ab = decoded.chunk(4)
+        s_a, s_b, f_a, f_b = encode(torch.cat([x_ab, x_ba]), torch.cat([x_ba, x_ab]))
+        x_aba, x_bab = gen.decode(torch.cat([s_a, s_b]), torch.cat([f_a, f_b])).chunk(2)
+    images = dict(
+        x_a=x_a, x_a_recon=x_a_recon, x_ba=x_ba, x_aba=x_aba, x_b=x_b, x_b_recon=x_b_recon, x_ab=x_ab, x_bab=x_bab
+    )
+    return {name: image.float() for name, image in images.items()}

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from data.folders import find_images
 from data.images import decode_images, normalise, to_uint8
-from reIDmodel import IdNet, head_names
+from reIDmodel import IdNet
 from runs.load import open_net
 from utils import pick_device
 from visual_tools.figure import check_file, write_grid
@@ -69,5 +69,5 @@ def draw(args: argparse.Namespace) -> None:
     for image, single in zip(to_uint8(x), x.split(1), strict=True):
         maps = activation_maps(tested.net, single.to(device))[0]
         rows.append([image, *(overlay(image, activation) for activation in maps)])
-    write_grid(out, rows, column_labels=["image", *head_names(tested.net)], cell_height=192)
+    write_grid(out, rows, column_labels=["image", *tested.net.head_names], cell_height=192)
     print(f"activation maps written to {out}")

@@ -3,7 +3,7 @@
 Trains every cell with every seed, scores the runs on identities that were held out of training (--evaluate val) or,
 once, on the test identities (--evaluate test), and writes results-WHERE.json, table-WHERE.md and figure-WHERE.png into
 --out. Interrupted, the same command continues; what is finished is not repeated. Started several times at once, the
-commands share the runs. docs/effect.md says what is compared.
+commands share the runs. notebook.md says what is compared.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def make(study: Study, run: Run, where: str) -> int:
     from studies.ablation.runs import score, train, trained
 
     if not trained(study, run) and (status := train(study, run)):
-        print(f"{run[0]}-{run[1]} is not finished; the same command of benchmarks.ablation continues", file=sys.stderr)
+        print(f"{run[0]}-{run[1]} is not finished; the same command continues", file=sys.stderr)
         return status
     gc.collect()  # the trainer's memory
     result = score(study, run, where)

@@ -63,7 +63,7 @@ CELLS: dict[str, Cell] = {
 }
 # Trained as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
-# What an id net that learns from nothing needs to be finished in minutes (docs/effect.md).
+# What an id net that learns from nothing needs to be finished in minutes (studies/ablation/notebook.md).
 FROM_SCRATCH = dict(
     id_init="backbone",
     id_freeze_iter=0,
@@ -83,7 +83,7 @@ LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "de
 class Preset:
     """Data, base configurations and what is changed in them.
 
-    data       arguments of `data.mannequins.make_settings`; this is where the difficulty is fixed
+    data       arguments of `mannequins.dataset.make_settings`; this is where the difficulty is fixed
     held_out   share of the training identities that no run sees, in whole groups of the same colours
     swaps      pairs that generation is measured on
     generated  images of the offline cell for each real one

@@ -28,7 +28,7 @@ from mannequins.truth import (
     take_apart,
 )
 from reid_eval.features import Features, embed_images
-from reIDmodel import build_id_net, head_names
+from reIDmodel import build_id_net
 from runs.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs
 from utils import UserError
 
@@ -220,14 +220,14 @@ def test_whom_the_heads_name() -> None:
     images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
     swaps = Swaps(i, j, images)
     ab = build_id_net("AB", 3, backbone="resnet10w8")
-    found = name_people(Halves(), head_names(ab), swaps, np.arange(3), device=torch.device("cpu"), batch_size=2)
+    found = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"), batch_size=2)
     assert list(found) == ["generated", "true", "generated changed", "true changed"]
     named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in found.items()}
     assert list(found["true"]) == ["primary", "fine-grained"]
     third = pytest.approx(1 / 3)
     assert named["true"] == [(0, 1), (1, 0)]
     assert named["generated"] == named["generated changed"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
-    parts = head_names(build_id_net("PCB", 3, backbone="resnet10w8"))
+    parts = build_id_net("PCB", 3, backbone="resnet10w8").head_names
     of_parts = name_people(lambda x: (x, (x.mean((2, 3)),) * 4), parts, swaps, np.arange(3), device=torch.device("cpu"))
     assert list(of_parts["true"]) == ["part 1", "part 2", "part 3", "part 4"]
     assert named["generated changed"][1] == (1, 0) and named["true changed"] == [(0, 1), (0, 1)]

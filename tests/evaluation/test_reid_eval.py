@@ -211,20 +211,20 @@ def test_bad_feature_files(tmp_path, sides, suffix, changes, message, script):
     with pytest.raises(UserError, match=message) as error:
         load_features(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert script("reid_eval/evaluate", path).error == f"error: {error.value}"
+    assert script("reid_eval/report", path).error == f"error: {error.value}"
 
 
 def test_features_whose_products_overflow_are_refused(tmp_path, sides, script):
     """Each number is finite; the scores would be infinite or NaN, and ranked all the same."""
     changes = {f"{side}_f": 1e25 * sides[side].features.reshape(-1, 1024) for side in ("query", "gallery")}
     path = save_raw(tmp_path / "f.npz", sides, **changes)
-    assert "have no products in fp32; divide them by their norm" in script("reid_eval/evaluate", path).error
+    assert "have no products in fp32; divide them by their norm" in script("reid_eval/report", path).error
 
 
 def test_a_report_never_takes_the_place_of_a_feature_file(tmp_path, sides, script):
     path = save_raw(tmp_path / "f.npz", sides)
     before = path.read_bytes()
-    assert "is the name of a feature file" in script("reid_eval/evaluate", path, "--json", path).error
+    assert "is the name of a feature file" in script("reid_eval/report", path, "--json", path).error
     assert path.read_bytes() == before
 
 
@@ -245,7 +245,7 @@ def test_a_file_as_the_releases_scripts_write_it(tmp_path, sides, script):
 
     scipy.io.savemat(tmp_path / "pytorch_result.mat", theirs("gallery", gallery) | theirs("query", query))
     scipy.io.savemat(tmp_path / "multi_query.mat", theirs("mquery", multi))
-    done = script("reid_eval/evaluate", tmp_path / "pytorch_result.mat", "--multi", "--json", tmp_path / "out.json")
+    done = script("reid_eval/report", tmp_path / "pytorch_result.mat", "--multi", "--json", tmp_path / "out.json")
     assert done.code == 0, done.err
     stored = json.loads((tmp_path / "out.json").read_text())
     assert stored["tables"] == report(query, gallery, multi=multi)["tables"]
@@ -353,7 +353,7 @@ def test_command_line(tmp_path, sides):
 def test_command_line_errors_are_one_line(tmp_path, sides):
     lost = Features(sides["query"].features, sides["query"].pids + 1000, sides["query"].camids)
     save_features(tmp_path / "f.npz", lost, sides["gallery"])
-    done = run("-m", "reid_eval.evaluate", str(tmp_path / "f.npz"), cwd=ROOT)
+    done = run("-m", "reid_eval.report", str(tmp_path / "f.npz"), cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'f.npz'}: no query has a match")
     assert done.stderr.count("\n") == 1
@@ -363,7 +363,7 @@ def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['evaluate', '--help']\n"
         "import runpy\n"
-        "try: runpy.run_module('reid_eval.evaluate', run_name='__main__')\n"
+        "try: runpy.run_module('reid_eval.report', run_name='__main__')\n"
         "except SystemExit: pass\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'scipy')))"
     )

@@ -20,6 +20,7 @@ from reid_eval.features import embed_images
 from reIDmodel import build_teacher
 from runs.guards import FiniteWatch
 from runs.session import to_device
+from runs.validate import sample_pairs
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import set_deterministic
 
@@ -81,7 +82,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_no_number(pretended: None, change
         terms = trainer.step(a, b, t)
         watch.note(t, terms)
     assert len(terms) > 15 and all(value.is_cuda and value.shape == () for value in terms.values())
-    assert all(image.is_cuda for image in trainer.sample(a.x, b.x).values())
+    assert all(image.is_cuda for image in sample_pairs(trainer, a.x, b.x).values())
     assert embed_images(trainer.id_net, a.x).is_cuda
     with pytest.raises(DataDependentOutputException):  # as in the middle of a step
         float(terms["gen_total"])

@@ -24,6 +24,7 @@ from networks import Discriminator, Generator, SelfAttention
 from precision import autocast, has_bf16
 from reIDmodel import build_id_net, build_teacher, enlarge, seen_size
 from runs.guards import FiniteWatch
+from runs.validate import sample_pairs
 from trainer import DGNetTrainer, Plan, TeacherTrainer, recolour
 from utils import UserError
 
@@ -192,7 +193,7 @@ def test_samples_are_the_swaps_of_the_pairs() -> None:
     trainer = tiny_trainer(cfg)
     x_a, x_b = torch.randn(2, 3, 3, HEIGHT, WIDTH).unbind()
     states = {name: copied_state(net) for name, net in trainer.networks().items()}
-    images = trainer.sample(x_a, x_b)
+    images = sample_pairs(trainer, x_a, x_b)
     assert set(images) == {"x_a", "x_a_recon", "x_ba", "x_aba", "x_b", "x_b_recon", "x_ab", "x_bab"}
     for image in images.values():
         assert image.shape == (3, 3, HEIGHT, WIDTH) and image.dtype == torch.float32 and image.isfinite().all()
@@ -221,10 +222,10 @@ def test_samples_are_the_swaps_of_the_pairs() -> None:
 def test_samples_of_exchanged_pairs_are_exchanged() -> None:
     trainer = tiny_trainer(tiny_config())
     x_a, x_b = torch.randn(2, 2, 3, HEIGHT, WIDTH).unbind()
-    one, other = trainer.sample(x_a, x_b), trainer.sample(x_b, x_a)
+    one, other = sample_pairs(trainer, x_a, x_b), sample_pairs(trainer, x_b, x_a)
     for name, mirrored in (("x_ba", "x_ab"), ("x_a_recon", "x_b_recon"), ("x_aba", "x_bab")):
         torch.testing.assert_close(one[name], other[mirrored], rtol=1e-4, atol=1e-5)
-    same = trainer.sample(x_a, x_a)
+    same = sample_pairs(trainer, x_a, x_a)
     torch.testing.assert_close(same["x_ba"], same["x_a_recon"], rtol=1e-4, atol=1e-5)
 
 
@@ -757,7 +758,7 @@ def test_a_step_with_every_option(changes: dict[str, Any]) -> None:
                 assert p.grad is not None and p.grad.isfinite().all(), f"{name}.{key}"
                 if p.dim() > 1 and (cfg.gan_w > 0 or name != "dis"):
                     assert p.grad.abs().max() > 0, f"{name}.{key}"
-    for image in trainer.sample(*random_batches(cfg)[0][:2]).values():
+    for image in sample_pairs(trainer, *random_batches(cfg)[0][:2]).values():
         assert image.isfinite().all() and image.dtype == torch.float32
 
 

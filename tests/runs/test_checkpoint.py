@@ -479,7 +479,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(handle)
 
-    monkeypatch.setattr("checkpoint.sync_folder", lambda folder: None)
+    monkeypatch.setattr("runs.snapshot.sync_folder", lambda folder: None)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written .No space left on device"):
         save_snapshot(folder, trainer, 3)

@@ -33,6 +33,7 @@ from data.loader import PairLoader
 from losses import adversarial_terms, discriminator_terms
 from networks import Discriminator
 from parallel import collectives, launch
+from parallel.layers import act_on_whole_batch
 from reid_eval.features import Features, extract_features
 from reid_eval.report import report
 from reIDmodel import build_id_net, build_teacher
@@ -82,7 +83,7 @@ def dgnet_trainer(changes: dict[str, Any], dtype: torch.dtype) -> Any:
     teacher = build_teacher(CLASSES, backbone="resnet10w8")
     trainer = build_tiny(cfg, classes=CLASSES, dtype=dtype, teachers=[teacher], **together())
     own = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn or not cfg.train_bn)
-    collectives.act_on_whole_batch([*trainer.networks().values(), teacher], own, sync_bn=cfg.sync_bn)
+    act_on_whole_batch([*trainer.networks().values(), teacher], own, sync_bn=cfg.sync_bn)
     if not cfg.train_bn:
         for module in trainer.id_net.modules():
             if isinstance(module, _BatchNorm):
@@ -107,7 +108,7 @@ def teacher_steps(data: Path) -> dict[str, Any]:
     trainer = TeacherTrainer(cfg, CLASSES, CPU, steps_per_epoch=4, **together())
     trainer.net.double()
     own = collectives.own_batch_size(8, sync_bn=True)
-    collectives.act_on_whole_batch([trainer.net], own, sync_bn=True)
+    act_on_whole_batch([trainer.net], own, sync_bn=True)
     batches = loader(data, 8, 3, with_positive=False)
     losses = [collectives.average_terms(trainer.step(to_double(batches.batch(t)), t)) for t in range(3)]
     weights = {n: p.detach().clone() for n, p in trainer.net.named_parameters()}
@@ -266,7 +267,7 @@ def fail(rank: int, size: int, port: int, how: str, out: Path) -> None:
 def server() -> Any:
     """Starts processes from one that has imported everything once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training", "test_distributed"])
+    context.set_forkserver_preload(["runs.session", "test_distributed"])
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 preloads with the path of the environment alone.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -662,7 +662,7 @@ def test_workers_that_keep_dying_end_the_run(runs: Runs) -> None:
         if multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.monkeypatch.setattr("data.pairs.resized", die)
+    runs.monkeypatch.setattr("data.loader.resized", die)
     runs.monkeypatch.setattr(session, "display_pairs", lambda s: None)
     error = runs.train("parts", num_workers=1).error
     assert "processes that read images keep dying" in error and "lower num_workers" in error

@@ -504,7 +504,7 @@ def test_damages_through_the_commands(tmp_path: Path, tiny_data: Path) -> None:
     run.config_file.write_text(yaml.safe_dump(cfg.model_dump()))
     save_features(tmp_path / "f.mat", side(4), side(6))
     rng = random.Random(SEED)
-    evaluate = ["-m", "reid_eval.evaluate", tmp_path / "f.mat"]
+    evaluate = ["-m", "reid_eval.report", tmp_path / "f.mat"]
     test = ["test.py", "--name", "tiny", "--output_path", tmp_path, "--threads", 1, "--device", "cpu"]
     part = rng.choice([run.checkpoints / "id_00000001.pt", run.checkpoints / "snapshot_00000001.json", run.config_file])
     for file, command in ((tmp_path / "f.mat", evaluate), (part, test)):

@@ -173,7 +173,7 @@ def test_code_in_a_feature_file_is_not_run(place: Place, suffix: str) -> None:
         np.savez(file, query_f=evil, gallery_f=evil)
     else:
         file.write_bytes(pickle.dumps(evil))
-    error = place.script("reid_eval/evaluate", file).error
+    error = place.script("reid_eval/report", file).error
     assert f"{file}: not a readable {suffix}" in error and not place.trap.exists()
 
 
@@ -474,7 +474,7 @@ def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
         with zipfile.ZipFile(file, "w") as out:
             for name in zeros:
                 out.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64))
-    error = place.script("reid_eval/evaluate", file).error
+    error = place.script("reid_eval/report", file).error
     assert f"{file}: not a readable {file.suffix}" in error
     assert "claim to hold" in error or kind == "declared.npz"
 
@@ -522,13 +522,13 @@ def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch:
     """The name ends in the beginning of the checksum; what differs is not kept."""
     trunk = build_trunk("resnet10w8", last_stride=1)
     torch.save(trunk.state_dict(), tmp_path / "weights")
-    monkeypatch.setattr("runs.list_models", lambda _: ["resnet10w8"])
+    monkeypatch.setattr("runs.weights.list_models", lambda _: ["resnet10w8"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
     for prefix in ("00000000", right):
         source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
         url = type("Weights", (), {"url": source.as_uri()})
-        monkeypatch.setattr("runs.get_model_weights", lambda _, url=url: [url])
+        monkeypatch.setattr("runs.weights.get_model_weights", lambda _, url=url: [url])
         if prefix == right:
             load_imagenet(trunk, "resnet10w8", None)
         else:
