@@ -100,6 +100,13 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, name: str = "latest") -> None:
+    """The options of scripts that use a run's generator; `runs.swapper.open_swapper` loads it."""
+    parser.add_argument("--name", default=name, help=f"run under outputs/ (default: {name})")
+    parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
+    add_machine_arguments(parser)
+
+
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of scripts that use an id net, a run's or a teacher's; `runs.open_net` loads it."""
     parser.add_argument("--name", help="run under outputs/ (default: latest)")

@@ -111,6 +111,11 @@ def denormalise(x: Tensor) -> Tensor:
     return (x.detach().float() * std + mean).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Normalised images (N, 3, H, W) as an array (N, H, W, 3) of uint8, as Pillow takes them."""
+    return denormalise(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def iter_images(
     paths: Sequence[str | Path],
     height: int,

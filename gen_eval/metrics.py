@@ -21,11 +21,10 @@ from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 
 from data.folders import ImageList
-from data.images import iter_images
+from data.images import iter_images, to_uint8
 from files import read_tensors
 from gen_eval.similarity import ssim
 from utils import UserError
-from visual_tools.grid import to_uint8
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 Network = Callable[[Tensor], Tensor]

@@ -11,8 +11,7 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files import write_json
-from utils import UserError, run_cli
-from visual_tools.figure import add_run_arguments
+from utils import UserError, add_run_arguments, run_cli
 
 if TYPE_CHECKING:
     from mannequins.truth import Swaps

@@ -16,14 +16,13 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from data.folders import ImageList
-from data.images import iter_images, normalise
+from data.images import iter_images, normalise, to_uint8
 from gen_eval.similarity import ssim
 from mannequins.dataset import Factors
 from reid_eval.features import Features, embed_images
 from reid_eval.report import report
 from reid_eval.top import main_setting
 from utils import UserError
-from visual_tools.grid import to_uint8
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
 MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite

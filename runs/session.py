@@ -38,6 +38,7 @@ from runs.folder import (
     start_folder,
     update_config,
 )
+from runs.grid import paint_pairs
 from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from runs.load import build_trainer, num_classes, save_teacher
 from runs.load import training_images as read_training_images
@@ -56,7 +57,6 @@ from runs.validate import sample_pairs
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, own_command, set_deterministic
-from visual_tools.grid import paint_pairs
 
 EXCHANGE_SIGNALS = 10  # steps after which several processes tell each other of signals to stop
 # The losses that the progress bar shows, by task.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import DGNetConfig
-from data.images import iter_images
+from data.images import iter_images, to_uint8
 from files import read_tensors
 from networks import Generator, structure_input
 from reIDmodel import IdNet
@@ -20,7 +20,6 @@ from runs.folder import RunFolder, generator_config, open_run
 from runs.load import load_generator, load_id_net, pick_epoch
 from runs.weights import WrongNetwork
 from utils import UserError, pick_device, set_threads
-from visual_tools.grid import to_uint8
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Swapper:
 
 
 def open_swapper(args: argparse.Namespace) -> Swapper:
-    """The model that the options of `figure.add_run_arguments` name."""
+    """The model that the options of `utils.add_run_arguments` name."""
     device = pick_device(args.device)
     set_threads(args.threads)
     return load_swapper(open_run(args.output_path, args.name), device, args.which_epoch)

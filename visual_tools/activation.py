@@ -1,18 +1,21 @@
 """Where a feature of the id net comes from: one map per head and image.
 
-The test-time vector e of a head is an affine function of the pooled feature map A (C, h, w). Of its energy
-E = |e|^2 / 2, every position and channel contributes gradient times activation; summed over the channels this is
+The test-time vector e of a head is an affine function of the pooled feature map A (C, h, w). Every position and channel
+contributes gradient times activation to its energy E = |e|^2 / 2; summed over the channels this is
 
     M[y, x] = max(0, sum over c of dE/dA[c, y, x] * A[c, y, x]),
 
-which is HiResCAM (Draelos and Carin, arXiv:2011.08891) with the energy in the place of a class score: the
-identities looked at are not those of the training. Under average pooling it is Grad-CAM (Selvaraju et al.,
-arXiv:1610.02391) up to a factor. Under max pooling, the published net's, Grad-CAM would also credit positions
-that the pooling dropped; here each channel counts where its maximum is. Before the max(0, .), the map sums to
-the inner product of dE/dv and the pooled vector v.
+which is HiResCAM (Draelos and Carin, arXiv:2011.08891) with the energy instead of a class score, because test
+identities have no class. Under average pooling it equals Grad-CAM (Selvaraju et al., arXiv:1610.02391) up to a factor.
+Under max pooling, which the published net uses, Grad-CAM would also credit positions that the pooling dropped; this map
+credits each channel at its maximum. Before the max(0, .), the map sums to the inner product of dE/dv and the pooled
+vector v.
 """
 
 from __future__ import annotations
+
+import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,14 +23,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.folders import find_images
+from data.images import decode_images, normalise, to_uint8
 from reIDmodel import IdNet
+from runs.load import open_net
+from utils import pick_device
+from visual_tools.figure import check_file, write_grid
 
-# Dark blue over green to yellow, of even steps in lightness; anchors at equal distances.
+# From dark blue through green to yellow, in even steps of lightness.
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 
 
 def activation_maps(net: IdNet, x: Tensor) -> Tensor:
-    """The maps M (N, heads, h, w) of normalised images (N, 3, H, W), unscaled; `net` is in eval mode."""
+    """The maps M (N, heads, h, w) of normalised images (N, 3, H, W), not scaled; `net` is in eval mode."""
     with torch.no_grad():
         m = net.feature_map(x)
     m.requires_grad_()
@@ -38,10 +46,28 @@ def activation_maps(net: IdNet, x: Tensor) -> Tensor:
 
 
 def overlay(image: np.ndarray, activation: Tensor) -> np.ndarray:
-    """An image (H, W, 3) uint8 in gray under its map (h, w) in colours, scaled to the map's greatest value."""
+    """The image (H, W, 3) uint8 in gray under its map (h, w) in colours, scaled to the map's maximum."""
     fine = F.interpolate(activation[None, None].float(), image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     fine = (fine / fine.max().clamp(min=1e-12)).cpu().numpy()
     anchors = np.linspace(0, 1, len(_COLOURS))
     colours = np.stack([np.interp(fine, anchors, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
     gray = np.asarray(Image.fromarray(image).convert("L"), float)[..., None]
     return (0.5 * gray + 0.5 * colours).round().astype(np.uint8)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Write the figure of show_activation.py: a row per image, a column per head."""
+    paths = [path for source in args.input for path in find_images(source, "--input")]
+    if len(paths) > args.count:
+        print(f"the first {args.count} of {len(paths)} images; --count shows more")
+    device = pick_device(args.device)
+    tested = open_net(args, device)
+    default = "activation.png" if args.teacher else f"images/activation_{tested.iteration:08d}.png"
+    out = check_file(Path(args.out or tested.folder / default), suffix=".png", force=args.force)
+    x = normalise(decode_images(paths[: args.count], *tested.size))
+    rows = []
+    for image, single in zip(to_uint8(x), x.split(1), strict=True):
+        maps = activation_maps(tested.net, single.to(device))[0]
+        rows.append([image, *(overlay(image, activation) for activation in maps)])
+    write_grid(out, rows, column_labels=["image", *tested.net.head_names], cell_height=192)
+    print(f"activation maps written to {out}")

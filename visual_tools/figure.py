@@ -1,97 +1,75 @@
-"""What the figure scripts share: options, the choice of images, and files that are never overwritten unasked."""
+"""What the figure scripts share: the choice of images, swaps and interpolations, and files written safely."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.folders import ImageList, check_images, is_data_set, read_people
+from data.images import iter_images, to_uint8
 from files import make_folder, write_whole
-from utils import UserError, add_machine_arguments
+from runs.folder import resolve_data_root
+from runs.grid import paint_grid
+from runs.swapper import Swapper, open_swapper
+from utils import UserError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from data.folders import ImageList
-    from runs.swapper import Swapper
-
-AT_MOST = 100  # images or pairs of a figure: it has to be opened
 LABEL_LENGTH = 8  # letters that fit above a cell
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, name: str = "latest") -> None:
-    """The options that name a model: a run, one of its snapshots, and what to compute on."""
-    parser.add_argument("--name", default=name, help=f"run under outputs/ (default: {name})")
-    parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
-    add_machine_arguments(parser)
+def open_figure(args: argparse.Namespace, figure: str, suffix: str = ".png") -> tuple[Swapper, Path]:
+    """The model that the options name, and the path to write: `--out`, by default `figure` in the run's images.
 
-
-def add_figure_arguments(parser: argparse.ArgumentParser, *, count: str, out: str) -> None:
-    """The options of every figure. `count` and `out` say what these two mean here and what their defaults are."""
-    add_run_arguments(parser)
-    parser.add_argument("--input", help="data set or any folder of images (default: the run's data_root)")
-    parser.add_argument("--split", help="split of a data set to choose from (default: query)")
-    parser.add_argument("--count", type=int, help=count)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
-    parser.add_argument("--batchsize", type=int, default=32, help="images per pass (default: 32)")
-    parser.add_argument("--out", help=out)
-    parser.add_argument("--force", action="store_true", help="overwrite what is there under the same name")
-
-
-def check_arguments(args: argparse.Namespace, *, count: tuple[int, int | None]) -> None:
-    """Raise UserError for numbers out of range; `count` is the range of `--count`, None is no end."""
-    least, most = count
-    if args.count is not None and (args.count < least or (most is not None and args.count > most)):
-        between = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise UserError(f"--count {args.count}: must be {between}")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
-    if args.batchsize < 1:
-        raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
+    suffix  of the file; "" is for a folder
+    Raises UserError for a missing or damaged model, and for an existing file or full folder without `--force`.
+    """
+    model = open_swapper(args)
+    path = Path(args.out or model.run.images / f"{figure}_{model.iteration:08d}{suffix}")
+    return model, check_file(path, suffix=suffix, force=args.force) if suffix else check_folder(path, force=args.force)
 
 
 # --------------------------------------------------------------------------------------------- images
-def input_folder(args: argparse.Namespace, model: Swapper) -> Path:
-    """The folder that `--input` names, or the run's data set."""
-    from runs.folder import resolve_data_root
-
-    return resolve_data_root(args.input or model.cfg.data_root)
-
-
 def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:
-    """The images that `--input` and `--split` name. Raises UserError where there are fewer than the two of a swap."""
-    from data.folders import read_people
-
-    source = input_folder(args, model)
+    """The images that `--input` and `--split` name. Raises UserError for fewer than the two that a swap needs."""
+    source = resolve_data_root(args.input or model.cfg.data_root)
     images = read_people(source, args.split)
     if len(images) < 2:
         raise UserError(f"--input {source}: one image only ({images.paths[0].name}); a swap needs two at least")
     return images
 
 
-def choose(images: ImageList, count: int, seed: int, *, asked: bool) -> np.ndarray:
-    """Ascending indices of `count` images drawn from `seed`; different people as far as there are so many.
+def default_count(args: argparse.Namespace, model: Swapper, images: ImageList, count: int) -> int:
+    """`--count`, or by default `count` images of a data set and all images of a plain folder."""
+    source = resolve_data_root(args.input or model.cfg.data_root)
+    return args.count or (min(count, len(images)) if is_data_set(source) else len(images))
 
-    asked  True: raise UserError where there are fewer images. False: take what there is.
+
+def choose(images: ImageList, count: int, seed: int) -> np.ndarray:
+    """Ascending indices (count,) of images drawn from `seed`, of different people as far as possible.
+
+    Raises UserError if there are fewer than `count` images.
     """
-    import numpy as np
-
-    if asked and count > len(images):
-        where = os.path.commonpath([path.parent for path in images.paths])
-        raise UserError(f"{where}: {len(images)} images, {count} asked for; lower --count or add images")
+    if count > len(images):
+        folder = os.path.commonpath([path.parent for path in images.paths])
+        raise UserError(f"{folder}: {len(images)} images, {count} asked for; lower --count or add images")
     order = np.random.default_rng(seed).permutation(len(images))
-    first = np.unique(images.pids[order], return_index=True)[1]  # of every person the image that was drawn first
-    others = np.delete(np.arange(len(order)), first)
-    return np.sort(order[np.concatenate([np.sort(first), others])][:count])
+    first = np.sort(np.unique(images.pids[order], return_index=True)[1])  # the first image drawn of each person
+    rest = np.delete(np.arange(len(order)), first)
+    return np.sort(order[np.concatenate([first, rest])][:count])
 
 
-def choose_images(images: ImageList, count: int, seed: int, *, asked: bool) -> ImageList:
+def choose_images(images: ImageList, count: int, seed: int) -> ImageList:
     """The images that `choose` draws, in the order of `images`."""
-    import numpy as np
-
-    return images.select(np.isin(np.arange(len(images)), choose(images, count, seed, asked=asked)))
+    return images.select(np.isin(np.arange(len(images)), choose(images, count, seed)))
 
 
 def labels(images: ImageList) -> list[str]:
@@ -100,7 +78,7 @@ def labels(images: ImageList) -> list[str]:
 
 
 def file_names(images: ImageList) -> list[str]:
-    """A different name for every image, without ending: the file's own where that is enough."""
+    """A distinct name without suffix for every image: its file's name, extended only if two are equal."""
     stems = [path.stem for path in images.paths]
     for names in (stems, [f"{token}_{stem}" for token, stem in zip(images.tokens, stems, strict=True)]):
         if len(set(names)) == len(names):
@@ -108,9 +86,73 @@ def file_names(images: ImageList) -> list[str]:
     return [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]
 
 
+# -------------------------------------------------------------------------------------- generated images
+def swap_matrix(model: Swapper, s: Tensor, f: Tensor, batch_size: int) -> list[list[np.ndarray]]:
+    """Every appearance on every structure: `rows[i][j]` (H, W, 3) uint8 has appearance `f[i]` and structure `s[j]`."""
+    n = len(s)
+    swaps = list(model.compose(f, s, list(product(range(len(f)), range(n))), batch_size))
+    return [swaps[i * n : (i + 1) * n] for i in range(len(f))]
+
+
+def interpolate(first: Tensor, last: Tensor, steps: int) -> Tensor:
+    """`steps` codes on the line from `first` to `last`, both included: (steps, *shape of a code)."""
+    t = torch.linspace(0, 1, steps, device=first.device).view(-1, *[1] * first.dim())
+    return torch.lerp(first[None], last[None], t)
+
+
+def interpolations(
+    model: Swapper, s: Tensor, f: Tensor, code: str, steps: int, batch_size: int
+) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Images between the first and the last image's `code`, which is "appearance" or "structure".
+
+    Returns the share of the way at every step ("0.00" to "1.00") and, for each of the n images, a line of `steps`
+    images (H, W, 3) uint8 that keep its other code.
+    """
+    if code == "appearance":
+        columns = swap_matrix(model, s, interpolate(f[0], f[-1], steps), batch_size)
+        lines = [list(line) for line in zip(*columns, strict=True)]
+    else:
+        lines = swap_matrix(model, interpolate(s[0], s[-1], steps), f, batch_size)
+    return [f"{t / (steps - 1):.2f}" for t in range(steps)], lines
+
+
+def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
+    """For each of n identities (n,) the index (n,) of an image of another person, all equally likely.
+
+    If all n are the same person, any other image is a partner. Needs n of at least 2.
+    """
+    if (pids == pids[0]).all():
+        pids = np.arange(len(pids))
+    by_person = np.argsort(pids, kind="stable")
+    start, end = (np.searchsorted(pids[by_person], pids, side) for side in ("left", "right"))
+    # Draw among the images of other people, then step over the person's own images.
+    place = np.random.default_rng(seed).integers(0, len(pids) - (end - start))
+    return by_person[np.where(place >= start, place + end - start, place)]
+
+
+def write_swaps(
+    model: Swapper, images: ImageList, partners: np.ndarray, chosen: np.ndarray, out: Path, batch_size: int
+) -> ImageList:
+    """Write the images `chosen` (indices) in the clothes of their partners into `out`.
+
+    partners  index of the partner of every image, (n,)
+    Returns the written files with the identities of the clothes. Raises UserError for damaged images before it writes.
+    """
+    check_images(images.paths, skip_bad=False, remedy="remove them")
+    names, written = file_names(images), []
+    appearance, structure = (
+        iter_images([images.paths[i] for i in side], *model.size, batch_size) for side in (partners[chosen], chosen)
+    )
+    swaps = (image for pair in zip(appearance, structure, strict=True) for image in to_uint8(model.swap(*pair)))
+    for j, image in zip(tqdm(chosen, "images", leave=False, disable=None), swaps, strict=True):
+        written.append(out / f"{names[partners[j]]}_on_{names[j]}.png")
+        write_image(written[-1], image)
+    return ImageList(written, images.pids[partners[chosen]], images.camids[partners[chosen]])
+
+
 # ---------------------------------------------------------------------------------------------- files
-def new_file(path: Path, *, suffix: str, force: bool) -> Path:
-    """`path`, for a file to be written. Raises UserError for another ending, and where it exists without `force`."""
+def check_file(path: Path, *, suffix: str, force: bool) -> Path:
+    """`path`, for a file to be written. Raises UserError for another suffix, and if it exists without `force`."""
     if path.suffix.lower() != suffix:
         raise UserError(f"--out {path}: must end in {suffix}")
     if path.is_dir() or (path.exists() and not force):
@@ -118,40 +160,29 @@ def new_file(path: Path, *, suffix: str, force: bool) -> Path:
     return path
 
 
-def figure_file(args: argparse.Namespace, model: Swapper, figure: str) -> Path:
-    """The PNG that `--out` names, or `figure` among the run's images. Raises as `new_file`."""
-    path = Path(args.out or model.run.images / f"{figure}_{model.iteration:08d}.png")
-    return new_file(path, suffix=".png", force=args.force)
-
-
-def new_folder(path: Path, *, force: bool) -> Path:
-    """`path`, a folder to be filled, made if missing. Raises UserError where it holds anything without `force`."""
+def check_folder(path: Path, *, force: bool) -> Path:
+    """`path`, for a folder to be filled. Raises UserError for a file, and for a folder with files without `force`."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give another --out")
     if path.is_dir() and not force and os.listdir(path):
-        raise UserError(
-            f"{path} holds files already; give another --out, or --force to replace those of the same names"
-        )
-    return make_folder(path)
+        raise UserError(f"{path} is not empty; give another --out, or --force to replace files of the same names")
+    return path
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an image (H, W, 3) uint8 as PNG, whole or not at all. Raises UserError where it cannot be written."""
-    from PIL import Image
-
+    """Write an image (H, W, 3) uint8 as PNG, whole or not at all. Raises UserError if it cannot be written."""
     make_folder(path.parent)
     write_whole(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
 
 
-def write_gif(path: Path, frames: Sequence[np.ndarray], *, fps: float) -> None:
-    """Write images (H, W, 3) uint8 of one size as a GIF that plays for ever, whole or not at all."""
-    from PIL import Image
+def write_grid(path: Path, rows: Sequence[Sequence[np.ndarray | None]], **layout: Any) -> None:
+    """Write images in rows as one PNG; `layout` goes to `runs.grid.paint_grid`. Raises as `write_image`."""
+    write_image(path, paint_grid(rows, **layout))
 
+
+def write_gif(path: Path, frames: Sequence[np.ndarray], *, fps: float) -> None:
+    """Write images (H, W, 3) uint8 of one size as an endless GIF, whole or not at all."""
     first, *rest = map(Image.fromarray, frames)
+    options = dict(format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     make_folder(path.parent)
-    write_whole(
-        path,
-        lambda file: first.save(
-            file, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0
-        ),
-    )
+    write_whole(path, lambda file: first.save(file, **options))

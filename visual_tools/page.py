@@ -1,4 +1,4 @@
-"""The HTML page of ranked lists, for evaluation and search: one file that opens without a server."""
+"""The HTML page of ranked lists, for evaluation and search: a file that opens without a server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, Template
+
 from files import make_folder, write_whole
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image of a list: its file, the line under it, and its mark: "right", "wrong", "junk" or none."""
+    """An image of a list: its file, the line under it, and its mark: "right", "wrong", "junk" or ""."""
 
     path: str
     caption: str
@@ -23,7 +25,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Result:
-    """A query with its list. `values` are what the page sorts by, the same names in every result; None comes last."""
+    """A query with its list. The page sorts by `values`, which have the same names in every result; None comes last."""
 
     path: str
     caption: str
@@ -31,35 +33,31 @@ class Result:
     values: dict[str, float | None] = field(default_factory=dict)
 
 
+def template(name: str) -> Template:
+    """A template of this folder that escapes everything it is given."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
 def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Sequence[str] = ()) -> Path:
     """Write the page of all results; the images stay where they are and are linked relative to the page.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     folder = os.path.abspath(out.parent)
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, keep_trailing_newline=True
-    ).get_template("page.html")
-    stream = template.stream(
+
+    def linked(path: str, caption: str) -> dict[str, str]:
+        return {"src": link(path, folder), "name": _text(os.path.basename(path)), "caption": _text(caption)}
+
+    stream = template("page.html").stream(
         title=_text(title),
         notes=[_text(note) for note in notes],
         sort_keys=list(results[0].values) if results else [],
         results=(
             {
-                "caption": _text(result.caption),
+                "query": linked(result.path, result.caption),
                 "sort_values": json.dumps(list(result.values.values())),
-                "query": {"src": link(result.path, folder), "name": _text(os.path.basename(result.path))},
-                "hits": [
-                    {
-                        "src": link(hit.path, folder),
-                        "name": _text(os.path.basename(hit.path)),
-                        "caption": _text(hit.caption),
-                        "mark": hit.mark,
-                    }
-                    for hit in result.hits
-                ],
+                "hits": [linked(hit.path, hit.caption) | {"mark": hit.mark} for hit in result.hits],
             }
             for result in results
         ),
@@ -70,15 +68,10 @@ def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Seque
 
 
 def link(path: str, folder: str) -> str:
-    """The URL of a file as seen from `folder`: relative, or absolute from another drive. Any bytes are allowed."""
-    path = os.path.abspath(path)
-    try:
-        relative = os.path.relpath(path, folder)
-    except ValueError:
-        return Path(path).as_uri()
-    return quote(os.fsencode(relative.replace(os.sep, "/")))
+    """The URL of a file relative to `folder`. Its name may contain any bytes."""
+    return quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
 
 
 def _text(text: str) -> str:
-    """Names of files may hold bytes that are no text; these become question marks."""
+    """`text` with question marks instead of bytes that are not text, which names of files may contain."""
     return text.encode("utf-8", "replace").decode()

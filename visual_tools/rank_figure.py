@@ -1,23 +1,25 @@
-"""What the evaluation looks at: the ranked lists of the worst, best and some other queries, and a page of all."""
+"""Ranked lists of an evaluation: a picture of the worst, the best and random queries, and a page of all."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import load_image
-from files import make_folder, write_whole
+from files import make_folder, write_json, write_whole
 from reid_eval.features import Features
 from reid_eval.ranking import Ranking
 from reid_eval.top import Entry, first_entries, main_setting
+from runs.grid import INK, WHITE, paint_grid
 from utils import UserError
-from visual_tools.grid import INK, WHITE, paint_grid
 from visual_tools.page import Hit, Result, write_page
 
-# Colours that people with colour-blindness tell apart; the word under each image says the same.
+# Distinct for colour-blind readers; the word under each image says the same.
 COLOURS = {"right": (0, 158, 115), "wrong": (213, 94, 0), "junk": (150, 150, 150), "": WHITE}
 CELL_HEIGHT, CAPTION, FRAME = 128, 16, 4
 AT_MOST = 100  # queries of each kind: the picture has to be opened
@@ -29,7 +31,7 @@ LEGEND_NO_CAMERAS = "right: the query's identity; wrong: another identity; junk:
 
 
 def check_count(count: int) -> None:
-    """Raise UserError for a `--rank-figure` that no figure can be made of."""
+    """Raise UserError for a `--rank-figure` that is out of range."""
     if not 1 <= count <= AT_MOST:
         raise UserError(f"--rank-figure {count}: must be between 1 and {AT_MOST}; the page shows all queries")
 
@@ -45,54 +47,64 @@ def write_rank_figure(
     title: str,
     remove_same_camera: bool = True,
 ) -> list[Path]:
-    """Write `rank_figure{suffix}.png` and `rank_page{suffix}.html` into `folder` and return both paths.
+    """Write the ranked lists of an evaluation into `folder` and return the paths; existing files are replaced.
 
-    The picture shows `count` queries each of the worst, the best and random others by `standard` AP; the page all
-    queries. Both sides need their `paths`. Files of these names are replaced.
+    `rank_figure{suffix}.png`  `count` worst, `count` best and `count` random queries by `standard` AP
+    `rank_page{suffix}.html`   all queries, to sort and to scroll through
+    `rank_lists{suffix}.json`  the queries of the picture, which the report shows: `{"setting", "legend", "lists":
+                               [{"kind", "path", "caption", "hits": [{"path", "caption", "mark"}], "values"}]}`
 
-    rankings  of these queries by convention, with the scores of `top.main_setting`
+    query, gallery  both sides with their `paths`
+    rankings        of these queries by convention, with the scores of `top.main_setting`
+    suffix          names the data set if it is not the run's
 
-    Raises UserError for a query without any match, images that are gone, a folder that cannot be written.
+    Raises UserError for images that are gone and a folder that cannot be written.
     """
     setting, _ = main_setting(query.features.shape[1])
     lists = first_entries(query, gallery, remove_same_camera=remove_same_camera)
-    make_folder(folder)
-    chosen = choose_queries(rankings["standard"], count)
-    figure = Image.fromarray(paint_lists(query, gallery, rankings["standard"], lists, chosen))
-    picture = write_whole(folder / f"rank_figure{suffix}.png", lambda file: figure.save(file, format="PNG"))
-
+    standard, official = rankings["standard"], rankings["official"]
+    legend = LEGEND if remove_same_camera else LEGEND_NO_CAMERAS
     results = []
     for i, entries in enumerate(lists):
-        first = int(rankings["standard"].first[i])
+        first = int(standard.first[i])
         values = {f"AP {name}": float(rankings[name].ap[i]) if first else None for name in ("standard", "official")}
         caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; " + (
             ", ".join(f"{name} {100 * ap:.2f} %" for name, ap in values.items()) + f", first match at rank {first}"
             if first
             else "no match in the gallery"
         )
-        hits = [Hit(str(gallery.paths[e.index]), f"{entry_caption(e)}, {e.score:.3f}", e.mark) for e in entries]
-        results.append(Result(str(query.paths[i]), caption, hits, values | {"first match": first or None}))
-    some = rankings["standard"]
+        hits = [
+            Hit(os.path.abspath(gallery.paths[e.index]), f"{entry_caption(e)}, {e.score:.3f}", e.mark) for e in entries
+        ]
+        results.append(Result(os.path.abspath(query.paths[i]), caption, hits, values | {"first match": first or None}))
     notes = [
-        f"{some.queries} queries ({some.without_match} without a match), {len(gallery)} gallery images; {setting}; mAP "
-        f"{100 * rankings['official'].mAP:.2f} official, {100 * some.mAP:.2f} standard; Rank-1 "
-        f"{100 * rankings['official'].cmc[0]:.2f} official, {100 * some.cmc[0]:.2f} standard",
-        LEGEND if remove_same_camera else LEGEND_NO_CAMERAS,
+        f"{standard.queries} queries ({standard.without_match} without a match), {len(gallery)} gallery images; "
+        f"{setting}; mAP {100 * official.mAP:.2f} official, {100 * standard.mAP:.2f} standard; Rank-1 "
+        f"{100 * official.cmc[0]:.2f} official, {100 * standard.cmc[0]:.2f} standard",
+        legend,
     ]
-    return [picture, write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)]
+    chosen = choose_queries(standard, count)
+    figure = Image.fromarray(paint_lists(query, gallery, standard, lists, chosen))
+    make_folder(folder)
+    picture = write_whole(folder / f"rank_figure{suffix}.png", lambda file: figure.save(file, format="PNG"))
+    page = write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)
+    file = folder / f"rank_lists{suffix}.json"
+    shown = [{"kind": kind} | asdict(results[i]) for kind, i in chosen]
+    write_json(file, {"setting": setting, "legend": legend, "lists": shown})
+    return [picture, page, file]
 
 
 def choose_queries(ranking: Ranking, count: int) -> list[tuple[str, int]]:
-    """`count` queries each of the worst, the best and random others that have a match, as (kind, query).
+    """The `count` worst, `count` best and `count` random queries that have a match, as (kind, index of the query).
 
-    None is taken twice; where they do not suffice there are fewer. The random ones are the same on every call.
+    No query is taken twice, so there may be fewer. The random queries are the same on every call.
     """
     valid = np.flatnonzero(ranking.first)
     by_ap = valid[np.argsort(ranking.ap[valid], kind="stable")]
     worst = by_ap[:count]
     best = by_ap[count:][::-1][:count]
-    others = by_ap[count : max(count, len(by_ap) - count)]
-    drawn = others[np.random.default_rng(0).permutation(len(others))[:count]]
+    rest = by_ap[count : max(count, len(by_ap) - count)]
+    drawn = rest[np.random.default_rng(0).permutation(len(rest))[:count]]
     drawn = drawn[np.argsort(ranking.ap[drawn], kind="stable")]
     kinds = {"worst": worst, "best": best, "random": drawn}
     return [(kind, int(i)) for kind, queries in kinds.items() for i in queries]
@@ -106,13 +118,12 @@ def paint_lists(
     chosen: Sequence[tuple[str, int]],
 ) -> np.ndarray:
     """The picture (H, W, 3) uint8: a row per chosen query, the query image first."""
-    width = None
+    # All cells have the first query's proportions, within limits.
+    first = load_image(query.paths[chosen[0][1]])
+    width = int(np.clip(CELL_HEIGHT * first.width / first.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
     rows, labels = [], []
     for kind, i in chosen:
         image = load_image(query.paths[i])
-        if width is None:
-            # All cells have the first query's proportions, within reason.
-            width = int(np.clip(CELL_HEIGHT * image.width / image.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
         row = [_cell(image, width, "query", "")]
         for entry in lists[i]:
             row.append(_cell(load_image(gallery.paths[entry.index]), width, entry_caption(entry), entry.mark))
@@ -133,5 +144,5 @@ def _cell(image: Image.Image, width: int, caption: str, mark: str) -> np.ndarray
 
 
 def entry_caption(entry: Entry) -> str:
-    """What stands under an image of a list: its rank and mark."""
+    """The words under an image of a list: its rank and mark."""
     return entry.mark if entry.rank is None else f"{entry.rank} {entry.mark}"

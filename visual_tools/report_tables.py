@@ -1,11 +1,12 @@
-"""The report's tables: what the result files of a run say, its settings, and the run in a few numbers."""
+"""The tables of a run's report, made from the JSON files in its folder and from its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from config import Config, DGNetConfig, changed_from_default, flat_settings
 from files import read_json
@@ -18,39 +19,17 @@ from runs.folder import RunFolder
 from runs.load import find_teacher
 from utils import UserError
 
-T = TypeVar("T")
-DIFFERENCE = "mAP - teacher"
-
-
-class Cell(NamedTuple):
-    """A cell of a table: what it shows, and what the column is sorted by; None comes last."""
-
-    text: str
-    value: float | str | None
-
 
 @dataclass(frozen=True)
 class Table:
-    """A table that the page can sort. `strong`: rows to stand out; `numbers`: the first column of numbers."""
+    """A table of texts. `numbers` is the first column of numbers, `strong` are the indices of emphasised rows."""
 
     caption: str
     heads: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[str]]
     numbers: int = 1
     notes: list[str] = field(default_factory=list)
     strong: frozenset[int] = frozenset()
-
-
-def number(text: str) -> Cell:
-    """A cell that is sorted by the number it shows."""
-    try:
-        return Cell(text, float(text))
-    except ValueError:
-        return Cell(text, None)
-
-
-def words(text: str) -> Cell:
-    return Cell(text, text)
 
 
 def show(value: object) -> str:
@@ -60,179 +39,171 @@ def show(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------- result files
 def results(folder: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The JSON files of a folder that hold `key`. Raises UserError for one that cannot be read."""
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path, "make it again")
+    """The JSON files of a folder that hold `key`, shortest names first, so that reid.json precedes reid-OTHER.json.
+
+    Raises UserError for a file that cannot be read.
+    """
+    for path in sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name)):
+        content = read_json(path, "create it again")
         if isinstance(content, dict) and key in content:
             yield path, content
 
 
-def as_expected(path: Path, build: Callable[[], T]) -> T:
-    """What `build` makes of a result file. Raises UserError where the file is not what its name says."""
+@contextmanager
+def read_from(path: Path) -> Iterator[None]:
+    """Turn errors about the content of a result file into a UserError that names the file."""
     try:
-        return build()
+        yield
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: not as this version writes it; make it again") from None
+        raise UserError(f"{path}: not in the format of this version; create it again") from None
 
 
-@dataclass(frozen=True)
-class Tested:
-    """A net on one data set with one kind of query: `values[convention][head][column]` in percent."""
+# --------------------------------------------------------------------------------------- re-identification
+class Row(NamedTuple):
+    """The result of one head of one net in one convention, in percent by the keys of COLUMNS."""
 
     net: str
     is_teacher: bool
-    queries: int
-    gallery: int
-    conventions: dict[str, str]
-    values: dict[str, dict[str, dict[str, float]]]
+    head: str
+    convention: str
+    values: dict[str, float]
 
 
 def reid_tables(run: RunFolder, cfg: Config) -> list[Table]:
-    """A table per data set and kind of query: teachers and run, by head and convention."""
+    """A table per data set and kind of query, from `reid*.json` of the run and of its teachers."""
     generates = isinstance(cfg, DGNetConfig)
-    folders: list[tuple[str, bool, Path]] = []
+    nets = []
     for name in cfg.teachers if generates else [run.name]:
         try:
-            folders.append((f"teacher {name}", True, find_teacher(name, run.output_path).folder))
+            nets.append((f"teacher {name}", True, find_teacher(name, run.output_path).folder))
         except UserError:
-            continue  # a teacher that is gone has no row
+            continue  # a teacher whose files are gone has no row
     if generates:
-        folders.append((run.name, False, run.path))
-    found: dict[tuple[str, str], list[Tested]] = {}
-    own = set()  # data sets that a config names: their files are called reid.json
-    for name, is_teacher, folder in folders:
+        nets.append((run.name, False, run.path))
+    rows: dict[tuple[str, str], list[Row]] = {}
+    reports: dict[str, dict[str, Any]] = {}  # the last file about every data set, for captions and notes
+    for name, is_teacher, folder in nets:
         for path, report in results(folder, "tables"):
-
-            def read(name: str = name, is_teacher: bool = is_teacher, report: dict[str, Any] = report) -> None:
+            with read_from(path):
                 net = name if report["iteration"] is None else f"{name}, {report['iteration']} steps"
+                reports[report["tested_on"]] = {key: report[key] for key in ("queries", "gallery", "conventions")}
                 for title, heads in report["tables"].items():
-                    values = {
-                        convention: {
-                            head: {key: 100 * row[convention][key] for key in COLUMNS} for head, row in heads.items()
-                        }
-                        for convention in report["conventions"]
-                    }
-                    tested = Tested(
-                        net, is_teacher, report["queries"], report["gallery"], dict(report["conventions"]), values
-                    )
-                    found.setdefault((report["tested_on"], title), []).append(tested)
-
-            as_expected(path, read)
-            if path.name == "reid.json":
-                own.add(report["tested_on"])
-    order = sorted(found, key=lambda key: key[0] not in own)
-    return [reid_table(data_set, title, found[data_set, title]) for data_set, title in order]
+                    table = rows.setdefault((report["tested_on"], title), [])
+                    for head, by_convention in heads.items():
+                        for convention in report["conventions"]:
+                            values = {key: 100 * by_convention[convention][key] for key in COLUMNS}
+                            table.append(Row(net, is_teacher, head, convention, values))
+    return [reid_table(data_set, title, table, reports[data_set]) for (data_set, title), table in rows.items()]
 
 
-def reid_table(data_set: str, title: str, nets: list[Tested]) -> Table:
-    """The re-identification results of several nets, the teachers first, in percent."""
-    rows, strong = [], set()
-    for convention in nets[-1].conventions:
-        teacher = next((v["mAP"] for net in nets if net.is_teacher for v in net.values[convention].values()), None)
-        for net in nets:
-            for head, values in net.values[convention].items():
-                gain = None if net.is_teacher or teacher is None else values["mAP"] - teacher
-                if head == BOTH:
-                    strong.add(len(rows))
-                label = "one head" if head == "feature" else ROW_LABELS.get(head, head)
-                rows.append(
-                    [words(net.net), words(label), words(convention)]
-                    + [number(f"{value:.2f}") for value in values.values()]
-                    + [Cell("-", None) if gain is None else Cell(f"{gain:+.2f}", gain)]
-                )
-    caption = f"{data_set}, {title}: {nets[-1].queries} queries, {nets[-1].gallery} gallery images"
-    heads = ["net", "head", "AP", *COLUMNS.values(), DIFFERENCE]
-    notes = [f"{name}: {explanation}." for name, explanation in nets[-1].conventions.items()]
-    return Table(caption, heads, rows, 3, notes, frozenset(strong))
+def reid_table(data_set: str, title: str, rows: list[Row], report: dict[str, Any]) -> Table:
+    """The re-identification results of several nets on one data set, sorted by convention."""
+    cells, strong = [], set()
+    for convention in report["conventions"]:
+        chosen = [row for row in rows if row.convention == convention]
+        teacher = next((row for row in chosen if row.is_teacher), None)
+        for row in chosen:
+            if row.head == BOTH:
+                strong.add(len(cells))
+            label = "one head" if row.head == "feature" else ROW_LABELS.get(row.head, row.head)
+            gain = "-" if row.is_teacher or teacher is None else f"{row.values['mAP'] - teacher.values['mAP']:+.2f}"
+            cells.append([row.net, label, convention, *(f"{value:.2f}" for value in row.values.values()), gain])
+    caption = f"{data_set}, {title}: {report['queries']} queries, {report['gallery']} gallery images"
+    heads = ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"]
+    notes = [f"{name}: {explanation}." for name, explanation in report["conventions"].items()]
+    return Table(caption, heads, cells, 3, notes, frozenset(strong))
 
 
+# ---------------------------------------------------------------------------------------------- generation
 def swaps_table(result: dict[str, Any]) -> Table:
-    """What `mannequins.against_truth` has written."""
+    """The table of `swaps.json` of `mannequins.against_truth`."""
     heads, rows = swap_table(result)
     caption = (
         f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
         f"{result['iteration']} steps"
     )
-    note = (
+    notes = [
         f"Error on the pixels that the true swap changes: generated {result['generated']:.1f} grey levels, copying "
-        f"the structure image {result['copy']:.1f}, that is {100 * result['reduction']:.1f} % below. Rank-1, mAP: "
-        "does the teacher find the owner of the clothes; top-1: does its classifier say so, for training images."
-    )
-    notes = [note]
-    if "shares" in result:  # not in a file of an earlier version
+        f"the structure image {result['copy']:.1f}, a reduction of {100 * result['reduction']:.1f} %. Rank-1, mAP: "
+        "whether the teacher retrieves the owner of the clothes; top-1: whether its classifier names that person, for "
+        "training images."
+    ]
+    if "shares" in result:  # absent in files of an earlier version
         notes.append(f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.")
-    cells = [[words(label), *map(number, row)] for label, row in rows.items()]
-    return Table(caption, ["images", *heads], cells, 1, notes, frozenset({0}))
+    return Table(caption, ["images", *heads], [[label, *row] for label, row in rows.items()], 1, notes, frozenset({0}))
 
 
 def people_table(named: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """Whom the run's own heads name of generated and true swaps, by `mannequins.against_truth`."""
+    """The people that the run's own heads name on generated and true swaps, from `swaps.json`."""
     heads, rows = named_table(named)
     note = (
-        "How often a head gives the class of the structure image's person, and of the clothes' owner. What it names on "
-        "generated swaps but not on true ones, it may read from what the generator does wrong."
+        "How often a head names the structure image's person, and the owner of the clothes. What it names on generated "
+        "but not on true swaps, it may read from errors of the generator."
     )
-    cells = [[words(label), *map(number, row)] for label, row in rows.items()]
+    cells = [[label, *row] for label, row in rows.items()]
     return Table("Whom the run's own heads name, swaps of training images, %", ["images", *heads], cells, 1, [note])
 
 
+def scores_table(name: str, result: dict[str, Any]) -> Table:
+    """The table of a result file `name` of `gen_eval.score`, with the published scores."""
+    rows = [[images, *score_cells(row)] for images, row in result["scores"].items()]
+    rows += [[f"{images} (published)", *score_cells(row)] for images, row in result["published"].items()]
+    keys = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")
+    protocol = "; ".join(f"{key}: {result['protocol'][key]}" for key in keys)
+    notes = [f"(published): {PUBLISHED_NOTE}.", *result["not_computed"], protocol]
+    strong = frozenset(range(len(result["scores"])))
+    return Table(f"Scores of {name}", ["images", *SCORES.values()], rows, 1, notes, strong)
+
+
 def generation_tables(run: RunFolder) -> list[Table]:
-    """What `gen_eval` has left in the run's folder."""
+    """The tables of the JSON files that `mannequins.against_truth` and `gen_eval.score` left in the run's folder."""
     tables = []
     for path, result in results(run.path, "reduction"):
-        tables.append(as_expected(path, lambda result=result: swaps_table(result)))
-        if "named" in result:
-            tables.append(as_expected(path, lambda named=result["named"]: people_table(named)))
+        with read_from(path):
+            tables.append(swaps_table(result))
+            if "named" in result:
+                tables.append(people_table(result["named"]))
     for path, result in results(run.path, "scores"):
-
-        def build(result: dict[str, Any] = result) -> tuple[dict[str, list[str]], list[str]]:
-            rows = {name: score_cells(row) for name, row in result["scores"].items()}
-            published = {f"{name} (published)": score_cells(row) for name, row in result["published"].items()}
-            keys = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")
-            return rows | published, [f"{key}: {result['protocol'][key]}" for key in keys]
-
-        rows, notes = as_expected(path, build)
-        cells = [[words(name), *map(number, row)] for name, row in rows.items()]
-        notes = [f"(published): {PUBLISHED_NOTE}.", *result["not_computed"], "; ".join(notes)]
-        own = frozenset(range(len(result["scores"])))
-        tables.append(Table(f"Scores of {path.name}", ["images", *SCORES.values()], cells, 1, notes, own))
+        with read_from(path):
+            tables.append(scores_table(path.name, result))
     return tables
 
 
 # ------------------------------------------------------------------------------------------------- the run
 def settings_tables(cfg: Config) -> tuple[Table, Table]:
-    """What differs from the default, and all settings."""
-    changed = changed_from_default(cfg)
-    rows = [
-        [words(key), words(show(value)), words("required" if default is None and key == "data_root" else show(default))]
-        for key, (value, default) in changed.items()
-    ]
+    """The settings that differ from the default, and all settings."""
     every = flat_settings(cfg.model_dump())
-    listing = [[words(key), words(show(value))] for key, value in every.items()]
+    changed = [
+        [key, show(value), "required" if default is None and key == "data_root" else show(default)]
+        for key, (value, default) in changed_from_default(cfg).items()
+    ]
+    caption = f"{len(changed)} of {len(every)} settings differ from the default"
     return (
-        Table(f"{len(changed)} of {len(every)} settings differ from the default", ["key", "here", "default"], rows, 3),
-        Table(f"All {len(every)} settings", ["key", "value"], listing, 2),
+        Table(caption, ["key", "here", "default"], changed, 3),
+        Table(f"All {len(every)} settings", ["key", "value"], [[key, show(value)] for key, value in every.items()], 2),
     )
 
 
 def highlights(tables: list[Table], swaps: dict[str, Any] | None, rate: float | None) -> list[tuple[str, str, str]]:
-    """The run in a few numbers: (what, value, remark)."""
-    found = []
+    """The run in a few numbers, as (name, value, remark).
+
+    tables  those of `reid_tables`, of which the first counts
+    swaps   the content of `swaps.json`
+    rate    images per second
+    """
+    tiles = []
     if tables:
-        table = tables[0]
-        official = [row for row in table.rows if row[2].text == "official"]
-        own = [row for i, row in enumerate(table.rows) if row in official and i in table.strong] or official[-1:]
+        official = [i for i, row in enumerate(tables[0].rows) if row[2] == "official"]
+        best = next((i for i in official if i in tables[0].strong), official[-1])
+        teacher = next((i for i in official if tables[0].rows[i][0].startswith("teacher ") and i != best), None)
         for name in ("Rank-1", "mAP"):
-            column, remark = table.heads.index(name), ""
-            teacher = next((row for row in official if row[0].text.startswith("teacher ")), None)
-            if teacher is not None and teacher is not own[0]:
-                remark = f"teacher {teacher[column].value:.1f}"
-            found.append((f"{name}, official", f"{own[0][column].value:.1f} %", remark))
+            column = tables[0].heads.index(name)
+            remark = "" if teacher is None else f"teacher {tables[0].rows[teacher][column]}"
+            tiles.append((f"{name}, official", f"{tables[0].rows[best][column]} %", remark))
     if swaps is not None:
         remark = f"{swaps['generated']:.1f} against {swaps['copy']:.1f} grey levels"
-        found.append(("swap error below copying", f"{100 * swaps['reduction']:.1f} %", remark))
+        tiles.append(("swap error below copying", f"{100 * swaps['reduction']:.1f} %", remark))
     if rate is not None:
-        found.append(("images per second", f"{rate:.1f}", "median of the training"))
-    return found
+        tiles.append(("images per second", f"{rate:.1f}", "median of the training"))
+    return tiles

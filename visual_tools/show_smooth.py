@@ -12,16 +12,36 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import run_cli
-from visual_tools.smooth import draw, parse_args
+from visual_tools.options import AT_MOST, between, figure_parser
 
-DESCRIPTION = (
-    "Clothes that turn into others: the appearance code goes in a straight line from the first image's to the last's,"
-    " on the body of every image. PNG and GIF."
-)
+COUNT = 4
+
+
+def interpolate(code: str, file: str, description: str) -> None:
+    """The whole script: `code` is "appearance" or "structure", `file` the stem of the default file."""
+    parser = figure_parser(
+        description,
+        count=f"images: the first, the last and those between (default: {COUNT}, or all there are)",
+        out=f"PNG to write, with the GIF beside it (default: the run's images/{file}_ITERATION.png)",
+    )
+    parser.add_argument("--steps", type=between(2, AT_MOST), default=9, help="codes, both ends included (default: 9)")
+    parser.add_argument(
+        "--fps", type=between(0.1, 50, float), default=8, help="codes per second in the GIF (default: 8)"
+    )
+    args = parser.parse_args()
+
+    from visual_tools.smooth import draw
+
+    draw(args, code, file, COUNT)
 
 
 def main() -> None:
-    draw(parse_args(DESCRIPTION, "smooth"), code="appearance", file="smooth")
+    interpolate(
+        "appearance",
+        "smooth",
+        "Clothes that turn into others: the appearance code moves in a straight line from the first image's to the "
+        "last's, on the body of every image. PNG and GIF.",
+    )
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import run_cli
-from visual_tools.smooth import draw, parse_args
-
-DESCRIPTION = (
-    "Bodies that turn into others: the structure code goes in a straight line from the first image's to the last's,"
-    " in the clothes of every image. PNG and GIF."
-)
+from visual_tools.show_smooth import interpolate
 
 
 def main() -> None:
-    draw(parse_args(DESCRIPTION, "smooth_structure"), code="structure", file="smooth_structure")
+    interpolate(
+        "structure",
+        "smooth_structure",
+        "Bodies that turn into others: the structure code moves in a straight line from the first image's to the "
+        "last's, in the clothes of every image. PNG and GIF.",
+    )
 
 
 if __name__ == "__main__":

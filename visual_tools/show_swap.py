@@ -5,7 +5,6 @@ python visual_tools/show_swap.py --name latest --input ../Market/pytorch --count
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,42 +12,30 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import run_cli
-from visual_tools.figure import AT_MOST, add_figure_arguments, check_arguments
+from visual_tools.options import figure_parser
 
 COUNT = 6
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pairs of people in each other's clothes, a column per pair.")
-    add_figure_arguments(
-        parser,
+def main() -> None:
+    args = figure_parser(
+        "Pairs of people in each other's clothes, a column per pair.",
         count=f"pairs (default: {COUNT}, or as many as there are images for)",
         out="PNG to write (default: the run's images/swap_ITERATION.png)",
-    )
-    return parser.parse_args()
+        least=1,
+    ).parse_args()
 
+    from visual_tools.figure import choose_images, open_figure, read_input, write_grid
 
-def main() -> None:
-    args = parse_args()
-    check_arguments(args, count=(1, AT_MOST))
-
-    from runs.swapper import open_swapper
-    from visual_tools.figure import choose_images, figure_file, read_input, write_image
-    from visual_tools.grid import PAIR_ROWS, paint_grid
-
-    model = open_swapper(args)
-    out = figure_file(args, model, "swap")
-    found = read_input(args, model)
-    pairs = args.count or min(COUNT, len(found) // 2)
-    images = choose_images(found, 2 * pairs, args.seed, asked=True)
+    model, out = open_figure(args, "swap")
+    images = read_input(args, model)
+    n = args.count or min(COUNT, len(images) // 2)
+    images = choose_images(images, 2 * n, args.seed)
     originals, s, f = model.read(images.paths, args.batchsize)
-    a, b = range(pairs), range(pairs, 2 * pairs)
+    a, b = range(n), range(n, 2 * n)
     swaps = list(model.compose(f, s, [*zip(a, b, strict=True), *zip(b, a, strict=True)], args.batchsize))
-    figure = paint_grid(
-        [originals[:pairs], originals[pairs:], swaps[:pairs], swaps[pairs:]],
-        row_labels=[PAIR_ROWS[row] for row in ("x_a", "x_b", "x_ba", "x_ab")],
-    )
-    write_image(out, figure)
+    rows = {"a": originals[:n], "b": originals[n:], "a's clothes on b": swaps[:n], "b's clothes on a": swaps[n:]}
+    write_grid(out, list(rows.values()), row_labels=list(rows))
     print(f"swapped pairs written to {out}")
 
 

@@ -40,7 +40,7 @@ from data.generated import (
     soften,
     write_manifest,
 )
-from data.images import decode_images, normalise
+from data.images import decode_images, normalise, to_uint8
 from data.loader import Batch, PairLoader
 from reIDmodel import build_teacher
 from runs import swap_set
@@ -50,7 +50,6 @@ from runs.snapshot import save_snapshot
 from runs.swapper import load_swapper
 from trainer import TeacherTrainer
 from utils import ROOT, UserError
-from visual_tools.grid import to_uint8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]

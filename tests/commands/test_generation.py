@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.folders import ImageList, read_split
-from data.images import normalise
+from data.images import normalise, to_uint8
 from gen_eval.similarity import ssim
 from mannequins.dataset import load_factors, make_dataset
 from mannequins.truth import (
@@ -29,8 +29,8 @@ from mannequins.truth import (
 )
 from reid_eval.features import Features, embed_images
 from reIDmodel import build_id_net
+from runs.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs
 from utils import UserError
-from visual_tools.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs, to_uint8
 
 
 @pytest.fixture(scope="module")

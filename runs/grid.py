@@ -1,4 +1,4 @@
-"""One painter of image grids with row and column labels, for every figure."""
+"""The painter of image grids with row and column labels, for every figure and for the test pairs of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.images import denormalise
+from data.images import to_uint8
 
 GAP = 4
 WHITE, INK = (255, 255, 255), (40, 40, 40)
@@ -24,11 +24,6 @@ PAIR_ROWS = {
     "x_ab": "b's clothes on a",
     "x_bab": "b, cycle",
 }
-
-
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Normalised images (N, 3, H, W) to uint8 (N, H, W, 3)."""
-    return denormalise(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def paint_grid(
@@ -61,7 +56,10 @@ def paint_grid(
     return np.asarray(figure)
 
 
-def paint_pairs(images: dict[str, object]) -> np.ndarray:
-    """The figure of fixed test pairs: inputs, reconstructions, both swaps, cycles; a column per pair."""
+def paint_pairs(images: dict[str, Tensor]) -> np.ndarray:
+    """The figure (H, W, 3) uint8 of fixed test pairs: inputs, reconstructions, swaps, cycles; a column per pair.
+
+    `images` holds a normalised batch (N, 3, h, w) for every key of PAIR_ROWS.
+    """
     rows = [list(to_uint8(images[name])) for name in PAIR_ROWS]
     return paint_grid(rows, row_labels=list(PAIR_ROWS.values()))
