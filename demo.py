@@ -199,11 +199,11 @@ def quickest_threads(most: int) -> int:
 def threads_before(run: Path) -> int | None:
     """The CPU threads with which an interrupted run was trained so far; with others its numbers would differ."""
     from files import Damaged
-    from runs.snapshot import read_manifest
+    from runs.snapshot import own_snapshots, read_manifest
 
-    for path in sorted((run / "checkpoints").glob("snapshot_*.json"), reverse=True):
+    for iteration in reversed(own_snapshots(run / "checkpoints")):
         with contextlib.suppress(Damaged):
-            manifest = read_manifest(path.parent, int(path.stem.removeprefix("snapshot_")))
+            manifest = read_manifest(run / "checkpoints", iteration)
             if found := re.search(r"threads (\d+)", manifest["circumstances"]["device"]):
                 return int(found[1])
     return None

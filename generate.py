@@ -136,7 +136,7 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     set_threads(args.threads)
     run = open_run(args.output_path, args.name)
     cfg = generator_config(run)
-    iteration = pick_epoch(run, cfg.task, args.which_epoch)
+    iteration = pick_epoch(run, args.which_epoch)
     root, images = read_input(args, cfg)
     labelled = args.labels == "appearance"
     rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
