@@ -294,7 +294,7 @@ class Decoder(nn.Module):
         super().__init__()
         block = dict(activ=activ, pad_type=pad_type)
         layers: list[nn.Module] = [nn.Dropout(dropout), AdaINResBlocks(n_res, dim, kind=kind, **block)]
-        layers += [SelfAttention(dim)] * non_local
+        layers += [SelfAttention(dim) for _ in range(non_local)]
         c = dim
         for _ in range(n_upsample):
             layers += [nn.Upsample(scale_factor=2), ConvBlock(c, c // 2, 5, norm="ln", **block)]

@@ -424,7 +424,7 @@ def load_factors(path: Path | str) -> Factors:
                     raise UserError(f"{path}: {name}: not what the renderer writes; make the data set again")
         return Factors(Settings(**table["settings"]), people, images)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); make it with data/mannequins.py") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it with python -m mannequins.dataset") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
 

@@ -1,4 +1,4 @@
-"""Draws one pedestrian in one scene: `render(appearance, body, shot)`. See data/mannequins.py for the data set.
+"""Draws one pedestrian in one scene: `render(appearance, body, shot)`. See dataset.py for the data set.
 
 Appearance, body and shot mean what they mean in DG-Net's swaps: the appearance is what a swap transfers, body
 and shot are the structure it keeps. The person is a walking skeleton in three dimensions whose parts are

@@ -30,7 +30,7 @@ BATCH_SIZE, SWAPS = 32, 64
 
 
 def evaluate(s: Session, done: int) -> dict[str, float]:
-    """Scalars by tag, of the nets after `done` steps, each in 0..1 but for the swaps' errors (`gen_eval.swaps`).
+    """Scalars by tag, of the nets after `done` steps, each in 0..1 but for the swaps' errors (`mannequins.truth`).
 
     `eval/reid_mAP_official`, `eval/reid_rank1_official` and the same for `standard`: the query images, by the score
     that the net is used with. `eval/swap_l1_changed`, `eval/swap_l1_changed_of_copy`, `eval/swap_psnr`,

@@ -35,7 +35,7 @@ from mannequins.dataset import (
 from mannequins.dataset import main as cli
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"(-1|\d{4})_c([1-6])s([1-9])_(\d{6})_(\d\d)\.jpg")
 FOLDERS = (TRAIN, TEST, QUERY, GT)
 

@@ -15,7 +15,7 @@ from reid_eval.ranking import match_ranks, rank
 from reid_eval.reranking import multi_query, rerank
 from utils import UserError
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def rank_scores(scores, q_pids, g_pids, q_camids, g_camids, **options):

@@ -17,7 +17,7 @@ from reid_eval.report import format_table, report
 from reIDmodel import build_id_net
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_side(n, *, heads=2, dim=512, seed=0, noise=1.0, cameras=3):
@@ -341,7 +341,7 @@ def run(*arguments, cwd):
 def test_command_line(tmp_path, sides):
     multi = Features(*(np.concatenate([getattr(sides[s], part) for s in ("query", "multi")]) for part in PARTS))
     save_features(tmp_path / "f.npz", sides["query"], sides["gallery"], multi)
-    script = str(ROOT / "reid_eval" / "evaluate.py")
+    script = str(ROOT / "reid_eval" / "report.py")
     done = run(script, "f.npz", "--multi", "--rerank", "--json", "out.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "out.json").read_text())

@@ -112,7 +112,7 @@ def test_step_case(path: Any, case: dict[str, Any]) -> None:
     check_case(golden_trainer(case), case)
 
 
-# One case by default, since they take long: tests/test_plain.py compares the two steps in every other respect.
+# One case by default, since they take long: test_plain.py compares the two steps in every other respect.
 @pytest.mark.parametrize("path,case", [c for c in CASES if c.id == "full" or os.environ.get("GOLDEN_PLAIN")])
 def test_the_plain_step_of_the_benchmarks(path: Any, case: dict[str, Any]) -> None:
     check_case(golden_trainer(case, PlainTrainer), case)

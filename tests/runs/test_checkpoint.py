@@ -198,7 +198,7 @@ def test_a_folder_of_the_release_is_resumed_as_it_is(
     warning, note = capsys.readouterr().err.splitlines()
     assert note.startswith("note: ") and "use_decoder_again" in note
     assert warning.startswith("warning: ") and "image_dir" in warning and "gen.style_dim" in warning
-    assert (cfg.ID_stride, cfg.erasing_p, cfg.T_w, cfg.lr_policy, cfg.apex) == (2, 0, 1, "constant", False)
+    assert (cfg.ID_stride, cfg.erasing_p, cfg.T_w, cfg.lr_policy, cfg.precision) == (2, 0, 1, "constant", "fp32")
     assert snapshots(run.checkpoints, NETWORKS) == [100]
 
     session = build_session(cfg, run, CPU, resume=True)

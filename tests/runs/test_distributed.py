@@ -270,7 +270,7 @@ def server() -> Any:
     context.set_forkserver_preload(["runs.session", "test_distributed"])
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 preloads with the path of the environment alone.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "tests/runs"))
     from multiprocessing import forkserver
 
     forkserver.ensure_running()
