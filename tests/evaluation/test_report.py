@@ -34,7 +34,6 @@ from runs.folder import RunFolder
 from runs.swapper import load_swapper
 from visual_tools.curves import draw, group, read_scalars
 from visual_tools.report_pictures import jpeg
-from visual_tools.report_tables import swaps_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Text that the page must show and not run.
@@ -216,17 +215,6 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     assert {f"{title} over the training steps" for title in group(read_scalars(place.run.logs))} <= alternatives
     # The command that trained, from the log.
     assert f"train.py --config {place.folder}" in read.text and "report.py --name" in read.text
-
-
-def test_swaps_of_an_earlier_version_are_shown(place: Place, page: Path) -> None:
-    """Files without the rows, shares and names of later versions."""
-    swaps = json.loads((place.run.path / "swaps.json").read_text())
-    for key in ("shares", "named"):
-        del swaps[key]
-    for rows in (swaps["images"], swaps["recognised"], swaps["top1"]):
-        del rows["recoloured"]
-    table = swaps_table(swaps)
-    assert len(table.rows) == 6 and len(table.notes) == 1 and {len(row) for row in table.rows} == {len(table.heads)}
 
 
 def test_the_page_has_everything_within(page: Path) -> None:
