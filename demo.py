@@ -142,7 +142,7 @@ def main() -> None:
     settings["teacher"] = args.teacher
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
-    call("re-identification of DG-Net", "test.py", "--name", args.name, *common)
+    call("re-identification of DG-Net", "test.py", "--name", args.name, "--rank-figure", "4", *common)
     call("swaps against the truth", "-m", "mannequins.against_truth", "--name", args.name, *common)
     grid = run / "swap_grid.png"
     call("swap grid", "visual_tools/show_rainbow.py", "--name", args.name, "--out", str(grid), "--force", *common)
