@@ -21,7 +21,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from data.folders import UNFINISHED_MARK, ImageList, check_images
+from data.folders import UNFINISHED_MARK, ImageList
+from data.images import check_images
 from files import part_of, write_whole
 from utils import UserError
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import Config, DGNetConfig, TeacherConfig
 from data.batch import Batch
+from data.cache import Machine, cached_images
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
@@ -118,22 +119,30 @@ def build_session(
         width=cfg.crop_image_width,
         pad=cfg.crop_padding,
         num_workers=cfg.num_workers,
-        cache_limit_mb=cfg.cache_limit_mb,
         device=device,
-        part=(collectives.rank(), collectives.world_size()),
+        part=collectives.own_part(),
     )
     if isinstance(cfg, TeacherConfig):
         soft_labels = None
         if cfg.extra_data is not None:
             extra = resolve_data_root(cfg.extra_data)
             images, soft_labels = add_generated(images, extra, cfg.extra_labels, skip_bad=cfg.skip_bad_images)
-        single = dict(with_positive=False, soft_labels=soft_labels)
-        loaders = [PairLoader(images, seed=cfg.seed, cache=cfg.cache_images, **single, **common)]
+        streams = [dict(seed=cfg.seed, with_positive=False, soft_labels=soft_labels)]
     else:
-        # Images a and b are two independently shuffled passes over the same folder (section 1).
-        a = PairLoader(images, seed=2 * cfg.seed, cache=cfg.cache_images, **common)
-        b = PairLoader(images, seed=2 * cfg.seed + 1, cache=False if a.pixels is None else a.pixels, **common)
-        loaders = [a, b]
+        # Images a and b are two independently shuffled passes over the same folder.
+        streams = [dict(seed=2 * cfg.seed), dict(seed=2 * cfg.seed + 1)]
+    machine = None
+    if collectives.world_size() > 1:
+        machine = Machine(collectives.local_rank() == 0, collectives.from_first_of_machine)
+    common["pixels"] = cached_images(
+        images.paths,
+        cfg.cache_images,
+        cfg.crop_image_height,
+        cfg.crop_image_width,
+        limit_mb=cfg.cache_limit_mb,
+        machine=machine,
+    )
+    loaders = [PairLoader(images, **stream, **common) for stream in streams]
     per_epoch = loaders[0].batches_per_epoch
     resumable = resume and bool(snapshots(run.checkpoints, NETWORKS[cfg.task]))
     trainer = build_trainer(

@@ -29,9 +29,9 @@ from torch import nn
 
 from config import load_config, parse_config
 from data import archives
-from data.folders import ImageList, check_images, parse_name
+from data.folders import ImageList, parse_name
 from data.generated import MANIFEST, Row, add_generated, read_manifest, write_manifest
-from data.images import load_image
+from data.images import check_images, load_image
 from data.loader import PairLoader
 from reid_eval.features import Features, extract_features, load_features, save_features
 from reid_eval.index import open_index, to_vectors
