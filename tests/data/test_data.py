@@ -19,10 +19,10 @@ from torchvision.datasets import ImageFolder
 from data import folders
 from data.archives import flat_archive
 from data.augment import augment, augment_by_copies
-from data.folders import ImageList, check_images, parse_name, read_split, require_identities
-from data.images import decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
+from data.folders import ImageList, parse_name, read_split, require_identities
+from data.images import check_images, decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
 from data.loader import Batch, PairLoader
-from data.prepare import Task, prepare
+from data.prepare import Task, fill_folder
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 HEIGHT, WIDTH = 32, 16
@@ -102,7 +102,7 @@ def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None
 @pytest.mark.parametrize("split", folders.SPLITS)
 def test_prepared_and_archive_give_the_same_lists(archive: Path, split: str) -> None:
     before = read_split(archive, split)
-    prepare(Task("Market-1501", archive, flat_archive(archive)))
+    fill_folder(Task("Market-1501", archive, flat_archive(archive)))
     for root in (archive, archive / "pytorch"):
         after = read_split(root, split)
         if split != "query" or root != archive:

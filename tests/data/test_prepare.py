@@ -17,7 +17,7 @@ from conftest import MARKET_NAMES, Outcome, noise
 from data import folders
 from data.archives import number_identities
 from data.folders import SPLITS, read_split
-from data.prepare import PUBLISHED, SplitCount, main, prepare, read_tasks, report
+from data.prepare import PUBLISHED, SplitCount, fill_folder, main, print_counts, read_tasks
 from utils import ROOT, UserError
 
 Script = Callable[..., Outcome]
@@ -25,7 +25,7 @@ Script = Callable[..., Outcome]
 
 def prepare_market(root: Path, *, copy: bool = False) -> dict[str, SplitCount]:
     (task,) = read_tasks("market1501", root)
-    return prepare(task, copy=copy)
+    return fill_folder(task, copy=copy)
 
 
 def listing(root: Path) -> dict[str, bytes]:
@@ -346,10 +346,10 @@ def test_bad_archives(script: Script, tmp_path: Path, archive: Path) -> None:
 def test_counts_as_published_raise_no_warning(title: str, capsys: pytest.CaptureFixture[str]) -> None:
     for last in (0, -1):
         counts = {split: SplitCount(*pairs[last], 0, 0) for split, pairs in PUBLISHED[title].items()}
-        report(counts, title)
+        print_counts(counts, title)
         assert capsys.readouterr().err == ""
     images, identities = PUBLISHED[title]["query"][0]
-    report(counts | {"query": SplitCount(images - 1, identities, 0, 0)}, title)
+    print_counts(counts | {"query": SplitCount(images - 1, identities, 0, 0)}, title)
     error = capsys.readouterr().err
     assert error.startswith(f"warning: this is not the complete {title}: query has") and error.count("\n") == 1
 
