@@ -30,7 +30,7 @@ from torch import nn
 from config import load_config, parse_config
 from data import archives
 from data.folders import ImageList, parse_name
-from data.generated import MANIFEST, Row, add_generated, read_manifest, write_manifest
+from data.generated import MANIFEST, Row, add_generated, read_rows, write_rows
 from data.images import check_images, load_image
 from data.loader import PairLoader
 from reid_eval.features import Features, extract_features, load_features, save_features
@@ -429,13 +429,13 @@ def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
     ]
     for row in rows:
         noise(tmp_path / row.file)
-    write_manifest(tmp_path, rows)
+    write_rows(tmp_path, rows)
     paths = [tmp_path / row.file for row in rows]
     real = ImageList(paths, np.array([1, 2]), np.zeros(2, np.int64))
     inside = tmp_path.resolve()
 
     def read() -> None:
-        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_manifest(tmp_path))
+        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_rows(tmp_path))
         images, labels = add_generated(real, tmp_path, "soft")
         q = labels.rows(np.arange(len(images)))
         assert np.abs(q.sum(axis=1) - 1).max() < 1e-3 and q.min() >= 0
