@@ -92,7 +92,8 @@ def run_training(args: argparse.Namespace, device: torch.device) -> int:
     cfg, name = read_config(args)
 
     from runs.folder import open_run
-    from runs.session import build_session, describe, train
+    from runs.loop import train
+    from runs.session import build_session, describe
 
     set_threads(args.threads)
     seed_everything(cfg.seed)

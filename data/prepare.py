@@ -130,7 +130,7 @@ def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
         _make_folder(prepared)
         mark.touch()
         for source, target in tqdm(missing, "prepare", unit=" images", disable=None):
-            link_or_copy(source, target, copy)
+            _link_or_copy(source, target, copy)
     if identities is not None:
         text = identities.encode(errors="surrogateescape")  # names of folders may be any bytes
         write_whole(prepared / IDENTITIES_FILE, lambda file: file.write(text))
@@ -168,7 +168,7 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file where a folder is needed; move it away") from None
 
 
-def link_or_copy(source: Path, target: Path, copy: bool) -> None:
+def _link_or_copy(source: Path, target: Path, copy: bool) -> None:
     """Make `target` appear in one step, complete: a hard link to `source`, or a copy."""
     _make_folder(target.parent)
     # A hard link to a symbolic link would be a symbolic link, and break when its target moves.

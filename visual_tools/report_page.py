@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from config import Config, DGNetConfig
 from files import Damaged, make_folder, write_whole
-from runs.folder import NETWORKS, RunFolder, open_run, run_config
+from runs.folder import RunFolder, open_run, run_config
 from runs.load import find_teacher
 from runs.snapshot import read_manifest, snapshots
 from runs.swapper import open_swapper
@@ -66,7 +66,7 @@ def commands(run: RunFolder, generates: bool, output_path: str | None) -> dict[s
 
 def newest_snapshot(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, str]]:
     """Steps and recorded circumstances of the newest snapshot; None and nothing without one."""
-    iterations = snapshots(run.checkpoints, NETWORKS[cfg.task])
+    iterations = snapshots(run.checkpoints)
     if not iterations:
         return None, {}
     try:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data.folders import read_split
 from data.images import decode_images, normalise, to_uint8
-from files import write_atomically
+from files import write_tensors
 from mannequins.against_truth import describe_shares
 from mannequins.dataset import load_factors
 from mannequins.truth import draw_swaps, measure_swaps
@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, one_thread:
     torch.manual_seed(0)
     model = folder / "models" / "tutor"
     model.mkdir(parents=True)
-    write_atomically(model / "net_last.pth", build_teacher(8, backbone="resnet10w8").state_dict())
+    write_tensors(model / "net_last.pth", build_teacher(8, backbone="resnet10w8").state_dict())
     (model / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(data), stride=2)))
     place = Place(folder, data)
     place.train(NAME)
