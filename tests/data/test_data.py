@@ -58,25 +58,18 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 # ---- names and lists
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("0002_c1s1_000451_03.jpg", (2, 1)),
-        ("-1_c3s2_000031_02.jpg", (-1, 3)),
-        ("0000_c6s1_000010_01.jpg", (0, 6)),
-        ("0002_c15_0001.jpg", (2, 15)),
-        ("0005_c2_f0046985.jpg", (5, 2)),
-        ("123456_c103s1.png", (123456, 103)),
-    ],
-)
-def test_parse_name(name: str, expected: tuple[int, int]) -> None:
-    assert parse_name(name) == expected
-
-
-@pytest.mark.parametrize("name", ["person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg"])
-def test_parse_name_refuses(name: str) -> None:
-    with pytest.raises(UserError, match=name):
-        parse_name(name)
+def test_parse_name() -> None:
+    expected = {
+        "0002_c1s1_000451_03.jpg": (2, 1),
+        "-1_c3s2_000031_02.jpg": (-1, 3),
+        "0000_c6s1_000010_01.jpg": (0, 6),
+        "0002_c15_0001.jpg": (2, 15),
+        "0005_c2_f0046985.jpg": (5, 2),
+    }
+    assert {name: parse_name(name) for name in expected} == expected
+    for name in ("person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg"):
+        with pytest.raises(UserError, match=name):
+            parse_name(name)
 
 
 def test_first_image_of_each_identity_is_val(archive: Path) -> None:
@@ -97,9 +90,7 @@ def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None
         noise(archive / "bounding_box_train" / name)
     assert read_split(archive, "train_all").pids.min() == 2
     gallery = read_split(archive, "gallery")
-    assert gallery.pids.tolist() == [-1, 0, 3, 3, 4]
-    assert gallery.camids.tolist() == [3, 6, 1, 2, 5]
-    assert gallery.pids.dtype == gallery.camids.dtype == np.int64
+    assert gallery.pids.tolist() == [-1, 0, 3, 3, 4] and gallery.camids.tolist() == [3, 6, 1, 2, 5]
 
 
 @pytest.mark.parametrize("split", folders.SPLITS)
@@ -244,14 +235,11 @@ def test_check_refuses_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_load_image_modes(tmp_path: Path) -> None:
-    for i, (mode, suffix) in enumerate(
-        [("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")]
-    ):
-        image = load_image(noise(tmp_path / f"{i}.{suffix}", mode=mode))
+    for mode, suffix in (("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")):
+        image = load_image(noise(tmp_path / f"{mode}.{suffix}", mode=mode))
         assert image.mode == "RGB" and image.size == (20, 44)
-    deep = np.full((4, 4), 0x80FF, dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.asarray(load_image(tmp_path / "deep.png")).tolist() == np.full((4, 4, 3), 0x80).tolist()
+    Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert (np.asarray(load_image(tmp_path / "deep.png")) == np.full((4, 4, 3), 0x80)).all()
 
 
 def test_load_image_turns_upright(tmp_path: Path) -> None:
@@ -299,14 +287,6 @@ def test_augment_repeats_the_edges_of_the_chosen_images(pad: int) -> None:
     assert torch.equal(augment_by_copies(pixels, chosen, flip, top - pad, left - pad), torch.stack(expected))
 
 
-def test_no_augmentation_draw_is_left_out(images: ImageList) -> None:
-    stream = loader(images, cache=True)
-    draws = [stream._draw_augmentation(np.random.default_rng(i)) for i in range(200)]
-    flip, top, left = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    assert 0.4 < flip.mean() < 0.6
-    assert set(top.tolist()) == set(left.tolist()) == set(range(9))
-
-
 def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     stream = loader(images, batch_size=5, cache=True)
     assert stream.batches_per_epoch == 2
@@ -315,13 +295,9 @@ def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     for order in orders:
         assert sorted(order) == list(range(10))
     assert orders[0] != orders[1] != orders[2]
-    dropped = take(loader(images, cache=True).batches(), 4)
-    assert all(len(set(torch.cat([a.index, b.index]).tolist())) == 8 for a, b in (dropped[:2], dropped[2:]))
-
-
-def test_different_seeds_are_independent(images: ImageList) -> None:
-    a, b = (loader(images, seed=seed) for seed in (0, 1))
-    assert any(not np.array_equal(a.order(t), b.order(t)) for t in range(10))
+    first, second = take(loader(images, cache=True).batches(), 2)
+    assert len(set(torch.cat([first.index, second.index]).tolist())) == 8  # two are dropped
+    assert not np.array_equal(loader(images, seed=0).order(0), loader(images, seed=1).order(0))
 
 
 def test_positive_has_the_same_identity_and_differs(images: ImageList) -> None:

@@ -56,17 +56,6 @@ def test_prepare_layout(archive: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("copy", [False, True])
-def test_prepare_again_changes_nothing(archive: Path, copy: bool) -> None:
-    prepare_market(archive, copy=copy)
-    before = listing(archive)
-    times = {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")}
-    prepare_market(archive, copy=copy)
-    prepare_market(archive, copy=not copy)
-    assert listing(archive) == before
-    assert {p: os.stat(p).st_mtime_ns for p in archive.rglob("*")} == times
-
-
 def test_copies_are_made_where_links_cannot(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
@@ -161,10 +150,11 @@ def lists(root: Path) -> dict[str, list[tuple[int, int]]]:
 
 def assert_repeatable(script: Script, root: Path, *arguments: object) -> None:
     """Again, with copies and after an interruption: the same files."""
-    prepared = listing(root / "pytorch")
+    prepared, times = listing(root / "pytorch"), {p: os.stat(p).st_mtime_ns for p in root.rglob("*")}
     for more in ((), ("--copy",)):
         assert script("prepare", *arguments, *more).code == 0
         assert listing(root / "pytorch") == prepared
+        assert {p: os.stat(p).st_mtime_ns for p in root.rglob("*")} == times
     for path in sorted((root / "pytorch").rglob("*.*g"))[::2]:
         path.unlink()
     (root / "pytorch" / folders.UNFINISHED_MARK).touch()
@@ -174,29 +164,50 @@ def assert_repeatable(script: Script, root: Path, *arguments: object) -> None:
     assert listing(root / "pytorch") == prepared
 
 
-def test_dukemtmc_reid(script: Script, tmp_path: Path) -> None:
-    names = {
-        "bounding_box_train": ["0001_c2_f0046182.jpg", "0001_c5_f0055001.jpg", "0005_c1_f0046302.jpg"],
-        "bounding_box_test": ["0002_c1_f0044158.jpg", "0002_c2_f0055002.jpg", "7139_c8_f0099999.jpg"],
-        "query": ["0002_c4_f0051111.jpg"],
-    }
-    root = pack(tmp_path / "DukeMTMC-reID", names)
-    done = script("prepare", "--dataset", "dukemtmc-reid", "--data_root", root)
-    assert done.code == 0
-    note, warning = done.err.splitlines()
-    assert "DukeMTMC-reID" in note and "17661 of 1110" in warning
-    assert lists(root) == {
-        "train_all": [(1, 2), (1, 5), (5, 1)],
-        "train": [(1, 5)],
-        "val": [(1, 2), (5, 1)],
-        "query": [(2, 4)],
-        "gallery": [(2, 1), (2, 2), (7139, 8)],
-    }
-    assert (root / "pytorch" / "train_all" / "0005" / "0005_c1_f0046302.jpg").is_file()
-    assert_repeatable(script, root, "--dataset", "dukemtmc-reid", "--data_root", root)
+DUKE = {
+    "bounding_box_train": ["0001_c2_f0046182.jpg", "0001_c5_f0055001.jpg", "0005_c1_f0046302.jpg"],
+    "bounding_box_test": ["0002_c1_f0044158.jpg", "0002_c2_f0055002.jpg", "7139_c8_f0099999.jpg"],
+    "query": ["0002_c4_f0051111.jpg"],
+}
+DUKE_LISTS = {
+    "train_all": [(1, 2), (1, 5), (5, 1)],
+    "train": [(1, 5)],
+    "val": [(1, 2), (5, 1)],
+    "query": [(2, 4)],
+    "gallery": [(2, 1), (2, 2), (7139, 8)],
+}
+VERI = {
+    "image_train": ["0001_c001_00016450_0.jpg", "0001_c019_00016460_0.jpg", "0773_c020_00080540_1.jpg"],
+    "image_test": ["0002_c002_00030600_0.jpg", "0002_c016_00031075_0.jpg"],
+    "image_query": ["0002_c002_00030600_0.jpg"],
+}
+VERI_LISTS = {
+    "train_all": [(1, 1), (1, 19), (773, 20)],
+    "train": [(1, 19)],
+    "val": [(1, 1), (773, 20)],
+    "query": [(2, 2)],
+    "gallery": [(2, 2), (2, 16)],
+}
 
 
-@pytest.mark.parametrize("boxes", [["labeled"], ["detected"], ["labeled", "detected"]])
+@pytest.mark.parametrize(
+    ("dataset", "files", "expected", "notes"),
+    [
+        ("dukemtmc-reid", DUKE, DUKE_LISTS, ["DukeMTMC-reID", "17661 of 1110"]),  # withdrawn, and incomplete
+        ("veri776", VERI, VERI_LISTS, ["37778 of 576"]),
+    ],
+)
+def test_archives_of_folders(
+    script: Script, tmp_path: Path, dataset: str, files: dict, expected: dict, notes: list[str]
+) -> None:
+    options = ("--dataset", dataset, "--data_root", pack(tmp_path / "packed", files))
+    done = script("prepare", *options)
+    assert done.code == 0 and lists(tmp_path / "packed") == expected
+    assert all(words in line for words, line in zip(notes, done.err.splitlines(), strict=True))
+    assert_repeatable(script, tmp_path / "packed", *options)
+
+
+@pytest.mark.parametrize("boxes", [["labeled"], ["labeled", "detected"]])
 def test_cuhk03_np(script: Script, tmp_path: Path, boxes: list[str]) -> None:
     names = {
         "bounding_box_train": ["0001_c1_1.png", "0001_c2_6.png", "0004_c1_31.png"],
@@ -206,36 +217,14 @@ def test_cuhk03_np(script: Script, tmp_path: Path, boxes: list[str]) -> None:
     for box in boxes:
         pack(tmp_path / "cuhk03-np" / box, names)
     done = script("prepare", "--dataset", "cuhk03-np", "--data_root", tmp_path / "cuhk03-np")
-    assert done.code == 0
+    assert done.code == 0 and done.err.count("\n") == len(boxes)
     for box in boxes:
-        train = {"labeled": "7368 of 767", "detected": "7365 of 767"}[box]
-        assert f"CUHK03-NP {box}" in done.err and train in done.err
+        assert f"CUHK03-NP {box}" in done.err and {"labeled": "7368", "detected": "7365"}[box] in done.err
         root = tmp_path / "cuhk03-np" / box
         assert lists(root)["train_all"] == [(1, 1), (1, 2), (4, 1)]
         assert lists(root)["gallery"] == lists(root)["query"] == [(3, 1), (3, 2)]
         # One half alone may be named as well.
         assert_repeatable(script, root, "--dataset", "cuhk03-np", "--data_root", root)
-    assert done.err.count("\n") == len(boxes)
-
-
-def test_veri776(script: Script, tmp_path: Path) -> None:
-    names = {
-        "image_train": ["0001_c001_00016450_0.jpg", "0001_c019_00016460_0.jpg", "0773_c020_00080540_1.jpg"],
-        "image_test": ["0002_c002_00030600_0.jpg", "0002_c016_00031075_0.jpg"],
-        "image_query": ["0002_c002_00030600_0.jpg"],
-    }
-    root = pack(tmp_path / "VeRi", names)
-    done = script("prepare", "--dataset", "veri776", "--data_root", root)
-    assert done.code == 0
-    assert "37778 of 576" in done.err and "37746 of 576" in done.err
-    assert lists(root) == {
-        "train_all": [(1, 1), (1, 19), (773, 20)],
-        "train": [(1, 19)],
-        "val": [(1, 1), (773, 20)],
-        "query": [(2, 2)],
-        "gallery": [(2, 2), (2, 16)],
-    }
-    assert_repeatable(script, root, "--dataset", "veri776", "--data_root", root)
 
 
 MSMT17 = {
