@@ -306,13 +306,13 @@ def _suffixes() -> str:
     return " ".join(sorted(IMAGE_SUFFIXES))
 
 
-def require_identities(images: ImageList, minimum: int = 2) -> None:
-    """Raise UserError when a training folder holds fewer than `minimum` identities."""
-    if images.num_classes < minimum:
+def require_identities(images: ImageList) -> None:
+    """Raise UserError if a training folder holds fewer than two identities."""
+    if images.num_classes < 2:
         where = os.path.commonpath([path.parent for path in images.paths]) if len(images) else "the training folder"
         raise UserError(
             f"{where}: {images.num_classes} identity here ({', '.join(images.classes)}), training "
-            f"needs at least {minimum}; give it one sub-folder per identity"
+            "needs at least 2; give it one sub-folder per identity"
         )
 
 
@@ -326,15 +326,11 @@ def data_set_name(data_root: str | Path) -> str:
     return f"{root.parent.name}-{root.name}" if root.name in ("labeled", "detected") else root.name
 
 
-def data_set_root(data_root: str | Path) -> Path:
-    """The resolved folder of a data set, also if its prepared sub-folder is given."""
-    root = Path(data_root).resolve()
-    return root.parent if root.name == PREPARED_FOLDER else root
-
-
 def other_data_set(data_root: str | Path, trained_on: str | Path) -> str:
     """The suffix of result files: "" if `data_root` is the data set that a run was trained on, else "-NAME"."""
-    return "" if data_set_root(data_root) == data_set_root(trained_on) else f"-{data_set_name(data_root)}"
+    roots = [Path(root).resolve() for root in (data_root, trained_on)]
+    tested, trained = (root.parent if root.name == PREPARED_FOLDER else root for root in roots)
+    return "" if tested == trained else f"-{data_set_name(data_root)}"
 
 
 def have_cameras(*sides: ImageList) -> bool:

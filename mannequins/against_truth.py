@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mannequins.truth import Swaps
     from runs.swapper import Swapper
 
-TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's own heads name
+TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's heads name
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
