@@ -8,6 +8,7 @@ does nothing. Starting and ending the processes: launch.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -39,6 +40,11 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number among the processes of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def is_main() -> bool:
@@ -114,6 +120,11 @@ def gather(value: T) -> list[T]:
     with reaching_others():
         dist.all_gather_object(values, value)
     return values
+
+
+def from_first_of_machine(value: T) -> T:
+    """The value of the first process of this machine, in all its processes."""
+    return gather(value)[rank() - local_rank()]
 
 
 def wait_for_all() -> None:
