@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.folders import data_set_name, other_data_set, read_split
 from files import write_json
+from mannequins.dataset import load_factors
 from utils import UserError, add_run_arguments, run_cli
 
 if TYPE_CHECKING:
@@ -61,7 +63,6 @@ def ask_teacher(
     The second is empty without `training`, or if the teacher's classes are not the data set's training identities.
     Raises UserError for a run without a teacher, and for a teacher whose files are missing.
     """
-    from data.folders import read_split
     from mannequins.truth import classify, recognise
     from reid_eval.features import Features, extract_features
     from runs.load import find_teacher, load_teacher
@@ -140,8 +141,6 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
 
     elsewhere  the run was trained on another data set than `root`, so that its classes are other people
     """
-    from data.folders import data_set_name, read_split
-    from mannequins.dataset import load_factors
     from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, name_people
 
     factors, notes, training = load_factors(root), [], None
@@ -207,7 +206,6 @@ def main() -> None:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be at least 0")
 
-    from data.folders import other_data_set
     from runs.folder import resolve_data_root
     from runs.swapper import open_swapper
 
