@@ -104,7 +104,10 @@ def check_gradients(trainer: Any, golden: dict[str, dict[str, float]]) -> None:
         assert compared > len(expected) // 2
 
 
-CASES = [pytest.param(p, c, id=p.stem) for p, c in read_cases("steps")]
+QUICK = {"full", "early", "pcb"}  # the cases of `make test`; `make test-all` runs all, and those of GOLDEN_DIR too
+CASES = [
+    pytest.param(p, c, id=p.stem, marks=() if p.stem in QUICK else pytest.mark.slow) for p, c in read_cases("steps")
+]
 
 
 @pytest.mark.parametrize("path,case", CASES)
@@ -113,6 +116,7 @@ def test_step_case(path: Any, case: dict[str, Any]) -> None:
 
 
 # One case by default, since they take long: test_plain.py compares the two steps in every other respect.
+@pytest.mark.slow
 @pytest.mark.parametrize("path,case", [c for c in CASES if c.id == "full" or os.environ.get("GOLDEN_PLAIN")])
 def test_the_plain_step_of_the_benchmarks(path: Any, case: dict[str, Any]) -> None:
     check_case(golden_trainer(case, PlainTrainer), case)
