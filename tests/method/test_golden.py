@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import (
+    GOLDEN,
     SmallConvolutions,
     golden_batches,
     golden_images,
@@ -104,9 +105,10 @@ def check_gradients(trainer: Any, golden: dict[str, dict[str, float]]) -> None:
         assert compared > len(expected) // 2
 
 
-QUICK = {"full", "early", "pcb"}  # the cases of `make test`; `make test-all` runs all, and those of GOLDEN_DIR too
+SLOW = {"frozen_encoder", "wgan", "parallel", "nonlocal"}  # for `make test-all`; cases of GOLDEN_DIR always run
 CASES = [
-    pytest.param(p, c, id=p.stem, marks=() if p.stem in QUICK else pytest.mark.slow) for p, c in read_cases("steps")
+    pytest.param(p, c, id=p.stem, marks=pytest.mark.slow if p.parent == GOLDEN and p.stem in SLOW else ())
+    for p, c in read_cases("steps")
 ]
 
 
