@@ -20,8 +20,8 @@ from data.images import iter_images, normalise, to_uint8
 from gen_eval.similarity import ssim
 from mannequins.dataset import Factors
 from reid_eval.features import Features, embed_images
-from reid_eval.report import report
-from reid_eval.top import main_setting
+from reid_eval.ranking import main_setting
+from reid_eval.report import evaluate_features
 from utils import UserError
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
@@ -235,8 +235,9 @@ def recognise(
         ]
         source = swaps.structure if row == "reconstruction" else swaps.appearance
         queries = Features(np.concatenate(parts), images.pids[source], images.camids[source])
-        table = report(queries, gallery)["tables"]["single query"]
-        found[row] = table[main_setting(queries.features.shape[1])[0]]
+        setting, _ = main_setting(queries.features.shape[1])
+        results = evaluate_features(queries, gallery)
+        found[row] = {result.convention: result.numbers for result in results if result.setting == setting}
     return found
 
 

@@ -50,7 +50,7 @@ from runs.load import load_teacher
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
 from trainer import autocast
-from utils import UserError, set_threads
+from utils import UserError, halve_until_it_fits, set_threads
 
 # Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
 CPU_PASS = 8
@@ -106,10 +106,6 @@ class Speed:
     command: float
 
 
-class TooManyImages(UserError):
-    """A pass needs more memory than the GPU has."""
-
-
 # --------------------------------------------------------------------------------------------- one worker
 class Nets:
     """The generator of a run and the teachers, on one device. Raises UserError for what cannot be loaded."""
@@ -127,14 +123,9 @@ class Nets:
     @torch.no_grad()
     def __call__(self, x_app: Tensor, x_str: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         """The clothes of `x_app` on the people of `x_str`: (N, H, W, 3) uint8 and the teachers' (N, K) label of it."""
-        try:
-            with autocast(self.device, self.precision):
-                pixels = denormalise(self.model.swap(x_app, x_str))
-                label = L.mean_prediction(self.teachers, normalise(pixels)) if self.teachers else None
-        except torch.OutOfMemoryError:
-            raise TooManyImages(
-                f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one"
-            ) from None
+        with autocast(self.device, self.precision):
+            pixels = denormalise(self.model.swap(x_app, x_str))
+            label = L.mean_prediction(self.teachers, normalise(pixels)) if self.teachers else None
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images, None if label is None else label.cpu().numpy()
 
@@ -161,7 +152,10 @@ def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterato
             for chunk in batch:
                 x_app, x_str = next(stream).chunk(2)
                 began = time.perf_counter()
-                images, labels = nets(x_app, x_str)
+                try:
+                    images, labels = nets(x_app, x_str)
+                except torch.OutOfMemoryError:
+                    raise UserError(f"--batch_size {size}: the GPU's memory is too small; use a smaller one") from None
                 seconds += time.perf_counter() - began
                 for k, i in enumerate(chunk):
                     label = "" if labels is None else format_soft_label(labels[k], job.nets.classes, job.top)
@@ -191,23 +185,9 @@ def choose_batch_size(nets: Nets, out: Path, sharing: int = 1) -> int:
             return begun
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a new one, or a damaged one, which `compare_settings` refuses
-    size = GPU_BATCH
-    while not fits(nets, size):
-        if size == 1:
-            raise UserError("the GPU's memory is too small for one image; use --precision bf16 or --device cpu")
-        size //= 2
-        torch.cuda.empty_cache()
+    _, size = halve_until_it_fits(lambda size: nets(*torch.zeros(2, size, 3, *nets.size)), GPU_BATCH)
     torch.cuda.empty_cache()  # what the trial has taken is for the processes that do the work
     return max(1, size // sharing)
-
-
-def fits(nets: Nets, size: int) -> bool:
-    """Whether `nets` can make so many images at a time."""
-    try:
-        nets(*torch.zeros(2, size, 3, *nets.size))
-    except TooManyImages:
-        return False
-    return True
 
 
 @contextmanager

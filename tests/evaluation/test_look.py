@@ -26,10 +26,9 @@ import reid_eval.index as index_module
 from data.folders import find_images, read_split
 from data.images import decode_images, normalise
 from files import write_tensors
-from reid_eval.features import Features, load_features
+from reid_eval.features import load_features
 from reid_eval.index import SearchIndex, fingerprint, open_index
-from reid_eval.ranking import Ranking, rank
-from reid_eval.top import best_scores, first_entries
+from reid_eval.ranking import Ranking
 from reIDmodel import IdNet, build_id_net, build_teacher
 from utils import ROOT, UserError
 from visual_tools.activation import activation_maps
@@ -144,75 +143,6 @@ class PageReader(HTMLParser):
 
 
 # ------------------------------------------------------------------------------------- ranked lists
-def side(pids: list[int], camids: list[int], keys: list[str] | None = None, features: np.ndarray | None = None):
-    features = np.ones((len(pids), 1, 1), np.float32) if features is None else features
-    return Features(features, np.array(pids), np.array(camids), None if keys is None else np.array(keys))
-
-
-def test_best_scores_are_those_of_a_full_stable_sort() -> None:
-    rng = np.random.default_rng(0)
-    # Small whole numbers, so that many scores are equal, and exactly so.
-    query, gallery = (rng.integers(-2, 3, (n, 2, 4)).astype(np.float32) for n in (9, 50))
-    indices, scores = best_scores(query, gallery, (1.0, 0.5), 7)
-    full = np.einsum("qd,gd->qg", query[:, 0], gallery[:, 0]) + 0.5 * np.einsum("qd,gd->qg", query[:, 1], gallery[:, 1])
-    order = np.argsort(-full, axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(indices, order)
-    np.testing.assert_array_equal(scores, np.take_along_axis(full, order, 1))
-    assert best_scores(query, gallery[:3], (1.0, 0.5), 7)[0].shape == (9, 3)
-
-
-def test_marks_worked_by_hand() -> None:
-    scores = np.array([9, 8, 7, 6, 5, 4], np.float32).reshape(-1, 1, 1)
-    gallery = side([5, -1, 7, 5, 0, 5], [1, 2, 2, 2, 1, 3], ["q", "b", "c", "d", "e", "f"], scores)
-    query = side([5], [1], ["q"])
-    entries = first_entries(query, gallery)[0]
-    assert [(e.index, e.mark, e.rank) for e in entries] == [
-        (0, "junk", None),  # identity and camera of the query
-        (1, "junk", None),  # identity -1
-        (2, "wrong", 1),
-        (3, "right", 2),
-        (4, "wrong", 3),  # a distractor
-        (5, "right", 4),
-    ]
-    assert [e.score for e in entries] == [9, 8, 7, 6, 5, 4]
-    assert [e.index for e in first_entries(query, gallery, top=2)[0]] == [0, 1, 2, 3]
-    no_cameras = first_entries(query, gallery, remove_same_camera=False)[0]
-    assert [(e.mark, e.rank) for e in no_cameras] == [
-        ("junk", None),  # the query image itself
-        ("wrong", 1),
-        ("wrong", 2),
-        ("right", 3),
-        ("wrong", 4),
-        ("right", 5),
-    ]
-
-
-@pytest.mark.parametrize("remove_same_camera", [True, False])
-def test_lists_agree_with_the_ranking(remove_same_camera: bool) -> None:
-    rng = np.random.default_rng(1)
-    sides = []
-    for n in (40, 30):
-        features = rng.standard_normal((n, 2, 8)).astype(np.float32)
-        sides.append(side(rng.integers(-1, 5, n), rng.integers(1, 4, n), rng.integers(0, 20, n).astype(str), features))
-    query, gallery = sides
-    lists = first_entries(query, gallery, top=15, remove_same_camera=remove_same_camera)
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
-    ranking = rank(
-        query.features,
-        gallery.features,
-        *labels,
-        remove_same_camera=remove_same_camera,
-        q_keys=query.keys,
-        g_keys=gallery.keys,
-    )["both (beta 0.5)"]["standard"]
-    for entries, first, ap in zip(lists, ranking.first, ranking.ap, strict=True):
-        ranks = [e.rank for e in entries if e.mark == "right"]
-        assert [e.rank for e in entries if e.rank] == list(range(1, 1 + sum(e.rank is not None for e in entries)))
-        assert (ranks[0] if ranks else 0) == (first if first <= (entries[-1].rank or 0) or ranks else 0)
-        if len(entries) == len(gallery) and ranks:  # the whole list is there: so is its AP
-            assert ap == pytest.approx(np.mean([(i + 1) / r for i, r in enumerate(ranks)]))
-
-
 def test_worst_best_and_other_queries() -> None:
     ap, first = np.array([0.5, 0, 0.1, 1, 0.7, 0.2, 0.9]), np.array([2, 0, 9, 1, 1, 8, 1])
     ranking = Ranking("standard", np.ones(1), 0.5, 0.5, ap, ap, first, 7, 1)
