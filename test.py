@@ -41,10 +41,9 @@ def main() -> int | None:
 
     from parallel import launch
 
-    processes = launch.count_processes(args.processes, None)
-    if processes > 1 and not launch.started():
-        return launch.launch(processes, args.device)
-    with launch.process_group(args.device) as device:
+    if (status := launch.launch_if_asked(args)) is not None:
+        return status
+    with launch.process_group(args) as device:
         return run_test(args, device)
 
 

@@ -155,7 +155,8 @@ def print_scores(
 def main() -> None:
     args = parse_args()
 
-    from data.folders import check_images, read_people
+    from data.folders import read_people
+    from data.images import check_images
     from gen_eval.metrics import Protocol
 
     device = pick_device(args.device)

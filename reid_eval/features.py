@@ -107,7 +107,7 @@ def extract_features(
     starts = range(0, len(paths), most)[rank() :: world_size()]
     share = [path for start in starts for path in paths[start : start + most]]
     parts = []
-    with tqdm(total=len(share), desc="features", unit="img", disable=None if progress else True) as bar:
+    with tqdm(total=len(share), desc="features", unit="img", disable=None if progress and rank() == 0 else True) as bar:
         for x in iter_images(share, height, width, most, device=device):
 
             def embed(size: int, x: Tensor = x) -> np.ndarray:

@@ -74,7 +74,8 @@ def loop(s: Session, streams: list[Iterator[Batch]], board: SummaryWriter | None
     pairs = display_pairs(s) if board and s.image_save_iter else None
     finite, skipped = FiniteWatch(s.device), SkippedSteps(trainer.scalers(), s.device)
     clock = Clock(cfg.batch_size * len(streams), start)
-    bar = tqdm(range(start, s.max_iter), initial=start, total=s.max_iter, desc=s.run.name, unit="step", mininterval=0.5)
+    shown = dict(desc=s.run.name, unit="step", mininterval=0.5, disable=not collectives.is_main())
+    bar = tqdm(range(start, s.max_iter), initial=start, total=s.max_iter, **shown)
     for t in bar:
         # -------------------------------------------------------------------------------------- the step
         batches = next_batches(s, streams, finite, t, start)

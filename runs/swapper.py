@@ -88,7 +88,7 @@ def load_swapper(run: RunFolder, device: torch.device, which: str | None = None)
     Raises UserError also when one of the two came from another run, as far as shapes tell, and says which.
     """
     cfg = generator_config(run)
-    iteration = pick_epoch(run, cfg.task, which)
+    iteration = pick_epoch(run, which)
     id_net = gen = None
     wrong = []
     try:
