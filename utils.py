@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -76,8 +77,8 @@ def in_words(error: Exception) -> UserError | None:
     """What to tell the user of an error; None for a defect, which needs its traceback."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}; fix this, or give another path")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return UserError(f"{error.filename or 'writing'}: {error.strerror}; fix this, or give another path")
     # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
     no_room = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_room or isinstance(error, MemoryError):
