@@ -70,6 +70,20 @@ GARMENTS: dict[str, RGB] = {
     "white": (238, 236, 228),
     "black": (50, 50, 58),
 }
+# All of them have the same mean over the channels, to 13 grey levels: in gray, one looks like the next.
+VIVID: dict[str, RGB] = {
+    "red": (232, 58, 58),
+    "orange": (240, 112, 20),
+    "gold": (214, 160, 10),
+    "lime": (130, 190, 40),
+    "green": (56, 184, 100),
+    "teal": (20, 164, 164),
+    "sky": (50, 140, 200),
+    "blue": (56, 96, 220),
+    "violet": (126, 66, 192),
+    "magenta": (200, 44, 140),
+}
+PALER = 0.3  # share of white in the pattern of a vivid garment
 SHOES: tuple[RGB, ...] = ((235, 235, 232), (40, 40, 44), (122, 74, 44), (190, 48, 46), (52, 84, 160))
 SKINS: tuple[RGB, ...] = ((246, 212, 186), (228, 182, 148), (192, 136, 98), (138, 92, 66))
 # Hair and bags belong to the structure, of which a swap sees grey only: their tones are calm.
@@ -101,6 +115,7 @@ class Settings:
     junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
     group_size: int = _key(6, "training identities that wear the same colours", 1, 12)
     test_group_size: int = _key(6, "test identities that wear the same colours", 1, 12)
+    vivid: int = _key(0, "1: vivid garments that are equally bright, patterns in a paler shade", 0, 1)
     tint: float = _key(0.05, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
     light: float = _key(0.08, "difference in brightness of the cameras, log gain", 0.0, 1.0)
     noise: float = _key(3.0, "pixel noise, standard deviation in grey levels", 0.0, 64.0)
@@ -181,23 +196,30 @@ def _pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _colour_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+def _colour_pairs(rng: np.random.Generator, settings: Settings) -> list[tuple[RGB, RGB]]:
     """Every pair of two garment colours, upper and lower, shuffled."""
-    pairs = [(upper, lower) for upper in GARMENTS for lower in GARMENTS if upper != lower]
+    garments = list((VIVID if settings.vivid else GARMENTS).values())
+    pairs = [(upper, lower) for upper in garments for lower in garments if upper != lower]
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def _outfit(rng: np.random.Generator, pair: tuple[str, str]) -> Appearance:
+def _grey(colour: RGB) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def _outfit(rng: np.random.Generator, pair: tuple[RGB, RGB], settings: Settings) -> Appearance:
     upper, lower = pair
-    grey = {name: 0.299 * r + 0.587 * g + 0.114 * b for name, (r, g, b) in GARMENTS.items()}
     # A pattern has to be seen in grey too.
-    seconds = [name for name in GARMENTS if name != lower and abs(grey[name] - grey[upper]) > 50]
+    if settings.vivid:
+        seconds = [tuple(round(level + PALER * (255 - level)) for level in upper)]
+    else:
+        seconds = [c for c in GARMENTS.values() if c != lower and abs(_grey(c) - _grey(upper)) > 50]
     return Appearance(
-        upper=GARMENTS[upper],
-        upper_second=GARMENTS[_pick(rng, seconds)],
+        upper=upper,
+        upper_second=_pick(rng, seconds),
         upper_kind=_pick(rng, UPPER_KINDS),
         sleeves=_pick(rng, ("long", "short")),
-        lower=GARMENTS[lower],
+        lower=lower,
         lower_kind=_pick(rng, ("trousers", "trousers", "shorts", "skirt")),
         shoes=_pick(rng, SHOES),
         skin=_pick(rng, SKINS),
@@ -215,10 +237,13 @@ def _body(rng: np.random.Generator, hair: str, bag: str) -> Body:
     )
 
 
-def _groups(rng: np.random.Generator, count: int, group_size: int, split: str, pairs: list) -> list[Person]:
+def _groups(rng: np.random.Generator, settings: Settings, split: str, pairs: list[tuple[RGB, RGB]]) -> list[Person]:
+    train = split == "train"
+    count = settings.train_ids if train else settings.test_ids
+    group_size = settings.group_size if train else settings.test_group_size
     people = []
     for group in range(math.ceil(count / group_size)):
-        outfit = _outfit(rng, pairs[group % len(pairs)])
+        outfit = _outfit(rng, pairs[group % len(pairs)], settings)
         kinds = [UPPER_KINDS[k] for k in rng.permutation(len(UPPER_KINDS))[:2]]
         looks = [(hair, bag) for hair in HAIR_STYLES for bag in BAGS]
         order = rng.permutation(len(looks))
@@ -266,10 +291,10 @@ def _plan(settings: Settings) -> Factors:
     # People: train and test identities are numbered in one shuffled range, as in Market-1501.
     train_groups = math.ceil(settings.train_ids / settings.group_size)
     test_groups = math.ceil(settings.test_ids / settings.test_group_size)
-    pairs = _colour_pairs(people_rng)
+    pairs = _colour_pairs(people_rng, settings)
     share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
-    identities = _groups(people_rng, settings.train_ids, settings.group_size, "train", pairs[:share])
-    identities += _groups(people_rng, settings.test_ids, settings.test_group_size, "test", pairs[share:])
+    identities = _groups(people_rng, settings, "train", pairs[:share])
+    identities += _groups(people_rng, settings, "test", pairs[share:])
     numbers = 1 + people_rng.permutation(len(identities))
     people = {f"{k:04d}": person for k, person in sorted(zip(numbers.tolist(), identities, strict=True))}
 
@@ -296,7 +321,7 @@ def _plan(settings: Settings) -> Factors:
                 add(key, key, int(camera), 0, (QUERY, GT))
     for k in range(settings.distractors + settings.junk):
         key = f"stranger-{k:04d}"
-        outfit = _outfit(people_rng, _pick(people_rng, pairs))
+        outfit = _outfit(people_rng, _pick(people_rng, pairs), settings)
         body = _body(people_rng, _pick(people_rng, HAIR_STYLES), _pick(people_rng, BAGS))
         people[key] = Person(outfit, body, "stranger", -1)
         camera = 1 + int(rng.integers(n))
