@@ -70,7 +70,7 @@ GARMENTS: dict[str, RGB] = {
     "white": (238, 236, 228),
     "black": (50, 50, 58),
 }
-# All of them have the same mean over the channels, to 13 grey levels: in gray, one looks like the next.
+# Their means over the channels lie within 20 levels: in the gray that the structure encoder sees, all look alike.
 VIVID: dict[str, RGB] = {
     "red": (232, 58, 58),
     "orange": (240, 112, 20),
@@ -137,8 +137,17 @@ class Settings:
 
 PRESETS: dict[str, dict[str, float]] = {
     "tiny": {"train_ids": 8, "test_ids": 6, "images_per_camera": 2, "distractors": 4, "junk": 4},
+    # Many people with four pictures each: what a generator learns in minutes depends on how many outfits it sees.
+    "demo": {
+        "train_ids": 600,
+        "test_ids": 72,
+        "min_cameras": 2,
+        "train_cameras": 2,
+        "group_size": 3,
+        "vivid": 1,
+    },
     # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
-    "demo": {"train_ids": 84, "group_size": 3, "test_group_size": 12},
+    "small": {"train_ids": 84, "group_size": 3, "test_group_size": 12},
     "large": {
         "train_ids": 400,
         "test_ids": 200,

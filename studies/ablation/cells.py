@@ -127,7 +127,7 @@ PRESETS: dict[str, Preset] = {
         swaps=16,
     ),
     "small": Preset(
-        "the demo's networks at 64 x 32: 96 identities to train on, 48 to validate, 96 to test; for two CPU cores",
+        "small networks at 64 x 32: 96 identities to train on, 48 to validate, 96 to test; for two CPU cores",
         dict(seed=7, preset="small", train_ids=144),
         "configs/ablation-small-teacher.yaml",
         "configs/ablation-small.yaml",
