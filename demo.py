@@ -142,7 +142,7 @@ def main() -> None:
     settings["teacher"] = args.teacher
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
-    call("re-identification of DG-Net", "test.py", "--name", args.name, *common)
+    call("re-identification of DG-Net", "test.py", "--name", args.name, "--rank-figure", "4", *common)
     call("swaps against the truth", "-m", "mannequins.against_truth", "--name", args.name, *common)
     grid = run / "swap_grid.png"
     call("swap grid", "visual_tools/show_rainbow.py", "--name", args.name, "--out", str(grid), "--force", *common)
@@ -199,11 +199,11 @@ def quickest_threads(most: int) -> int:
 def threads_before(run: Path) -> int | None:
     """The CPU threads with which an interrupted run was trained so far; with others its numbers would differ."""
     from files import Damaged
-    from runs.snapshot import read_manifest
+    from runs.snapshot import own_snapshots, read_manifest
 
-    for path in sorted((run / "checkpoints").glob("snapshot_*.json"), reverse=True):
+    for iteration in reversed(own_snapshots(run / "checkpoints")):
         with contextlib.suppress(Damaged):
-            manifest = read_manifest(path.parent, int(path.stem.removeprefix("snapshot_")))
+            manifest = read_manifest(run / "checkpoints", iteration)
             if found := re.search(r"threads (\d+)", manifest["circumstances"]["device"]):
                 return int(found[1])
     return None

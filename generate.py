@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UserError, add_batch_argument, add_machine_arguments, pick_device, run_cli, set_threads
+from utils import UserError, add_batch_argument, add_machine_arguments, run_cli, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -42,16 +42,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_root", help="data set of the teacher's identities (default: the run's)")
     add_batch_argument(parser, "--batch_size")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
-    parser.add_argument("--gpu_ids", help="GPUs, separated by commas: a process for each")
-    parser.add_argument(
-        "--processes", type=int, help="processes, dealt out to the devices (default: one for each, or torchrun's)"
-    )
+    parser.add_argument("--gpu_ids", metavar="N,...", help="GPUs to use, a process for each: 0 is --device cuda:0")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")
     add_machine_arguments(parser)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for option, least in (("count", 1), ("batch_size", 1), ("top", 1), ("quality", 1), ("seed", 0), ("processes", 1)):
+    for option, least in (("count", 1), ("batch_size", 1), ("top", 1), ("quality", 1), ("seed", 0)):
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f"--{option} {value}: must be at least {least}")
@@ -63,21 +61,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher {args.teacher!r}: names no teacher; to go without soft labels: --no-soft-labels")
 
 
-def choose_devices(args: argparse.Namespace, own: torch.device) -> list[torch.device]:
-    """The device of each process; `own` is that of this one, which torchrun may have started with others."""
-    from parallel.collectives import world_size
-    from parallel.launch import own_device, parse_gpu_ids
-
-    if world_size() > 1:
-        return [own] * world_size()
-    gpu_ids = parse_gpu_ids(args.gpu_ids, args.device)
-    devices = [own_device(args.device, gpu_ids, local) for local in range(len(gpu_ids or [0]))]
-    return [devices[i % len(devices)] for i in range(args.processes or len(devices))]
-
-
 def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
     """The folder of the images to combine, and the checked images."""
-    from data.folders import check_images, is_data_set, read_people
+    from data.folders import is_data_set, read_people
+    from data.images import check_images
     from runs.folder import resolve_data_root
 
     root = resolve_data_root(args.input or cfg.data_root)
@@ -106,58 +93,51 @@ def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[st
         raise UserError(f"{error}; soft labels need it: --data_root DIR, or --no-soft-labels") from None
 
 
-def main() -> None:
+def main() -> int | None:
     started = time.perf_counter()
     args = parse_args()
-    check_args(args)
 
     from parallel import launch
 
-    gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
-    if launch.started():
-        launch.count_processes(args.processes, gpu_ids)
-    with launch.process_group(args.device, gpu_ids) as device:
-        make_data_set(args, device, started)
+    if (status := launch.launch_if_asked(args)) is not None:
+        return status
+    with launch.process_group(args) as device:
+        return make_data_set(args, device, started)
 
 
 def make_data_set(args: argparse.Namespace, device: torch.device, started: float) -> None:
+    check_args(args)
+
     import torch
 
-    from parallel.collectives import gather, world_size
+    from parallel.collectives import gather, is_main
     from precision import pick_precision
     from runs.folder import generator_config, open_run
     from runs.load import pick_epoch
-    from runs.swap_set import Job, NetNames, Nets, choose_batch_size, generate, pass_size, plan
+    from runs.swap_set import Job, Nets, choose_batch_size, generate, pass_size, plan
 
-    devices = choose_devices(args, device)
-    pick_precision(devices[0], args.precision)  # refuses what it cannot do
-    if args.threads is None and len(devices) > 1 and world_size() == 1:
-        args.threads = max(1, (os.cpu_count() or 1) // len(devices))
+    pick_precision(device, args.precision)  # refuses what it cannot do
     set_threads(args.threads)
     run = open_run(args.output_path, args.name)
     cfg = generator_config(run)
-    iteration = pick_epoch(run, cfg.task, args.which_epoch)
+    iteration = pick_epoch(run, args.which_epoch)
     root, images = read_input(args, cfg)
     labelled = args.labels == "appearance"
     rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
     teachers, classes = choose_teachers(args, cfg)
-    names = NetNames(run, iteration, teachers, classes, args.precision)
-    # Several processes load their own; these then only tell which weights they are.
-    own = len(devices) == 1 or world_size() > 1
-    nets = Nets(names, device if own else pick_device("cpu"))
-    if args.batch_size is None:
-        trial, sharing = (nets, 1) if own else (Nets(names, devices[0]), devices.count(devices[0]))
-        args.batch_size = min(gather(choose_batch_size(trial, Path(args.out), sharing)))
-        del trial  # its memory is for the processes that do the work
+    nets = Nets(run, iteration, teachers, classes, args.precision, device)
+    batch_size = args.batch_size or min(gather(choose_batch_size(nets, Path(args.out))))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}
-    settings |= {"device": devices[0].type, "images_per_pass": pass_size(devices[0], args.batch_size)}
-    # The number of threads shows in the last bits, too.
-    settings |= {"threads": torch.get_num_threads() if devices[0].type == "cpu" else None}
+    settings |= {"device": device.type, "images_per_pass": pass_size(device, batch_size)}
+    # On a CPU rounding depends on the number of threads, too.
+    settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
-    job = Job(names, Path(args.out), rows, sources, args.top, args.quality, args.batch_size, args.threads)
-    speed = generate(job, nets, devices, settings, started)
+    job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
+    speed = generate(job, nets, settings, started)
+    if not is_main():
+        return
     print(f"{len(rows)} images in {args.out}, {speed.images} of them made now")
     if speed.images:
         print(
@@ -167,11 +147,11 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
 
 
 def name_images(images: ImageList, root: Path) -> str:
-    """A name for a list of images: files, in their order."""
+    """A name for a list of images, made from their paths in order."""
     return hashlib.sha256(b"\n".join(os.fsencode(path.relative_to(root)) for path in images.paths)).hexdigest()[:16]
 
 
 if __name__ == "__main__":
-    # What ends a batch job would leave hidden files behind.
+    # SIGTERM, which ends a batch job, unwinds like Ctrl-C, so that no half-written files stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_cli(main)

@@ -36,20 +36,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int | None:
     args = parse_args()
-    check_net_arguments(args)
-    if args.batchsize is not None and args.batchsize < 1:
-        raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
 
     from parallel import launch
 
-    processes = launch.count_processes(args.processes, None)
-    if processes > 1 and not launch.started():
-        return launch.launch(processes, args.device)
-    with launch.process_group(args.device) as device:
+    if (status := launch.launch_if_asked(args)) is not None:
+        return status
+    with launch.process_group(args) as device:
         return run_test(args, device)
 
 
 def run_test(args: argparse.Namespace, device: torch.device) -> None:
+    check_net_arguments(args)
+    if args.batchsize is not None and args.batchsize < 1:
+        raise UserError(f"--batchsize {args.batchsize}: must be at least 1")
+
     from data.folders import check_test_set, data_set_name
     from parallel.collectives import is_main
     from reid_eval.features import check_feature_file

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import shlex
 from pathlib import Path
@@ -75,24 +73,20 @@ def main() -> int:
     args = parse_args()
 
     from parallel import launch
-    from parallel.collectives import own_batch_size
 
-    gpu_ids = launch.parse_gpu_ids(args.gpu_ids, args.device)
-    processes = launch.count_processes(args.processes, gpu_ids)
-    if processes > 1 and not launch.started():
-        with contextlib.redirect_stderr(io.StringIO()):  # its notes are process 0's to print
-            cfg, _ = read_config(args)  # what is wrong with it is said before anything starts
-        own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn, processes=processes)
-        return launch.launch(processes, args.device, gpu_ids)
-    with launch.process_group(args.device, gpu_ids) as device:
+    if (status := launch.launch_if_asked(args)) is not None:
+        return status
+    with launch.process_group(args) as device:
         return run_training(args, device)
 
 
 def run_training(args: argparse.Namespace, device: torch.device) -> int:
     cfg, name = read_config(args)
 
+    from parallel.collectives import is_main
     from runs.folder import open_run
-    from runs.session import build_session, describe, train
+    from runs.loop import train
+    from runs.session import build_session, describe
 
     set_threads(args.threads)
     seed_everything(cfg.seed)
@@ -100,7 +94,8 @@ def run_training(args: argparse.Namespace, device: torch.device) -> int:
     command = resume_command(args, run)
     session = build_session(cfg, run, device, resume=args.resume is not None, command=command)
     if args.dry_run:
-        print(describe(session))
+        if is_main():
+            print(describe(session))
         return 0
     return train(session, resume=args.resume)
 

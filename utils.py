@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import re
@@ -29,6 +30,21 @@ class UserError(Exception):
     status = 2  # of the program that it ends
 
 
+class _Lines(logging.Formatter):
+    """One line per record; only warnings say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        return prefix + record.getMessage()
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Send notes and warnings to stderr. Of several processes only the first prints what is below an error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2.
 
@@ -37,6 +53,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     # Names of files are bytes: they are printed as they are, in errors escaped.
     sys.stdout.reconfigure(errors="surrogateescape")
     sys.stderr.reconfigure(errors="backslashreplace")
+    set_up_logging()
     # Such images are refused, in words of our own.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
@@ -60,7 +77,7 @@ def in_words(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}; mend that or give another path")
+        return UserError(f"{error.filename}: {error.strerror}; fix this, or give another path")
     # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
     no_room = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_room or isinstance(error, MemoryError):

@@ -49,7 +49,7 @@ def make_run(folder: Path, backbone: str, size: tuple[int, int]) -> None:
 
     from config import DGNetConfig, TeacherConfig, parse_config
     from data.folders import read_split
-    from files import write_atomically
+    from files import write_tensors
     from mannequins.dataset import make_dataset
     from networks import Generator
     from reIDmodel import build_id_net, build_teacher
@@ -70,7 +70,7 @@ def make_run(folder: Path, backbone: str, size: tuple[int, int]) -> None:
     make_run_folder(run, cfg)
     gen = Generator(code_dim=code, **cfg.gen.model_dump())
     for name, net in (("gen", gen), ("id", id_net)):
-        write_atomically(run.checkpoints / f"{name}_{1:08d}.pt", {"a": net.state_dict()})
+        write_tensors(run.checkpoints / f"{name}_{1:08d}.pt", {"a": net.state_dict()})
     teacher = parse_config(common | {"task": "teacher"}, "benchmark")
     assert isinstance(teacher, TeacherConfig)
     save_teacher(run, teacher, build_teacher(classes, backbone=backbone), classes)

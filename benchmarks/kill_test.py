@@ -72,14 +72,12 @@ class Trial:
             raise UserError(f"{self.folder}: the run ended with status {status}: {out[-2000:]}")
         return out
 
-    def manifests(self) -> set[str]:
-        return {name for name in names(self.checkpoints) if name.startswith("snapshot_")}
+    def snapshots(self) -> set[str]:
+        return {name for name in names(self.checkpoints) if name.isdecimal()}
 
     def writing(self) -> str | None:
         """What is being written at this moment, as the folders show it."""
-        files = names(self.checkpoints)
-        states = {name[6:14] for name in files if name.startswith("state_")}
-        if any(name.endswith(".part") for name in files) or states - {name[9:17] for name in self.manifests()}:
+        if any(name.endswith(".part") for name in names(self.checkpoints)):
             return "snapshot"
         return "image" if any(name.endswith(".part") for name in names(self.images)) else None
 
@@ -93,21 +91,21 @@ def names(folder: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of the files but for the manifests, which name the number of workers too."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix != ".json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".json"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) -> str:
     """Start the run, kill it at a random moment; returns during what, or 'nothing' where the run ended before."""
     aim = rng.choice(["start-up", "step", "step", "snapshot", "snapshot", "snapshot", "image", "image"])
-    before = trial.manifests()
+    before = trial.snapshots()
     process = trial.start(workers=rng.choice([0, 0, 2]))
     began = time.monotonic()
     early = rng.uniform(0, start_up)
     fine = rng.uniform(0, 0.01)  # into the writing of a file
     try:
         while process.poll() is None:
-            progress = bool(trial.manifests() - before)
+            progress = bool(trial.snapshots() - before)
             if aim == "start-up" and (time.monotonic() - began > early or progress):
                 break
             if aim == "step" and progress:
@@ -125,7 +123,7 @@ def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) ->
         process.kill()
         process.wait()
     # Before the first new snapshot, what looks half written may be the killed process's before.
-    return trial.writing() or "step" if trial.manifests() - before else "start-up"
+    return trial.writing() or "step" if trial.snapshots() - before else "start-up"
 
 
 def parse_args() -> argparse.Namespace:
@@ -177,7 +175,7 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         if moment == "nothing":
             break
         moments[moment] += 1
-        newest = max(killed.manifests(), default="none yet")
+        newest = max(killed.snapshots(), default="none yet")
         print(f"kill {k + 1}: {moment}; newest snapshot {newest}", flush=True)
     out = killed.finish()
     last = re.search(r"resumed run after (\d+)", out)

@@ -1,1 +1,1 @@
-"""Several processes that train one run."""
+"""Several processes for one command."""

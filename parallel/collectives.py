@@ -1,14 +1,14 @@
-"""Several processes train one run: who is who, what they exchange, and layers that act on the whole batch.
+"""What the processes of one run exchange, and how they stay in step. In a single process nothing here has an effect.
 
-Every process holds the whole model and an equal slice of each batch; gradients are averaged after each backward.
-`batch_size` is that of the whole batch, and what is drawn at random is drawn for the whole batch in every process,
-which keeps its own slice: the number of processes does not show in what a run sees. In one process everything here
-does nothing. Starting and ending the processes: launch.py.
+Every process holds the whole model and an equal slice of each batch, and gradients are averaged after each backward.
+`batch_size` counts the whole batch. Every process makes the random draws of the whole batch and keeps those of its
+slice, so a run sees the same images and draws on any number of processes. launch.py starts and ends the processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -26,9 +26,9 @@ BUCKET_BYTES = 32 * 2**20  # of gradients in one message: while it travels the n
 
 
 class ProcessLost(UserError):
-    """Another process of this run has ended or cannot be reached. Not bad input, so its exit status is 1."""
+    """Another process of this run has ended or cannot be reached."""
 
-    status = 1
+    status = 1  # not bad input
 
 
 def rank() -> int:
@@ -41,6 +41,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """This process's number among the processes of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
@@ -48,14 +53,11 @@ def is_main() -> bool:
 
 @contextmanager
 def reaching_others() -> Iterator[None]:
-    """Around each exchange: what the backends raise when a process is gone becomes ProcessLost."""
+    """Around an exchange: what a backend raises when a process is gone becomes ProcessLost."""
     try:
         yield
     except RuntimeError as error:
-        why = one_line(error)
-        raise ProcessLost(
-            f"another process of this run has ended or cannot be reached, so all end; continue with --resume ({why})"
-        ) from None
+        raise ProcessLost(f"a process of this run has ended or cannot be reached ({one_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------- exchanges
@@ -63,9 +65,9 @@ def reaching_others() -> Iterator[None]:
 def average_gradients(*optimizers: torch.optim.Optimizer) -> None:
     """Replace the gradients of the optimisers' parameters by their mean over the processes.
 
-    To be called after backward and before the step, and before a loss scale is taken back: an overflow in one process
-    then shows in all. Parameters without gradient stay without: which they are is the same in every process, because
-    it depends on the config and the iteration alone.
+    Call it after backward, and before the gradients are unscaled, so that an overflow in one process shows in all.
+    Parameters without a gradient keep none: which they are depends on the config and the iteration alone, so every
+    process skips the same.
     """
     if world_size() == 1:
         return
@@ -83,7 +85,7 @@ def average_gradients(*optimizers: torch.optim.Optimizer) -> None:
 
 
 def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of together at most `size` bytes; a larger one is alone."""
+    """Runs of consecutive tensors that hold at most `size` bytes together; a larger tensor is alone in its run."""
     bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -97,7 +99,7 @@ def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def average_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms of the whole batch: their means over the processes' equal slices. Not finite in one, in all."""
+    """The losses of the whole batch: means over the processes' equal slices. A loss not finite in one is so in all."""
     if world_size() == 1:
         return terms
     values = torch.stack([term.detach().double() for term in terms.values()])
@@ -107,7 +109,7 @@ def average_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order, in every process."""
+    """The values of all processes by rank, in every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -116,39 +118,43 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def from_first_of_machine(value: T) -> T:
+    """The value of the first process of this machine, in all its processes."""
+    return gather(value)[rank() - local_rank()]
+
+
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return once every process has called this."""
     gather(None)
 
 
 # ---------------------------------------------------------------------------------- slices of the batch
-def own_batch_size(batch_size: int, *, sync_bn: bool, processes: int | None = None) -> int:
-    """How many images of every batch a process has. Raises UserError where they cannot be shared out."""
-    processes = processes or world_size()
-    n, rest = divmod(batch_size, processes)
+def own_batch_size(batch_size: int, *, sync_bn: bool) -> int:
+    """The images of a batch that each process has. Raises UserError if they cannot be shared out."""
+    n, rest = divmod(batch_size, world_size())
     if rest:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared out equally over {processes} processes; it counts the images "
-            f"of all: make it a multiple of {processes}"
+            f"batch_size {batch_size} cannot be shared out equally over {world_size()} processes; it counts the images "
+            f"of all: make it a multiple of {world_size()}"
         )
-    if n == 1 and processes > 1 and not sync_bn:
+    if n == 1 and world_size() > 1 and not sync_bn:
         raise UserError(
-            f"batch_size {batch_size} over {processes} processes leaves one image in each, too few for the statistics "
-            "of BatchNorm; raise batch_size, use fewer processes or set sync_bn: true"
+            f"batch_size {batch_size} over {world_size()} processes leaves one image in each, too few for the "
+            "statistics of BatchNorm; raise batch_size, use fewer processes or set sync_bn: true"
         )
     return n
 
 
 def own_part() -> Part:
-    """The slice of every batch that this process has."""
+    """This process's slice of every batch."""
     return Part(rank(), world_size())
 
 
 # ----------------------------------------------------------------------------------- keeping in step
 def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
-    """Before the first step: weights, buffers and random state of process 0 for all, then `check_ranks`.
+    """Before the first step: give all processes the weights, buffers and random state of process 0, and compare them.
 
-    Raises UserError where the processes would start at different iterations.
+    Raises UserError if the processes would start at different iterations.
     """
     if world_size() == 1:
         return
@@ -158,8 +164,9 @@ def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
             f"the processes found different snapshots, after {', '.join(map(str, starts))} steps; "
             "--output_path must be the same folder for all"
         )
-    share(lambda net: [*net.parameters(), *net.buffers()], trainer)
-    # Equal states make equal masks of dropout; a snapshot holds those of process 0.
+    for net in trainer.networks().values():
+        share_tensors([*net.parameters(), *net.buffers()])
+    # Equal states make equal masks of dropout; a snapshot holds the state of process 0.
     states = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
     torch.set_rng_state(states[0][0])
     if device.type == "cuda":
@@ -168,23 +175,19 @@ def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
 
 
 def share_buffers(trainer: Trainer) -> None:
-    """The networks' buffers (running statistics) of process 0 for all. Before a snapshot, which keeps these."""
-    share(lambda net: list(net.buffers()), trainer)
-
-
-def share(tensors: Callable[[nn.Module], list[Tensor]], trainer: Trainer) -> None:
+    """Give all processes the running statistics of process 0. A snapshot, which is about to be written, keeps these."""
     for net in trainer.networks().values():
-        share_tensors(tensors(net))
+        share_tensors(list(net.buffers()))
 
 
 @torch.no_grad()
 def share_tensors(tensors: list[Tensor]) -> None:
-    """The values of process 0 for all, in place."""
+    """Give all processes the values of process 0, in place."""
     if world_size() == 1:
         return
     with reaching_others():
         for tensor in tensors:
-            # A broadcast wants dense rows, which a channels-last weight has not.
+            # A broadcast needs contiguous memory, which a channels-last weight has not.
             dense = tensor.contiguous()
             dist.broadcast(dense, src=0)
             if dense is not tensor:
@@ -192,7 +195,7 @@ def share_tensors(tensors: list[Tensor]) -> None:
 
 
 def check_ranks(trainer: Trainer, t: int) -> None:
-    """Raises UserError when a weight or an optimiser's state is not the same, bit for bit, in every process."""
+    """Raises UserError unless weights and optimiser states are the same, bit for bit, in every process."""
     if world_size() == 1:
         return
     named = [(f"{net}.{name}", p) for net, m in trainer.networks().items() for name, p in m.named_parameters()]
@@ -201,10 +204,10 @@ def check_ranks(trainer: Trainer, t: int) -> None:
         for p, state in optimizer.state.items():
             named += [(f"{names[id(p)]} ({key})", v) for key, v in state.items() if isinstance(v, Tensor)]
     hashes = torch.stack([checksum(tensor) for _, tensor in named]).cpu()
-    theirs = gather(hashes)
-    if any(len(other) != len(hashes) for other in theirs):
+    hashes_of_all = gather(hashes)
+    if any(len(some) != len(hashes) for some in hashes_of_all):
         raise UserError(f"iteration {t}: the optimisers of the processes hold different states; resume the run")
-    differs = (torch.stack(theirs) != hashes).any(dim=0).any(dim=1)
+    differs = (torch.stack(hashes_of_all) != hashes).any(dim=0).any(dim=1)
     if differs.any():
         wrong = [name for (name, _), bad in zip(named, differs.tolist(), strict=True) if bad]
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -216,9 +219,9 @@ def check_ranks(trainer: Trainer, t: int) -> None:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """(2,) int64 on the CPU: sums of the values' bits, plain and weighted by their place, modulo 2**64.
+    """(2,) int64 on the CPU: sums of the values' bits modulo 2**64, plain and weighted by their position.
 
-    Sums of whole numbers do not depend on their order, so the same values have the same sum on every device.
+    Sums of integers do not depend on their order, so equal values have equal sums on every device.
     """
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(-1).view(whole).to(torch.int64)

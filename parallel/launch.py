@@ -1,52 +1,50 @@
-"""Several processes of one command: started here or by torchrun, watched, and ended together.
+"""The processes of a command: torchrun starts and watches them, also behind --processes and --gpu_ids.
 
-All speak with one voice: only process 0 prints, and an error is reported by the first that meets it.
+Process 0 alone shows notes and results. An error is reported by the first process that meets it.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from parallel.collectives import ProcessLost, wait_for_all
-from utils import UserError, pick_device
+from parallel.collectives import ProcessLost, reaching_others, wait_for_all
+from utils import UserError, in_words, pick_device, set_up_logging
 
-BEAT = 2.0  # seconds between signs of life
-SILENCE = 40.0  # seconds without one after which a process counts as lost
-GRACE = 10.0  # seconds that a process has to end by itself once another is lost
-STOPPING = 300.0  # the same after a signal to stop, when process 0 may be writing a snapshot
-PATIENCE = timedelta(minutes=30)  # for a process that lives, but writes or reads slowly
+STOPPING = 300  # seconds after a signal: the processes finish a few steps, and process 0 writes a snapshot
+PATIENCE = timedelta(minutes=30)  # for a process that is alive, but reads or writes slowly
 
 
 def started() -> bool:
-    """Whether this is one of several processes that torchrun, or `launch`, has started."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" not in os.environ or text == "1":
+    """Whether this is one of several processes that torchrun, or `launch_if_asked`, has started."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ or size == "1":
         return False
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    numbers = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name not in missing]
-    if missing or not all(number.isdecimal() for number in numbers):
-        what = f"{missing[0]} is not set" if missing else "RANK, WORLD_SIZE and MASTER_PORT must be numbers"
-        raise UserError(f"WORLD_SIZE {text}: {what}; start several processes with torchrun, or unset RANK, WORLD_SIZE")
-    return int(text) > 1
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE {size}: {name} is not set; use torchrun, or unset RANK and WORLD_SIZE")
+    return True
 
 
 # ------------------------------------------------------------------------------------------- options
-def parse_gpu_ids(text: str | None, device: str | None) -> list[int] | None:
-    """The numbers in `--gpu_ids`, None where it is not given. -1 is the CPU."""
+def parse_gpu_ids(args: argparse.Namespace) -> list[int] | None:
+    """The GPUs in `--gpu_ids`, -1 for the CPU; None where the option is absent."""
+    text = getattr(args, "gpu_ids", None)
     if text is None:
         return None
-    if device is not None:
+    if args.device is not None:
         raise UserError("--gpu_ids and --device: give one of the two")
     try:
         ids = [int(part) for part in text.split(",")]
@@ -57,24 +55,25 @@ def parse_gpu_ids(text: str | None, device: str | None) -> list[int] | None:
     return ids
 
 
-def count_processes(processes: int | None, gpu_ids: list[int] | None) -> int:
-    """How many processes the options ask for; torchrun's number where it has started this one."""
-    asked = processes or (len(gpu_ids) if gpu_ids else None)
+def count_processes(args: argparse.Namespace) -> int:
+    """The number of processes that the options ask for, or that torchrun has started."""
+    processes, gpu_ids = args.processes, parse_gpu_ids(args)
     if processes is not None:
         if processes < 1:
             raise UserError(f"--processes {processes}: must be at least 1")
         if gpu_ids and len(gpu_ids) != processes:
             raise UserError(f"--processes {processes}: --gpu_ids names {len(gpu_ids)} GPUs; leave one of the two out")
     if not started():
-        return asked or 1
+        return processes or len(gpu_ids or [0])
     size = int(os.environ["WORLD_SIZE"])
     if processes not in (None, size):
         raise UserError(f"--processes {processes}: torchrun has started {size}; leave --processes out")
     return size
 
 
-def own_device(device: str | None, gpu_ids: list[int] | None, local: int = 0, processes: int = 1) -> torch.device:
-    """The device of process number `local` on this machine. Raises UserError where there is none."""
+def device_of(args: argparse.Namespace, local: int, processes: int) -> torch.device:
+    """The device of process number `local` on this machine, one of `processes`. Raises UserError where it has none."""
+    gpu_ids = parse_gpu_ids(args)
     if gpu_ids is not None:
         if local >= len(gpu_ids):
             raise UserError(f"--gpu_ids names {len(gpu_ids)} GPUs, but there are more processes on this machine")
@@ -82,209 +81,111 @@ def own_device(device: str | None, gpu_ids: list[int] | None, local: int = 0, pr
             return torch.device("cpu")
         if not torch.cuda.is_available():
             raise UserError(
-                f"--gpu_ids {','.join(map(str, gpu_ids))}: this PyTorch sees no CUDA GPU; "
+                f"--gpu_ids {args.gpu_ids}: this PyTorch sees no CUDA GPU; "
                 "use --device cpu, with --processes N for several processes"
             )
         return pick_device(f"cuda:{gpu_ids[local]}")
-    chosen = pick_device(device)
-    if processes == 1 or chosen.type == "cpu":
-        return chosen
-    if chosen.index is not None:
-        raise UserError(f"--device {device}: each of {processes} processes needs a GPU of its own; use --gpu_ids 0,1")
+    device = pick_device(args.device)
+    if processes == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise UserError(f"--device {device}: {processes} processes need a GPU each; use --gpu_ids 0,1")
     return pick_device(f"cuda:{local}")
+
+
+# --------------------------------------------------------------------------------------------- starting
+def launch_if_asked(args: argparse.Namespace) -> int | None:
+    """Run this very command in the processes that the options ask for, as torchrun would on this machine.
+
+    args: `device`, `processes` and, where the command has it, `gpu_ids`.
+
+    Returns the exit status; None where this process has to do the work itself, in `process_group`. Raises UserError
+    before anything starts if a process would have no device.
+    """
+    if started() or (processes := count_processes(args)) == 1:
+        return None
+    for local in range(processes):
+        device_of(args, local, processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # The agent's account of a failure is pages long; `explain` says it in one line.
+    agent = logging.getLogger("torch.distributed.elastic")
+    agent.addHandler(logging.NullHandler())
+    agent.propagate = False
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="local",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        shutdown_timeout=STOPPING,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        return explain(error.failures, processes)
+    return 0
+
+
+def explain(failures: dict[int, ProcessFailure], processes: int) -> int:
+    """The exit status after `failures`, by rank. Says which process was lost, unless one has reported an error."""
+    # A process that loses another ends with status 1 or by the agent's SIGTERM: these are consequences.
+    causes = [rank for rank, failure in failures.items() if failure.exitcode not in (1, -signal.SIGTERM)]
+    rank = (causes or list(failures))[0]
+    status = failures[rank].exitcode
+    if status > 1:
+        return status
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "has failed"
+    # On a new line: the progress bar of process 0 has not ended its own.
+    print(
+        f"\nerror: process {rank} of {processes} {how}, so all have ended; "
+        "run the same command again to continue (train.py: with --resume)",
+        file=sys.stderr,
+    )
+    return 1
 
 
 # ------------------------------------------------------------------------------- one of several processes
 @contextmanager
-def process_group(device: str | None, gpu_ids: list[int] | None = None) -> Iterator[torch.device]:
-    """Join the other processes, yield this one's device, and leave together with them.
+def process_group(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Join the other processes, yield the device of this one, and leave together with them.
 
-    In a single process there is nothing to join. An error in one process ends all within a minute.
+    A single process has nothing to join. An error in one process ends all of them, and is printed once.
     """
     if not started():
-        yield own_device(device, gpu_ids)
+        yield device_of(args, 0, 1)
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun, like `launch`, keeps the store itself, so that it outlives every process.
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shown = sys.stdout, sys.stderr
-    store = dist.TCPStore(host, port, None, is_master=hosts, timeout=PATIENCE, wait_for_workers=False)
-    # The watch has a client of its own: the other one's requests may wait for long.
-    client = dist.TCPStore(host, port, None, is_master=False, wait_for_workers=False)
-    watch = Watch(dist.PrefixStore(f"watch{attempt}", client), rank, size)
-    with open(os.devnull, "w") as nowhere:
-        if rank > 0:
-            sys.stdout = sys.stderr = nowhere
-        try:
-            watch.start()
-            own = own_device(device, gpu_ids, int(os.environ.get("LOCAL_RANK", rank)), size)
-            backend = "gloo"
-            if own.type == "cuda":
-                torch.cuda.set_device(own)
-                backend = "cpu:gloo,cuda:nccl"
-            group = dist.PrefixStore(f"group{attempt}", store)
-            dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=PATIENCE)
-            watch.joined = True
-            yield own
-            wait_for_all()
-            watch.finish()
-            dist.destroy_process_group()
-        except (UserError, KeyboardInterrupt) as error:
-            lost = isinstance(error, ProcessLost)
-            if watch.may_speak(patient=lost):
-                sys.stdout, sys.stderr = shown
-                raise
-            raise SystemExit(getattr(error, "status", 130)) from None
-        except SystemExit:
-            watch.finish()
-            raise
-        except BaseException:
-            watch.may_speak()
-            sys.stdout, sys.stderr = shown
-            raise
-        finally:
-            sys.stdout, sys.stderr = shown
-
-
-class Watch:
-    """A thread that gives and reads signs of life in the store.
-
-    An exchange with a dead process may wait for long (on GPUs) and the main thread with it; this thread then ends the
-    process. Each process watches the next one and tells all when it is lost.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self.store, self.rank, self.next = store, rank, (rank + 1) % size
-        self.joined = False  # before all have come, none is missed but by whoever started it
-        self.finished = threading.Event()
-        self.lock = threading.Lock()
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
-
-    def start(self) -> None:
-        self.thread.start()
-
-    def finish(self) -> None:
-        """This process ends in order; nobody need miss it."""
-        self.finished.set()
-        try:
-            with self.lock:
-                self.store.set(f"done{self.rank}", "")
-        except RuntimeError:
-            pass  # the store has gone with the process that kept it
-        # Python cannot end while a thread is inside a request of the store: that aborts the process, status 134.
-        self.thread.join(GRACE)
-
-    def may_speak(self, *, patient: bool = False) -> bool:
-        """Tell all that the run has failed; whether this process is the first, and so reports it.
-
-        `patient`: leave precedence to whoever knows the cause.
-        """
-        try:
-            with self.lock:
-                self.store.set("lost", "")
-            if patient:
-                time.sleep(3)
-            with self.lock:
-                return self.store.add("said", 1) == 1
-        except RuntimeError:
-            return True
-
-    def _next_is_lost(self) -> bool:
-        """One sign of life; whether somebody is lost."""
-        with self.lock:
-            self.store.add(f"alive{self.rank}", 1)
-            count = self.store.add(f"alive{self.next}", 0)
-            if not self.joined or count != self.count or self.store.check([f"done{self.next}"]):
-                self.count, self.seen = count, time.monotonic()
-            return time.monotonic() - self.seen > SILENCE or self.store.check(["lost"])
-
-    def _run(self) -> None:
-        self.count, self.seen = 0, time.monotonic()
-        while not self.finished.wait(BEAT):
-            try:
-                if not self._next_is_lost():
-                    continue
-            except RuntimeError:
-                pass  # whoever kept the store is gone
-            if self.finished.wait(GRACE):
-                return
-            if self.may_speak():
-                print(
-                    "\nerror: another process of this run has ended or cannot be reached, so all end; "
-                    "continue with --resume",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
-            os._exit(1)
-
-
-# --------------------------------------------------------------------------------------------- starting
-def launch(processes: int, device: str | None, gpu_ids: list[int] | None = None) -> int:
-    """Run this very command in `processes` processes on this machine, as torchrun would; returns the exit status.
-
-    Signals to stop are passed on. When one process fails, the others have some seconds to end by themselves. Raises
-    UserError, before anything starts, where there is no device for each.
-    """
-    for local in range(processes):
-        own_device(device, gpu_ids, local, processes)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": str(processes),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    children: list[subprocess.Popen] = []
-    stopped: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        stopped.append(number)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with reaching_others():
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun may start the processes anew with the same store.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    set_up_logging(logging.INFO if rank == 0 else logging.ERROR)
     try:
-        for rank in range(processes):
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In sessions of their own: a Ctrl-C then reaches them once, through `stop`.
-            children.append(subprocess.Popen([sys.executable, *sys.argv], env=own, start_new_session=True))
-        return _wait(children, store, stopped)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def _wait(children: list[subprocess.Popen], store: dist.Store, stopped: list[int]) -> int:
-    """Until all have ended. The status is that of the first that failed, 1 where a signal ended it."""
-    status, since = 0, 0.0
-    while any(child.poll() is None for child in children):
-        time.sleep(0.1)
-        failed = [(rank, child) for rank, child in enumerate(children) if child.poll()]
-        if failed and not status:
-            (rank, child), since = failed[0], time.monotonic()
-            status = _status(child.returncode, stopped)
-            if child.returncode < 0 and not stopped and store.add("watch0/said", 1) == 1:
-                name = signal.Signals(-child.returncode).name
-                # On a line of its own: the progress bar of process 0 has not ended its line.
-                print(
-                    f"\nerror: process {rank} of {len(children)} was ended by {name}, so all end; "
-                    "continue with --resume",
-                    file=sys.stderr,
-                )
-        if status:
-            waited = time.monotonic() - since - (STOPPING if stopped else 2 * GRACE)
-            for child in children:
-                if child.poll() is None and waited > 0:
-                    child.terminate() if waited < GRACE else child.kill()
-    return status or max((_status(child.returncode, stopped) for child in children), default=0)
-
-
-def _status(code: int, stopped: list[int]) -> int:
-    return code if code >= 0 else 128 - code if stopped else 1
+        device = device_of(args, int(os.environ.get("LOCAL_RANK", rank)), count_processes(args))
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        with reaching_others():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        yield device
+        wait_for_all()
+        dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if rank == 0:
+            raise
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        words = in_words(error)
+        if words is None:
+            raise
+        # torchrun, or `explain`, says which process was lost.
+        silent = dist.is_torchelastic_launched() if isinstance(words, ProcessLost) else store.add("errors", 1) > 1
+        if silent:
+            raise SystemExit(words.status) from None
+        raise

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from parallel.collectives import own_part, rank, reaching_others, world_size
+from parallel.collectives import own_part, reaching_others, world_size
 
 
 class Dropout(nn.Dropout):
@@ -29,79 +29,70 @@ class Dropout(nn.Dropout):
         return x * own_part().rows(F.dropout(whole, self.p), self.images)
 
 
-class _NormaliseBatch(torch.autograd.Function):
-    """BatchNorm's training pass over equal slices in all processes: one exchange forward, one backward."""
+class _MeanOfAll(torch.autograd.Function):
+    """The mean of a tensor over the processes; its gradient is the mean of their gradients."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        dims, full = [0, *range(2, x.dim())], x.to(torch.promote_types(x.dtype, torch.float32))
-        own_var, own_mean = torch.var_mean(full, dim=dims, unbiased=False)
-        moments = own_mean.new_zeros(world_size(), 2, x.shape[1])
-        moments[rank(), 0], moments[rank(), 1] = own_mean, own_var
-        with reaching_others():
-            dist.all_reduce(moments)
-        mean = moments[:, 0].mean(dim=0)
-        var = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(dim=0)
-        inverse = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.mark_non_differentiable(mean, var)
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        scale = inverse * weight
-        y = torch.addcmul((bias - mean * scale).view(shape), full, scale.view(shape))
-        return y.to(x.dtype), mean, var
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _mean_of_all(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        dims, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
-        full = torch.promote_types(x.dtype, torch.float32)
-        grad = grad.to(full)
-        normalised = (x.to(full) - mean.view(shape)) * inverse.view(shape)
-        own = torch.stack([grad.sum(dim=dims), (grad * normalised).sum(dim=dims)])
-        totals = own.clone()
-        with reaching_others():
-            dist.all_reduce(totals)
-        centre, slope = (totals / (x.numel() // x.shape[1] * world_size())).view(2, *shape)
-        grad_x = (grad - centre - normalised * slope) * (inverse * weight).view(shape)
-        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _mean_of_all(grad)
 
 
-class SyncBatchNorm(_BatchNorm):
-    """BatchNorm with the statistics of the whole batch, on any device; torch's own is for CUDA alone."""
+def _mean_of_all(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    with reaching_others():
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+class SyncBatchNormCPU(_BatchNorm):
+    """BatchNorm with the statistics of the whole batch on a CPU, which torch.nn.SyncBatchNorm refuses."""
 
     @classmethod
-    def like(cls, norm: _BatchNorm) -> SyncBatchNorm:
-        """One with the parameters and buffers of `norm`, shared, so that optimisers keep hold of them."""
-        own = cls(norm.num_features, norm.eps, norm.momentum)
-        own._parameters, own._buffers, own.training = norm._parameters, norm._buffers, norm.training
-        return own
+    def like(cls, norm: _BatchNorm) -> SyncBatchNormCPU:
+        """A layer with the very parameters and buffers of `norm`, so that its optimiser still finds them."""
+        layer = cls(norm.num_features, norm.eps, norm.momentum)
+        layer._parameters, layer._buffers, layer.training = norm._parameters, norm._buffers, norm.training
+        return layer
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Of any number of dimensions."""
+        """Any number of dimensions will do."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, var = _NormaliseBatch.apply(x, self.weight, self.bias, self.eps)
+        dims, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _MeanOfAll.apply(full.mean(dims))
+        centred = full - mean.view(shape)
+        var = _MeanOfAll.apply(centred.square().mean(dims))
         if self.track_running_stats:
             count = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
-        return y
+            self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var.detach() * (count / (count - 1))).to(self.running_var), self.momentum)
+        scale = (var + self.eps).rsqrt() * self.weight
+        return torch.addcmul(self.bias.view(shape), centred, scale.view(shape)).to(x.dtype)
 
 
 def act_on_whole_batch(nets: list[nn.Module], images: int, *, sync_bn: bool) -> None:
-    """Exchange the layers that see or draw across a batch, in place; parameters and their names stay.
+    """Replace the layers that see or draw across a batch, in place; parameters and their names stay.
 
     Dropout always, BatchNorm with `sync_bn`. `images`: of a batch in this process. Nothing to do in one process.
     """
     if world_size() == 1:
         return
-    for module in [module for net in nets for module in net.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout):
-                setattr(module, name, Dropout(child.p, images).train(child.training))
-            elif sync_bn and isinstance(child, _BatchNorm):
-                setattr(module, name, SyncBatchNorm.like(child))
+    for net in nets:
+        on_gpu = next(net.parameters()).is_cuda
+        if sync_bn and on_gpu:
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for module in list(net.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout):
+                    setattr(module, name, Dropout(child.p, images).train(child.training))
+                elif sync_bn and not on_gpu and isinstance(child, _BatchNorm):
+                    setattr(module, name, SyncBatchNormCPU.like(child))

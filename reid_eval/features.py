@@ -111,7 +111,7 @@ def extract_features(
     starts = range(0, len(paths), max(1, most))[rank() :: world_size()]
     own = [path for start in starts for path in paths[start : start + most]]
     parts = []
-    with tqdm(total=len(own), desc="features", unit="img", disable=None if progress else True) as bar:
+    with tqdm(total=len(own), desc="features", unit="img", disable=None if progress and rank() == 0 else True) as bar:
         for x in iter_images(own, height, width, most, num_workers=num_workers, device=device):
             while (features := _embed_in_parts(net, x, fitting, precision)) is None:
                 if fitting == 1 or batch_size is not None:

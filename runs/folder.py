@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config
-from files import part_of, write_text
+from files import is_part, write_text
 from utils import ROOT, UserError
 
-NETWORKS = {"dgnet": ["gen", "id", "dis"], "teacher": ["net"]}
+log = logging.getLogger(__name__)
 TEACHER_FILES = ("net_last.pth", "opts.yaml")
 
 
@@ -73,7 +74,7 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
     if resume:
         if not run.path.is_dir():
             raise UserError(f"{run.path}: nothing to resume; start the run without --resume")
-    elif present or (run.path.is_dir() and any(path != part_of(run.config_file) for path in run.path.iterdir())):
+    elif present or (run.path.is_dir() and not all(map(is_part, run.path.iterdir()))):
         holder = present[0].parent if present else run.path
         raise UserError(f"{holder} holds another run; continue it with --resume or choose another --name")
     make_run_folder(run, cfg)
@@ -116,7 +117,7 @@ def update_config(run: RunFolder, cfg: Config, start: int) -> None:
     except OSError as error:
         raise UserError(f"{old}: cannot be written ({error.strerror})") from None
     write_text(run.config_file, dump_config(cfg))
-    print(f"{run.config_file} now says how the run goes on; as it was: {old.name}")
+    log.info("%s now says how the run continues; as it was: %s", run.config_file, old.name)
 
 
 def run_config(run: RunFolder) -> Config:
@@ -139,15 +140,3 @@ def resolve_data_root(data_root: str) -> Path:
     """A relative data_root is looked for from here, then from the project's folder."""
     path = Path(data_root).expanduser()
     return path if path.is_absolute() or path.exists() else ROOT / path
-
-
-# ------------------------------------------------------------------------------------------- teachers
-
-
-# ------------------------------------------------------------------------------------------- building
-
-
-# ----------------------------------------------------------------------------------- ImageNet weights
-
-
-# ------------------------------------------------------------------------------- nets of finished runs

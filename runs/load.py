@@ -13,13 +13,14 @@ import yaml
 from torch import Tensor
 
 from config import Config, DGNetConfig, TeacherConfig, read_yaml
-from data.folders import ImageList, check_images, read_split, require_identities
+from data.folders import ImageList, read_split, require_identities
+from data.images import check_images
 from fast import accelerate
-from files import Damaged, read_tensors, write_atomically, write_text
+from files import Damaged, read_tensors, write_tensors, write_text
 from networks import Generator
 from parallel.collectives import average_gradients, own_part
 from reIDmodel import IdNet, build_id_net, build_teacher
-from runs.folder import NETWORKS, RunFolder, open_run, resolve_data_root, run_config
+from runs.folder import RunFolder, open_run, resolve_data_root, run_config
 from runs.snapshot import read_network, snapshots
 from runs.weights import load_imagenet, load_network, load_vgg, start_from_teacher
 from trainer import DGNetTrainer, TeacherTrainer
@@ -111,7 +112,7 @@ def save_teacher(run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: in
     opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
     # The weights come last: they are what says that there is a teacher, and without the options they are misread.
     write_text(run.model / "opts.yaml", yaml.safe_dump(opts, sort_keys=False))
-    write_atomically(run.model / "net_last.pth", net.state_dict())
+    write_tensors(run.model / "net_last.pth", net.state_dict())
 
 
 def build_trainer(
@@ -141,19 +142,15 @@ def build_trainer(
     return trainer
 
 
-def pick_epoch(run: RunFolder, task: str, which: str | None) -> int:
-    """The newest complete snapshot, or the one that `--which_epoch` names."""
-    found = snapshots(run.checkpoints, NETWORKS[task])
-    if not found:
-        # A published folder may hold weights alone, without an optimizer.pt.
-        first = NETWORKS[task][0]
-        found = sorted(int(p.stem.rsplit("_", 1)[1]) for p in run.checkpoints.glob(f"{first}_" + "[0-9]" * 8 + ".pt"))
-    if not found:
+def pick_epoch(run: RunFolder, which: str | None) -> int:
+    """The iteration of a run's newest snapshot, or of the one that `--which_epoch` names."""
+    present = snapshots(run.checkpoints)
+    if not present:
         raise UserError(f"{run.checkpoints}: no checkpoint in it; train the run first")
     if which in (None, "last"):
-        return found[-1]
-    if not which.isdecimal() or int(which) not in found:
-        raise UserError(f"--which_epoch {which}: no such snapshot; there are {', '.join(map(str, found))}")
+        return present[-1]
+    if not which.isdecimal() or int(which) not in present:
+        raise UserError(f"--which_epoch {which}: no such snapshot; there are {', '.join(map(str, present))}")
     return int(which)
 
 
@@ -161,7 +158,7 @@ def _load_part(run: RunFolder, name: str, iteration: int) -> tuple[dict[str, Any
     try:
         return read_network(run.checkpoints, name, iteration)
     except Damaged as error:
-        older = [i for i in snapshots(run.checkpoints, NETWORKS["dgnet"]) if i < iteration]
+        older = [i for i in snapshots(run.checkpoints) if i < iteration]
         raise UserError(
             f"{error}" + (f"; the snapshot before it: --which_epoch {older[-1]}" if older else "")
         ) from None
@@ -222,7 +219,7 @@ def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -
     cfg = run_config(run)
     if not isinstance(cfg, DGNetConfig):
         raise UserError(f"{run.name} is a teacher's run; evaluate it with: python test.py --teacher {run.name}")
-    iteration = pick_epoch(run, cfg.task, which)
+    iteration = pick_epoch(run, which)
     net = load_id_net(run, cfg, iteration, device)
     size, title = (cfg.crop_image_height, cfg.crop_image_width), f"{run.name} after {iteration} steps"
     return TestNet(net, size, cfg.data_root, iteration, run.path, title)

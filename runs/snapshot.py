@@ -1,21 +1,17 @@
-"""Checkpoints: written atomically, read strictly, in the release's format (spec sections 8 and 11).
+"""Snapshots of a run: what it needs to continue bit for bit, written whole and read strictly.
 
-A run's folder holds, per snapshot, `{gen,id,dis}_%08d.pt`, each `{'a': state_dict}`, `state_%08d.pt` with the
-optimisers, gradient scalers, random state and iteration, and, written last, the manifest `snapshot_%08d.json`: sizes
-and checksums of the others, the config, and what else decided the numbers. A snapshot with all of them is complete.
-The release's own folders have one `optimizer.pt` in place of state files and manifests. Only tensors and plain
-containers are unpickled.
+A snapshot is a folder `checkpoints/00010000/` with a file `{'a': state_dict}` per network (`gen.pt`, `id.pt`,
+`dis.pt`; a teacher's `net.pt`), `state.pt` (optimisers, gradient scalers, random state) and `manifest.json` (sizes and
+checksums of the others, the config, and what else decided the numbers). It is written as `00010000.part` and renamed,
+so a folder of that name is whole. runs/release.py reads and writes the flat files of the release.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
-import json
+import logging
 import os
-import re
-import sys
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,162 +21,59 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from config import exact_settings
-from files import Damaged, part_of, read_tensors, write_atomically, write_json
+from files import Damaged, read_json, read_tensors, write_json, write_tensors
 from parallel.collectives import Trainer
+from runs import release
 from runs.weights import load_network, unwrap
 from utils import UserError, one_line
 
-# ------------------------------------------------------------------------------------------------ files
+log = logging.getLogger(__name__)
 
 
-# --------------------------------------------------------------------------------------------- networks
+def snapshot_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"{iteration:08d}"
 
 
-# -------------------------------------------------------------------------------------------- manifests
-def manifest_path(folder: Path, iteration: int) -> Path:
-    return folder / f"snapshot_{iteration:08d}.json"
+def own_snapshots(folder: Path) -> list[int]:
+    """Iterations of the snapshots in a checkpoint folder, ascending."""
+    names = (path.name for path in folder.glob("[0-9]*") if path.is_dir())
+    return sorted(int(name) for name in names if len(name) == 8 and name.isdecimal())
 
 
-def fingerprint(config: Mapping[str, Any], circumstances: Mapping[str, Any]) -> str:
-    """SHA-256 of a config and of what else decided a snapshot's numbers."""
-    return hashlib.sha256(json.dumps([config, circumstances], sort_keys=True).encode()).hexdigest()
+def snapshots(folder: Path) -> list[int]:
+    """Iterations of a run's snapshots and of the release's flat files beside them, ascending."""
+    return sorted({*own_snapshots(folder), *release.iterations(folder)})
 
 
-def read_manifest(folder: Path, iteration: int) -> dict[str, Any] | None:
-    """The manifest of a snapshot; None where there is none. Raises Damaged for one that is not as it was written."""
-    path = manifest_path(folder, iteration)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: damaged ({one_line(error)})") from None
-    try:
-        whole = content["fingerprint"] == fingerprint(content["config"], content["circumstances"])
-        whole = whole and content["iteration"] == iteration and isinstance(content["config"], dict)
-        whole = whole and all(isinstance(f["bytes"], int) and f["sha256"] for f in content["files"].values())
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise Damaged(f"{path}: damaged (it does not fit its own fingerprint)")
-    return content
-
-
-def check_file(path: Path, manifest: Mapping[str, Any] | None) -> None:
-    """Compare a snapshot's file with its manifest. Raises Damaged."""
-    if manifest is None:
-        return
-    expected = manifest["files"].get(path.name)
-    try:
-        size = path.stat().st_size
-        if expected is None:
-            raise Damaged(f"{path}: damaged (its manifest does not know it)")
-        if size != expected["bytes"]:
-            raise Damaged(f"{path}: damaged or another run's ({size} bytes instead of {expected['bytes']})")
-        with open(path, "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                raise Damaged(f"{path}: damaged or another run's (its checksum is not that of its manifest)")
-    except FileNotFoundError:
-        raise Damaged(f"{path}: damaged (no such file)") from None
-    except OSError as error:
-        raise Damaged(f"{path}: damaged or out of reach ({error.strerror})") from None
-
-
-def changed_settings(
-    manifest: Mapping[str, Any], cfg: BaseModel, circumstances: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """What decides the numbers and is another now than in a snapshot: name to (then, now)."""
-    then = exact_settings(manifest["config"]) | manifest["circumstances"]
-    now = exact_settings(cfg.model_dump(mode="json")) | dict(circumstances)
-    # A key that only one of the two knows is another version's.
-    return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
-
-
-# -------------------------------------------------------------------------------------------- snapshots
-def _iterations(folder: Path, pattern: str) -> list[int]:
-    """The iterations in the names of a folder's files that are called like `gen_%08d.pt`, ascending."""
-    start, end = pattern.split("%08d")
-    names = (path.name for path in folder.glob(f"{start}*{end}"))
-    found = (re.fullmatch(re.escape(start) + r"(\d{8})" + re.escape(end), name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _files(folder: Path, networks: list[str], iteration: int) -> list[Path]:
-    """The files of a snapshot but for its manifest, in the order in which they are written."""
-    return [folder / f"{name}_{iteration:08d}.pt" for name in ["state", *networks]]
-
-
-def snapshots(folder: Path, networks: list[str]) -> list[int]:
-    """Iterations of the complete snapshots in a checkpoint folder, ascending; the release's count as complete."""
-    release = (folder / "optimizer.pt").is_file()
-
-    def complete(iteration: int) -> bool:
-        state, *nets = _files(folder, networks, iteration)
-        # Where the release's files lie, networks with a state but no manifest are an interrupted writing of ours.
-        own = state.is_file() and manifest_path(folder, iteration).is_file()
-        return all(path.is_file() for path in nets) and (own or (release and not state.is_file()))
-
-    return [iteration for iteration in _iterations(folder, f"{networks[0]}_%08d.pt") if complete(iteration)]
-
-
-def nothing_saved(folder: Path, networks: list[str]) -> bool:
-    """Whether a checkpoint folder holds at most the beginnings of a first snapshot."""
-    ours = set(_iterations(folder, "state_%08d.pt"))
-    weights = {i for name in networks for i in _iterations(folder, f"{name}_%08d.pt")}
-    return not _iterations(folder, "snapshot_%08d.json") and weights <= ours
-
-
-def remove_parts(folder: Path, networks: list[str]) -> None:
-    """Remove the rest of snapshots that a killed process was writing or removing."""
-    for iteration in _iterations(folder, ".snapshot_%08d.json.part"):
-        _remove(folder, networks, iteration)
-
-
-def _remove(folder: Path, networks: list[str], iteration: int) -> None:
-    """Remove a snapshot of ours, of which its manifest, or the manifest's temporary file, is the mark."""
-    manifest = manifest_path(folder, iteration)
-    mark = part_of(manifest)
-    if manifest.exists():
-        manifest.replace(mark)
-    for path in _files(folder, networks, iteration):
-        part_of(path).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-    mark.unlink()
-
-
+# ---------------------------------------------------------------------------------------------- writing
 def save_snapshot(
     folder: Path, trainer: Trainer, iteration: int, circumstances: Mapping[str, Any] | None = None
 ) -> None:
     """Write the snapshot of `iteration` finished steps; the manifest keeps `circumstances`, plain values by name.
 
-    Raises UserError, leaving nothing of it behind, where it cannot be written.
+    Raises UserError, leaving nothing of it behind, if it cannot be written.
     """
     state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers().items()}
     state["scalers"] = {name: scaler.state_dict() for name, scaler in trainer.scalers().items()}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
-    state["iteration"] = iteration
-    contents = [state, *({"a": net.state_dict()} for net in trainer.networks().values())]
-    manifest, files = manifest_path(folder, iteration), _files(folder, list(trainer.networks()), iteration)
-    config, circumstances = trainer.cfg.model_dump(mode="json"), dict(circumstances or {})
-    written: dict[str, Any] = {}
+    contents = {"state": state} | {name: {"a": net.state_dict()} for name, net in trainer.networks().items()}
+    final = snapshot_folder(folder, iteration)
+    part, old = final.with_suffix(".part"), final.with_suffix(".old.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # From here to the end the snapshot is incomplete, also where an older one of this iteration is replaced, and
-        # the manifest's temporary file marks what lies there as ours. The state comes first: networks without one are
-        # then the release's.
-        manifest.unlink(missing_ok=True)
-        part_of(manifest).touch()
-        for path, content in zip(files, contents, strict=True):
-            written[path.name] = write_atomically(path, content)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        files = {f"{name}.pt": write_tensors(part / f"{name}.pt", content) for name, content in contents.items()}
+        about = {"config": trainer.cfg.model_dump(mode="json"), "circumstances": dict(circumstances or {})}
+        write_json(part / "manifest.json", {"iteration": iteration, "files": files} | about)
+        sync_folder(part)
+        if final.exists():  # damaged, or `--resume auto` would have continued from it
+            final.rename(old)
+        part.rename(final)
         sync_folder(folder)
-        listing = {"iteration": iteration, "files": written, "config": config, "circumstances": circumstances}
-        write_json(manifest, listing | {"fingerprint": fingerprint(config, circumstances)})
-        sync_folder(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, UserError) as error:
-        with contextlib.suppress(OSError):
-            part_of(manifest).touch()
-            _remove(folder, list(trainer.networks()), iteration)
+        shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output_path") from None
@@ -195,75 +88,103 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def prune_snapshots(folder: Path, networks: list[str], newest: int, *, keep_last: int, keep_every: int) -> None:
-    """Remove our own snapshots but the `keep_last` (0: all) up to `newest`, and those of every `keep_every` steps.
+def remove_parts(folder: Path) -> None:
+    """Remove the rest of snapshots that a killed process was writing or removing."""
+    for path in folder.glob("[0-9]*.part"):
+        shutil.rmtree(path, ignore_errors=True)
 
-    What has no sound manifest is not known to be ours and stays. A file that cannot be removed is a warning.
+
+def prune_snapshots(folder: Path, newest: int, *, keep_last: int, keep_every: int) -> None:
+    """Remove snapshots but the `keep_last` (0: all) up to `newest`, and those of every `keep_every` steps.
+
+    A snapshot that cannot be removed is a warning. The release's files always stay.
     """
-    ours = [i for i in _iterations(folder, "snapshot_%08d.json") if i <= newest]
-    for iteration in ours[:-keep_last] if keep_last else []:
-        if keep_every and iteration % keep_every == 0:
-            continue
-        try:
-            read_manifest(folder, iteration)
-            _remove(folder, networks, iteration)
-        except Damaged:
-            continue
-        except OSError as error:
-            print(f"warning: {folder}: old snapshots cannot be removed ({error.strerror})", file=sys.stderr)
+    older = [i for i in own_snapshots(folder) if i <= newest]
+    for iteration in older[:-keep_last] if keep_last else []:
+        if not (keep_every and iteration % keep_every == 0):
+            path = snapshot_folder(folder, iteration)
+            try:
+                path.rename(path.with_suffix(".part"))
+                shutil.rmtree(path.with_suffix(".part"))
+            except OSError as error:
+                log.warning("%s: the old snapshot cannot be removed (%s)", path, error.strerror)
 
 
-def set_aside(folder: Path, networks: list[str], iteration: int) -> Path | None:
-    """Move our own snapshots of after `iteration` into a new folder beside them, and return it; None: there are none.
-
-    A run that goes on from an older snapshot makes them anew, and until then the newest is what is resumed. Raises
-    UserError for later ones of the release, which stay.
-    """
-    ours = {*_iterations(folder, "state_%08d.pt"), *_iterations(folder, "snapshot_%08d.json")}
-    foreign = [i for i in snapshots(folder, networks) if i > iteration and i not in ours]
-    if foreign:
-        raise UserError(
-            f"{folder}: holds later snapshots than {iteration}, which --resume would take next ({foreign[-1]}); move "
-            "them elsewhere"
-        )
-    later = sorted(i for i in ours if i > iteration)
-    if not later:
+# ---------------------------------------------------------------------------------------------- reading
+def read_manifest(folder: Path, iteration: int) -> dict[str, Any] | None:
+    """The manifest of a snapshot, None for the release's files. Raises Damaged if it is not as it was written."""
+    path = snapshot_folder(folder, iteration) / "manifest.json"
+    if not path.parent.is_dir():
         return None
-    names = (f"after_{iteration:08d}" + f"_{n}" * (n > 1) for n in itertools.count(1))
-    aside = next(folder / name for name in names if not (folder / name).exists())
     try:
-        aside.mkdir()
-        for i in later:
-            state, *nets = _files(folder, networks, i)
-            # The manifest first: what is left in between is no snapshot. The state, by which it is ours, comes last.
-            for path in (manifest_path(folder, i), *nets, state):
-                if path.exists():
-                    path.rename(aside / path.name)
+        content = read_json(path, "the snapshot is damaged")
+        whole = content["iteration"] == iteration and isinstance(content["circumstances"], dict)
+        whole = whole and isinstance(content["config"], dict)
+        whole = whole and all(isinstance(f["bytes"], int) and f["sha256"] for f in content["files"].values())
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{path}: damaged (not the manifest of this snapshot)")
+    return content
+
+
+def check_file(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare a snapshot's file with its manifest. Raises Damaged."""
+    expected = manifest["files"].get(path.name)
+    try:
+        size = path.stat().st_size
+        if expected is None:
+            raise Damaged(f"{path}: damaged (its manifest does not list it)")
+        if size != expected["bytes"]:
+            raise Damaged(f"{path}: damaged ({size} bytes instead of {expected['bytes']})")
+        with open(path, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+                raise Damaged(f"{path}: damaged (its checksum is not that of its manifest)")
+    except FileNotFoundError:
+        raise Damaged(f"{path}: damaged (no such file)") from None
     except OSError as error:
-        raise UserError(
-            f"{folder}: later snapshots cannot be moved to {aside.name} ({error.strerror}); move them elsewhere"
-        ) from None
-    return aside
+        raise Damaged(f"{path}: damaged or unreadable ({error.strerror})") from None
+
+
+def read_network(folder: Path, name: str, iteration: int) -> tuple[Mapping[str, Tensor], Path]:
+    """The state_dict of network `name` in a snapshot, compared with its manifest, and its file."""
+    manifest = read_manifest(folder, iteration)
+    if manifest is None:
+        path = release.network_file(folder, name, iteration)
+    else:
+        path = snapshot_folder(folder, iteration) / f"{name}.pt"
+        check_file(path, manifest)
+    return unwrap(read_tensors(path), path), path
+
+
+def changed_settings(
+    manifest: Mapping[str, Any], cfg: BaseModel, circumstances: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that affect results and differ from the snapshot: name to (then, now)."""
+    then = exact_settings(manifest["config"]) | manifest["circumstances"]
+    now = exact_settings(cfg.model_dump(mode="json")) | dict(circumstances)
+    # A key that only one of the two knows belongs to another version.
+    return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
 
 
 def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None, *, fall_back: bool = False) -> int:
-    """Restore the newest complete snapshot, or that of `iteration`; returns the number of finished steps.
+    """Restore the newest snapshot, or that of `iteration`; returns the number of finished steps.
 
     With `fall_back` a damaged newest one is passed over with a warning. Weight ramps, learning rates and data orders
-    are functions of the iteration, so they need no state. Raises UserError that offers the previous snapshot when a
-    file is damaged.
+    are functions of the iteration, so they need no state. Raises Damaged, which offers the snapshot before, if a file
+    is damaged.
     """
-    complete = snapshots(folder, list(trainer.networks()))
-    if not complete:
-        raise UserError(f"{folder}: no complete snapshot to resume from")
+    present = snapshots(folder)
+    if not present:
+        raise UserError(f"{folder}: no snapshot to resume from")
     if iteration is None:
-        candidates = complete[::-1] if fall_back else complete[-1:]
-    elif iteration in complete:
-        candidates = [iteration]
+        candidates = present[::-1] if fall_back else present[-1:]
+    elif iteration not in present:
+        raise UserError(f"{folder}: no snapshot of iteration {iteration}; there are {', '.join(map(str, present))}")
     else:
-        raise UserError(
-            f"{folder}: no complete snapshot of iteration {iteration}; there are {', '.join(map(str, complete))}"
-        )
+        candidates = [iteration]
     problems = []
     for candidate in candidates:
         try:
@@ -272,34 +193,33 @@ def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None, 
             problems.append(str(error))
             continue
         if problems:
-            print(f"warning: {'; '.join(problems)}: continuing from the snapshot before, {candidate}", file=sys.stderr)
+            log.warning("%s: continuing from the snapshot before, %d", "; ".join(problems), candidate)
         return candidate
-    older = [i for i in complete if i < candidates[-1]]
-    offer = f"; the snapshot before it: --resume {older[-1]}" if older else ""
+    older = [i for i in present if i < candidates[-1]]
+    offer = f"; --resume auto continues from the snapshot before it, {older[-1]}" if older else ""
     raise Damaged("; ".join(problems) + offer)
 
 
 def restore(folder: Path, trainer: Trainer, iteration: int) -> None:
     """Load one snapshot. Every file is compared with the manifest before the first of them is loaded."""
-    state, *nets = _files(folder, list(trainer.networks()), iteration)
     manifest = read_manifest(folder, iteration)
-    for path in (state, *nets):
-        check_file(path, manifest)
-    for path, net in zip(nets, trainer.networks().values(), strict=True):
-        load_network(net, unwrap(read_tensors(path), path), path)
-    source = state if manifest else folder / "optimizer.pt"
-    load_state(read_tensors(source), trainer, source)
-
-
-def read_network(folder: Path, name: str, iteration: int) -> tuple[Mapping[str, Tensor], Path]:
-    """The state_dict of network `name` in a snapshot, compared with its manifest, and its file."""
-    path = folder / f"{name}_{iteration:08d}.pt"
-    check_file(path, read_manifest(folder, iteration))
-    return unwrap(read_tensors(path), path), path
+    if manifest is None:
+        files = {name: release.network_file(folder, name, iteration) for name in trainer.networks()}
+        state = folder / release.OPTIMIZERS
+        if not state.is_file():
+            raise UserError(f"{state}: no such file; a run of an earlier version can be evaluated, but not resumed")
+    else:
+        files = {name: snapshot_folder(folder, iteration) / f"{name}.pt" for name in trainer.networks()}
+        state = snapshot_folder(folder, iteration) / "state.pt"
+        for path in (state, *files.values()):
+            check_file(path, manifest)
+    for name, net in trainer.networks().items():
+        load_network(net, unwrap(read_tensors(files[name]), files[name]), files[name])
+    load_state(read_tensors(state), trainer, state)
 
 
 def load_state(state: Any, trainer: Trainer, source: Path) -> None:
-    """Restore optimisers, and what the release does not keep where it is there: scalers and random state."""
+    """Restore optimisers, and what the release does not keep if it is there: scalers and random state."""
     for name, optimizer in trainer.optimizers().items():
         if not isinstance(state, Mapping) or name not in state:
             raise UserError(f"{source}: no optimiser state '{name}' in it; replace the file")
@@ -328,7 +248,7 @@ def load_state(state: Any, trainer: Trainer, source: Path) -> None:
 
 
 def require_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the loaded state of a parameter is not of its shape."""
+    """Raise ValueError if the loaded state of a parameter does not have its shape."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:

@@ -1,7 +1,7 @@
-"""Making whole data sets: batches of swaps on one or several devices, their files, and the manifest.
+"""Whole data sets of swaps: batches of images in one or several processes, their files, and the manifest.
 
-Workers compute and write images under hidden names; the main process alone names them and lists them, so that the
-manifest agrees with the files whatever happens.
+Every process computes its share and writes images under hidden names. Process 0 alone gives them their names and lists
+them, so that the manifest agrees with the files whatever happens.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +31,12 @@ from data.generated import (
     ManifestFile,
     Row,
     count_pairs,
-    draw_pairs,
+    draw_swap_pairs,
     format_soft_label,
     plan_rows,
-    read_manifest,
+    read_rows,
     recover_rows,
-    write_manifest,
+    write_rows,
 )
 from data.images import denormalise, iter_images, normalise
 from files import make_folder, part_of, write_json
@@ -50,24 +46,13 @@ from runs.load import load_teacher
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
 from trainer import autocast
-from utils import UserError, set_threads
+from utils import UserError
 
-# Images that the nets see at a time on a CPU. Its kernels round differently for other numbers of images.
+# Images that the nets see at a time on a CPU, whose kernels round differently for another number of images.
 CPU_PASS = 8
-# Images at a time where nobody says how many; a GPU may have to do with less.
+# Images at a time where `--batch_size` is auto; a GPU may have room for less.
 CPU_BATCH, GPU_BATCH = 32, 256
 _QUEUED_BATCHES = 3  # being written while the next one is computed
-
-
-@dataclass(frozen=True)
-class NetNames:
-    """Which nets: a run's snapshot, and teachers whose classes stand for the identities `classes`."""
-
-    run: RunFolder
-    iteration: int
-    teachers: list[str]
-    classes: list[str]
-    precision: str
 
 
 @dataclass(frozen=True)
@@ -79,21 +64,18 @@ class Job:
     quality  of JPEG files, 1..100
     """
 
-    nets: NetNames
     out: Path
     rows: list[Row]
     sources: list[tuple[Path, Path]]
     top: int
     quality: int
     batch_size: int
-    threads: int | None
 
 
 class Made(NamedTuple):
-    """A batch whose images are written under their hidden names, and what the nets took for it."""
+    """A batch whose images are written under their hidden names, and the seconds that the nets took for it."""
 
     rows: list[Row]
-    worker: int
     seconds: float
 
 
@@ -110,18 +92,29 @@ class TooManyImages(UserError):
     """A pass needs more memory than the GPU has."""
 
 
-# --------------------------------------------------------------------------------------------- one worker
+# ------------------------------------------------------------------------------------- one process's share
 class Nets:
-    """The generator of a run and the teachers, on one device. Raises UserError for what cannot be loaded."""
+    """A run's generator and its teachers on one device. Raises UserError for what cannot be loaded.
 
-    def __init__(self, names: NetNames, device: torch.device) -> None:
-        self.model: Swapper = load_swapper(names.run, device, str(names.iteration))
-        count, output_path = len(names.classes), names.run.output_path
-        self.teachers = [load_teacher(name, output_path, count).to(device) for name in names.teachers]
-        self.precision, self.device, self.size = names.precision, device, self.model.size
+    classes    identities of the teachers' classes
+    precision  fp32, fp16 or bf16
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        iteration: int,
+        teachers: list[str],
+        classes: list[str],
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.model: Swapper = load_swapper(run, device, str(iteration))
+        self.teachers = [load_teacher(name, run.output_path, len(classes)).to(device) for name in teachers]
+        self.classes, self.precision, self.device, self.size = classes, precision, device, self.model.size
 
     def digest(self) -> str:
-        """A name for the weights: the same name, the same images."""
+        """A name for the weights: equal names, equal images."""
         return digest_weights(self.model.id_net, self.model.gen, *self.teachers)[:16]
 
     @torch.no_grad()
@@ -139,14 +132,24 @@ class Nets:
         return images, None if label is None else label.cpu().numpy()
 
 
-def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterator[Made]:
+@dataclass
+class _Batch:
+    """A batch on its way: the rows so far, the nets' seconds, and the files that threads are writing."""
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    files: list[Future[None]] = field(default_factory=list)
+
+
+def work(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[Made]:
     """Make the images of `batches` (numbers of images, whole passes), one batch after the other.
 
-    Reading runs ahead of the nets and writing behind them, both in threads.
+    Reading runs ahead of the nets and writing behind them, both in threads. If this is interrupted, no image stays of
+    the batches that were not yielded.
     """
     size = pass_size(nets.device, job.batch_size)
     passes = [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
-    # The nets always see full passes, so that the last one rounds as all others.
+    # The nets always see full passes, so that the last one rounds like the others.
     paths = [
         job.sources[i][role]
         for batch in passes
@@ -154,34 +157,51 @@ def work(job: Job, nets: Nets, worker: int, batches: list[list[int]]) -> Iterato
         for role in (0, 1)
         for i in chunk + chunk[-1:] * (size - len(chunk))
     ]
-    written: deque[tuple[list[Row], float, list[Future[None]]]] = deque()
-    with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, writers() as pool:
-        for batch in passes:
-            rows, seconds, files = [], 0.0, []
-            for chunk in batch:
-                x_app, x_str = next(stream).chunk(2)
-                began = time.perf_counter()
-                images, labels = nets(x_app, x_str)
-                seconds += time.perf_counter() - began
-                for k, i in enumerate(chunk):
-                    label = "" if labels is None else format_soft_label(labels[k], job.nets.classes, job.top)
-                    rows.append(job.rows[i]._replace(soft_label=label))
-                    files.append(pool.submit(write_image, job.out / job.rows[i].file, images[k], job.quality))
-            written.append((rows, seconds, files))
-            while written and (len(written) > _QUEUED_BATCHES or all(file.done() for file in written[0][2])):
-                yield finished(worker, *written.popleft())
-        while written:
-            yield finished(worker, *written.popleft())
+    queue: deque[_Batch] = deque()
+    try:
+        with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, writers() as pool:
+            for batch in passes:
+                queue.append(made := _Batch())
+                for chunk in batch:
+                    x_app, x_str = next(stream).chunk(2)
+                    began = time.perf_counter()
+                    images, labels = nets(x_app, x_str)
+                    made.seconds += time.perf_counter() - began
+                    for k, i in enumerate(chunk):
+                        label = "" if labels is None else format_soft_label(labels[k], nets.classes, job.top)
+                        made.rows.append(job.rows[i]._replace(soft_label=label))
+                        made.files.append(pool.submit(write_image, job.out / job.rows[i].file, images[k], job.quality))
+                while queue and (len(queue) > _QUEUED_BATCHES or all(file.done() for file in queue[0].files)):
+                    yield finish(queue)
+            while queue:
+                yield finish(queue)
+    finally:
+        for made in queue:
+            remove_parts(job.out, made.rows)
+
+
+def finish(queue: deque[_Batch]) -> Made:
+    """Wait for the first batch's files and take it off the queue, where it stays if one cannot be written."""
+    for file in queue[0].files:
+        file.result()
+    batch = queue.popleft()
+    return Made(batch.rows, batch.seconds)
+
+
+def remove_parts(out: Path, rows: list[Row]) -> None:
+    """Remove the images of `rows` that still have their hidden names."""
+    for row in rows:
+        part_of(out / row.file).unlink(missing_ok=True)
 
 
 def pass_size(device: torch.device, batch_size: int) -> int:
     return CPU_PASS if device.type == "cpu" else batch_size
 
 
-def choose_batch_size(nets: Nets, out: Path, sharing: int = 1) -> int:
-    """`--batch_size auto`: that with which a generation in `out` was begun; 32 on a CPU; or what a GPU can hold.
+def choose_batch_size(nets: Nets, out: Path) -> int:
+    """`--batch_size auto`: 32 on a CPU; on a GPU what a generation in `out` began with, or else what fits.
 
-    The last is found by trying, 256 first, then half of it; each of the processes `sharing` the GPU has its part.
+    What fits is found by trying 256, then half of it, and so on.
     """
     if nets.device.type == "cpu":
         return CPU_BATCH
@@ -190,15 +210,14 @@ def choose_batch_size(nets: Nets, out: Path, sharing: int = 1) -> int:
         if isinstance(begun, int) and begun > 0:
             return begun
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a new one, or a damaged one, which `compare_settings` refuses
+        pass  # a new generation, or a damaged one, which `compare_settings` refuses
     size = GPU_BATCH
     while not fits(nets, size):
         if size == 1:
             raise UserError("the GPU's memory is too small for one image; use --precision bf16 or --device cpu")
         size //= 2
         torch.cuda.empty_cache()
-    torch.cuda.empty_cache()  # what the trial has taken is for the processes that do the work
-    return max(1, size // sharing)
+    return size
 
 
 def fits(nets: Nets, size: int) -> bool:
@@ -230,122 +249,42 @@ def write_image(path: Path, image: np.ndarray, quality: int) -> None:
             picture.save(file, "JPEG", quality=quality)
 
 
-def finished(worker: int, rows: list[Row], seconds: float, files: list[Future[None]]) -> Made:
-    for file in files:
-        file.result()
-    return Made(rows, worker, seconds)
-
-
-# ----------------------------------------------------------------------------------------- several workers
-def run_workers(job: Job, nets: Nets, devices: list[torch.device], batches: list[list[int]]) -> Iterator[Made]:
-    """The batches, dealt out to a process per entry of `devices`; a single entry is served here, with `nets`.
-
-    Under torchrun they are dealt out to its processes, each with its own `nets`, and all get what any has made.
-    """
-    if world_size() > 1:
-        own = work(job, nets, rank(), batches[rank() :: world_size()])
-        for _ in range(0, len(batches), world_size()):
-            yield from (made for made in gather(next(own, None)) if made is not None)
-        return
-    if len(devices) == 1:
-        yield from work(job, nets, 0, batches)
-        return
-    context = get_context("spawn")
-    running = {}
-    try:
-        for worker, device in enumerate(devices):
-            ours, theirs = context.Pipe()
-            share = batches[worker :: len(devices)]
-            process = context.Process(target=serve, args=(theirs, job, worker, device, share), daemon=True)
-            with interrupts_ignored():
-                process.start()
-            theirs.close()
-            running[ours] = process
-        waiting = set(running)
-        while waiting:
-            for connection in wait(waiting):
-                try:
-                    message = connection.recv()
-                except EOFError:
-                    raise UserError(
-                        f"{job.out}: a worker process died (out of memory?); run the same command again to continue, "
-                        "with fewer processes or a smaller --batch_size"
-                    ) from None
-                if isinstance(message, BaseException):
-                    raise message
-                if message is None:
-                    waiting.remove(connection)
-                else:
-                    yield message
-    finally:
-        for connection, process in running.items():
-            process.terminate()
-            process.join()
-            connection.close()
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """A process that is started inside ignores Ctrl-C from its first moment: it reaches all, the main one decides."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def serve(connection: Connection, job: Job, worker: int, device: torch.device, batches: list[list[int]]) -> None:
-    """A worker process: sends every batch that it has made, and ends when the main process does."""
-
-    def leave_with_parent() -> None:
-        try:
-            connection.recv()
-        except (EOFError, OSError):
-            os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    try:
-        set_threads(job.threads)
-        for made in work(job, Nets(job.nets, device), worker, batches):
-            connection.send(made)
-        connection.send(None)
-    except (UserError, OSError) as error:
-        connection.send(error)
-
-
 # --------------------------------------------------------------------------------------------- the data set
-def generate(job: Job, nets: Nets, devices: list[torch.device], settings: dict[str, object], started: float) -> Speed:
+def make_together(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[int, Made]]:
+    """Every process makes its share of `batches`; each gets what all have made, with the rank that made it."""
+    with closing(work(job, nets, batches[rank() :: world_size()])) as share:
+        for _ in range(0, len(batches), world_size()):
+            yield from ((r, made) for r, made in enumerate(gather(next(share, None))) if made is not None)
+
+
+def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) -> Speed:
     """Make what is missing of the data set in `job.out`; returns at once when nothing is.
 
-    nets      those of `job`, on the first of `devices` where that is the only one
-    devices   a process for each
     settings  what the images depend on; kept in generate.json and compared when a generation continues
     started   `time.perf_counter()` at the start of the command
 
-    Raises UserError for a folder that holds anything else, is in use, or cannot be written.
+    Every process calls this; what it returns is complete in process 0. Raises UserError for a folder that holds
+    anything else, is in use, or cannot be written.
     """
     out = job.out
     try:
         if not is_main():
-            # Process 0 alone names and lists images; this one makes its share.
-            for _ in run_workers(job, nets, devices, gather([])[0]):
+            for _ in make_together(job, nets, gather([])[0]):
                 pass
             return Speed(0, 0.0, 0.0)
         with opened(out, settings):
-            rows = recover_rows(out, job.rows)
-            present = {row.file for row in rows}
-            batches = missing_batches(job, devices[0], present)
+            present = {row.file for row in recover_rows(out, job.rows)}
+            batches = missing_batches(job, nets.device, present)
             if batches:
                 for folder in {(out / row.file).parent for row in job.rows}:
                     folder.mkdir(parents=True, exist_ok=True)
             gather(batches)
-            devices = devices if world_size() > 1 else devices[: len(batches)] or devices[:1]
-            speed = fill(job, nets, devices, batches, present, started)
+            speed = fill(job, nets, batches, present, started)
             order = {row.file: i for i, row in enumerate(job.rows)}
-            rows = read_manifest(out)
+            rows = read_rows(out)
             ordered = sorted(rows, key=lambda row: order[row.file])
             if rows != ordered:
-                write_manifest(out, ordered)
+                write_rows(out, ordered)
             (out / UNFINISHED_MARK).unlink(missing_ok=True)
             return speed
     except OSError as error:
@@ -358,7 +297,7 @@ def generate(job: Job, nets: Nets, devices: list[torch.device], settings: dict[s
 
 @contextmanager
 def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
-    """The data set's folder, new or ours, for this process alone."""
+    """Hold the folder of a data set, new or begun with `settings`, for this command alone."""
     make_folder(out)
     lock = os.open(out, os.O_RDONLY)
     try:
@@ -402,7 +341,7 @@ def compare_settings(path: Path, settings: dict[str, object]) -> None:
 def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[list[int]]:
     """Whole passes in which an image is missing, joined to batches.
 
-    A pass holds the same images whenever and by whomever it is made, so its images are the same, too.
+    The images of a pass do not depend on when and by which process it is made, so neither does their rounding.
     """
     size, n = pass_size(device, job.batch_size), len(job.rows)
     passes = [range(first, min(first + size, n)) for first in range(0, n, size)]
@@ -411,24 +350,21 @@ def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[l
     return [[i for chunk in passes[k : k + together] for i in chunk] for k in range(0, len(passes), together)]
 
 
-def fill(
-    job: Job, nets: Nets, devices: list[torch.device], batches: list[list[int]], present: set[str], started: float
-) -> Speed:
+def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str], started: float) -> Speed:
     """Make `batches` and list their images; whatever stops this, no half-made image stays."""
-    count, seconds, made_by = 0, [0.0] * len(devices), [0] * len(devices)
+    count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
     bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
     try:
-        with bar, ManifestFile(job.out) as manifest, closing(run_workers(job, nets, devices, batches)) as results:
-            for made in results:
+        with bar, ManifestFile(job.out) as manifest, closing(make_together(job, nets, batches)) as results:
+            for process, made in results:
                 rows = [row for row in made.rows if row.file not in present]
                 manifest.commit(rows)
                 bar.update(len(rows))
                 count += len(rows)
-                made_by[made.worker] += len(made.rows)
-                seconds[made.worker] += made.seconds
+                made_by[process] += len(made.rows)
+                seconds[process] += made.seconds
     finally:
-        for row in job.rows:
-            part_of(job.out / row.file).unlink(missing_ok=True)
+        remove_parts(job.out, job.rows)
     alone = sum(images / spent for images, spent in zip(made_by, seconds, strict=True) if spent)
     return Speed(count, alone, count / (time.perf_counter() - started))
 
@@ -452,6 +388,6 @@ def plan(
             f"--count {count}: {root} has {len(images)} images, which give only {possible} different swaps; "
             f"ask for at most {possible}, or give a larger --input"
         )
-    pairs = draw_pairs(labels, count, seed)
+    pairs = draw_swap_pairs(labels, count, seed)
     rows = plan_rows(images, root, pairs, labelled=labelled, suffix=suffix)
     return rows, [(images.paths[a], images.paths[s]) for a, s in pairs.tolist()]

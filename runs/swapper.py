@@ -18,6 +18,7 @@ from networks import Generator, structure_input
 from reIDmodel import IdNet
 from runs.folder import RunFolder, generator_config, open_run
 from runs.load import load_generator, load_id_net, pick_epoch
+from runs.snapshot import snapshot_folder
 from runs.weights import WrongNetwork
 from utils import UserError, pick_device, set_threads
 
@@ -87,7 +88,7 @@ def load_swapper(run: RunFolder, device: torch.device, which: str | None = None)
     Raises UserError also when one of the two came from another run, as far as shapes tell, and says which.
     """
     cfg = generator_config(run)
-    iteration = pick_epoch(run, cfg.task, which)
+    iteration = pick_epoch(run, which)
     id_net = gen = None
     wrong = []
     try:
@@ -118,13 +119,12 @@ def check_identities(run: RunFolder, cfg: DGNetConfig, iteration: int, id_net: I
     source = run.config_file
     expected = cfg.ID_class
     if expected == "auto":
-        source = run.checkpoints / f"state_{iteration:08d}.pt"
+        source = snapshot_folder(run.checkpoints, iteration) / "state.pt"
         expected = trained_identities(source)
     if expected not in (None, classes):
-        name = f"id_{iteration:08d}.pt"
         raise UserError(
-            f"{run.checkpoints / name}: knows {classes} identities, but by {source.name} this run was trained on "
-            f"{expected}; it is from another run than gen_{iteration:08d}.pt: put this run's own {name} back"
+            f"{source.parent}: id.pt knows {classes} identities, but by state.pt this run was trained on {expected}; "
+            "put this run's id.pt back"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from config import DGNetConfig
 from files import read_tensors
 from reIDmodel import IdNet
 from utils import UserError
+
+log = logging.getLogger(__name__)
 
 
 class WrongNetwork(UserError):
@@ -56,7 +58,7 @@ def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     if shapes:
         raise WrongNetwork(describe_mismatch(source, shapes[0], state, own))
     if tolerated:
-        print(f"note: {source}: unused tensors left out: {short(tolerated)}", file=sys.stderr)
+        log.info("%s: unused tensors left out: %s", source, short(tolerated))
     usable = {n: state[n] if n in state and state[n].shape == own[n].shape else own[n] for n in own}
     net.load_state_dict(usable)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -157,8 +158,8 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one `error:` line of a refusal: exit status 2, nothing like a traceback."""
-        errors = [line for line in self.err.splitlines() if line.startswith("error:")]
+        """The one line of a refusal, ours or argparse's: exit status 2, nothing like a traceback."""
+        errors = [line for line in self.err.splitlines() if re.match(r"(\S+: )?error: ", line)]
         assert self.code == 2, f"exit status {self.code}\n{self.out}\n{self.err}"
         assert len(errors) == 1, self.err
         assert "Traceback" not in self.err + self.out

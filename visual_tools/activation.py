@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +29,7 @@ from data.images import decode_images, normalise, to_uint8
 from reIDmodel import IdNet
 from runs.load import open_net
 from utils import pick_device
-from visual_tools.figure import check_file, write_grid
-
-# From dark blue through green to yellow, in even steps of lightness.
-_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
+from visual_tools.figure import check_free, write_grid
 
 
 def activation_maps(net: IdNet, x: Tensor) -> Tensor:
@@ -49,8 +47,7 @@ def overlay(image: np.ndarray, activation: Tensor) -> np.ndarray:
     """The image (H, W, 3) uint8 in gray under its map (h, w) in colours, scaled to the map's maximum."""
     fine = F.interpolate(activation[None, None].float(), image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     fine = (fine / fine.max().clamp(min=1e-12)).cpu().numpy()
-    anchors = np.linspace(0, 1, len(_COLOURS))
-    colours = np.stack([np.interp(fine, anchors, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
+    colours = colormaps["viridis"](fine, bytes=True)[..., :3]
     gray = np.asarray(Image.fromarray(image).convert("L"), float)[..., None]
     return (0.5 * gray + 0.5 * colours).round().astype(np.uint8)
 
@@ -63,7 +60,7 @@ def draw(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     tested = open_net(args, device)
     default = "activation.png" if args.teacher else f"images/activation_{tested.iteration:08d}.png"
-    out = check_file(Path(args.out or tested.folder / default), suffix=".png", force=args.force)
+    out = check_free(Path(args.out or tested.folder / default), suffix=".png", force=args.force)
     x = normalise(decode_images(paths[: args.count], *tested.size))
     rows = []
     for image, single in zip(to_uint8(x), x.split(1), strict=True):

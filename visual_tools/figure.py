@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.folders import ImageList, check_images, is_data_set, read_people
-from data.images import iter_images, to_uint8
+from data.folders import ImageList, is_data_set, read_people
+from data.images import check_images, iter_images, to_uint8
 from files import make_folder, write_whole
 from runs.folder import resolve_data_root
 from runs.grid import paint_grid
@@ -30,11 +30,11 @@ def open_figure(args: argparse.Namespace, figure: str, suffix: str = ".png") -> 
     """The model that the options name, and the path to write: `--out`, by default `figure` in the run's images.
 
     suffix  of the file; "" is for a folder
-    Raises UserError for a missing or damaged model, and for an existing file or full folder without `--force`.
+    Raises UserError for a missing or damaged model, and as `check_free`.
     """
     model = open_swapper(args)
     path = Path(args.out or model.run.images / f"{figure}_{model.iteration:08d}{suffix}")
-    return model, check_file(path, suffix=suffix, force=args.force) if suffix else check_folder(path, force=args.force)
+    return model, check_free(path, suffix=suffix, force=args.force)
 
 
 # --------------------------------------------------------------------------------------------- images
@@ -45,12 +45,6 @@ def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:
     if len(images) < 2:
         raise UserError(f"--input {source}: one image only ({images.paths[0].name}); a swap needs two at least")
     return images
-
-
-def default_count(args: argparse.Namespace, model: Swapper, images: ImageList, count: int) -> int:
-    """`--count`, or by default `count` images of a data set and all images of a plain folder."""
-    source = resolve_data_root(args.input or model.cfg.data_root)
-    return args.count or (min(count, len(images)) if is_data_set(source) else len(images))
 
 
 def choose(images: ImageList, count: int, seed: int) -> np.ndarray:
@@ -70,6 +64,17 @@ def choose(images: ImageList, count: int, seed: int) -> np.ndarray:
 def choose_images(images: ImageList, count: int, seed: int) -> ImageList:
     """The images that `choose` draws, in the order of `images`."""
     return images.select(np.isin(np.arange(len(images)), choose(images, count, seed)))
+
+
+def choose_input(args: argparse.Namespace, model: Swapper, count: int, *, whole_folder: bool = False) -> ImageList:
+    """The images of `read_input` that `--count` and `--seed` choose; without `--count`, at most `count`.
+
+    whole_folder  without `--count`, take all images of a folder that is not a data set
+    """
+    images = read_input(args, model)
+    if whole_folder and not is_data_set(resolve_data_root(args.input or model.cfg.data_root)):
+        count = len(images)
+    return choose_images(images, args.count or min(count, len(images)), args.seed)
 
 
 def labels(images: ImageList) -> list[str]:
@@ -151,21 +156,18 @@ def write_swaps(
 
 
 # ---------------------------------------------------------------------------------------------- files
-def check_file(path: Path, *, suffix: str, force: bool) -> Path:
-    """`path`, for a file to be written. Raises UserError for another suffix, and if it exists without `force`."""
-    if path.suffix.lower() != suffix:
+def check_free(path: Path, *, suffix: str, force: bool) -> Path:
+    """`path`, to be written: a file that ends in `suffix`, or a folder if that is "".
+
+    Raises UserError for another suffix, for a folder instead of a file or the reverse, and, without `force`, for an
+    existing file and a folder that is not empty.
+    """
+    if suffix and path.suffix.lower() != suffix:
         raise UserError(f"--out {path}: must end in {suffix}")
-    if path.is_dir() or (path.exists() and not force):
-        raise UserError(f"{path} exists; give another --out" + ("" if path.is_dir() else " or --force"))
-    return path
-
-
-def check_folder(path: Path, *, force: bool) -> Path:
-    """`path`, for a folder to be filled. Raises UserError for a file, and for a folder with files without `force`."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give another --out")
-    if path.is_dir() and not force and os.listdir(path):
-        raise UserError(f"{path} is not empty; give another --out, or --force to replace files of the same names")
+    if path.is_file() if not suffix else path.is_dir():
+        raise UserError(f"{path} is a {'folder' if suffix else 'file'}; give another --out")
+    if not force and path.exists() and (suffix or any(path.iterdir())):
+        raise UserError(f"{path} exists; give another --out, or --force to replace files of the same names")
     return path
 
 

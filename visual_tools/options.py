@@ -24,14 +24,15 @@ def between(least: float, most: float | None = None, kind: type = int) -> Callab
 
 
 def figure_parser(
-    description: str, *, count: str, out: str, least: int = 2, most: int | None = AT_MOST
+    description: str | None, *, count: str, out: str, least: int = 2, most: int | None = AT_MOST
 ) -> argparse.ArgumentParser:
     """A parser with the options of every figure.
 
+    description  printed as it is, usually the docstring of the script
     count, out   help of these two options, which says what they mean here and what their defaults are
     least, most  the range of `--count`
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
     parser.add_argument("--input", help="data set or any folder of images (default: the run's data_root)")
     parser.add_argument("--split", help="split of a data set to choose from (default: query)")

@@ -73,9 +73,7 @@ def write_rank_figure(
             if first
             else "no match in the gallery"
         )
-        hits = [
-            Hit(os.path.abspath(gallery.paths[e.index]), f"{entry_caption(e)}, {e.score:.3f}", e.mark) for e in entries
-        ]
+        hits = [Hit(os.path.abspath(gallery.paths[e.index]), entry_caption(e), e.mark) for e in entries]
         results.append(Result(os.path.abspath(query.paths[i]), caption, hits, values | {"first match": first or None}))
     notes = [
         f"{standard.queries} queries ({standard.without_match} without a match), {len(gallery)} gallery images; "
@@ -83,14 +81,14 @@ def write_rank_figure(
         f"{100 * official.cmc[0]:.2f} official, {100 * standard.cmc[0]:.2f} standard",
         legend,
     ]
-    chosen = choose_queries(standard, count)
-    figure = Image.fromarray(paint_lists(query, gallery, standard, lists, chosen))
+    shown = [(kind, results[i]) for kind, i in choose_queries(standard, count)]
+    figure = Image.fromarray(paint_lists(shown))
     make_folder(folder)
     picture = write_whole(folder / f"rank_figure{suffix}.png", lambda file: figure.save(file, format="PNG"))
     page = write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)
     file = folder / f"rank_lists{suffix}.json"
-    shown = [{"kind": kind} | asdict(results[i]) for kind, i in chosen]
-    write_json(file, {"setting": setting, "legend": legend, "lists": shown})
+    queries = [{"kind": kind} | asdict(result) for kind, result in shown]
+    write_json(file, {"setting": setting, "legend": legend, "lists": queries})
     return [picture, page, file]
 
 
@@ -110,39 +108,30 @@ def choose_queries(ranking: Ranking, count: int) -> list[tuple[str, int]]:
     return [(kind, int(i)) for kind, queries in kinds.items() for i in queries]
 
 
-def paint_lists(
-    query: Features,
-    gallery: Features,
-    ranking: Ranking,
-    lists: Sequence[Sequence[Entry]],
-    chosen: Sequence[tuple[str, int]],
-) -> np.ndarray:
-    """The picture (H, W, 3) uint8: a row per chosen query, the query image first."""
+def paint_lists(lists: Sequence[tuple[str, Result]]) -> np.ndarray:
+    """The picture (H, W, 3) uint8 of (kind, query with its list): a row per query, the query image first."""
     # All cells have the first query's proportions, within limits.
-    first = load_image(query.paths[chosen[0][1]])
+    first = load_image(lists[0][1].path)
     width = int(np.clip(CELL_HEIGHT * first.width / first.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
-    rows, labels = [], []
-    for kind, i in chosen:
-        image = load_image(query.paths[i])
-        row = [_cell(image, width, "query", "")]
-        for entry in lists[i]:
-            row.append(_cell(load_image(gallery.paths[entry.index]), width, entry_caption(entry), entry.mark))
-        rows.append(row)
-        labels.append(f"{kind}: AP {100 * ranking.ap[i]:.1f} % ({ranking.convention})")
+    rows = [
+        [_cell(query.path, width, "query", ""), *(_cell(h.path, width, h.caption, h.mark) for h in query.hits)]
+        for _, query in lists
+    ]
+    labels = [f"{kind}: AP {100 * query.values['AP standard']:.1f} % (standard)" for kind, query in lists]
     return paint_grid(rows, row_labels=labels, cell_height=rows[0][0].shape[0])
 
 
-def _cell(image: Image.Image, width: int, caption: str, mark: str) -> np.ndarray:
+def _cell(path: str, width: int, caption: str, mark: str) -> np.ndarray:
     cell = Image.new("RGB", (width + 2 * FRAME, CELL_HEIGHT + 2 * FRAME + CAPTION), WHITE)
     draw = ImageDraw.Draw(cell)
     draw.rectangle((0, 0, cell.width - 1, CELL_HEIGHT + 2 * FRAME - 1), COLOURS[mark])
-    fitted = ImageOps.pad(image, (width, CELL_HEIGHT), Image.Resampling.BICUBIC, WHITE)
+    fitted = ImageOps.pad(load_image(path), (width, CELL_HEIGHT), Image.Resampling.BICUBIC, WHITE)
     cell.paste(fitted, (FRAME, FRAME))
     place = (cell.width / 2, cell.height - CAPTION / 2)
-    draw.text(place, caption, INK, ImageFont.load_default(size=12), anchor="mm")
+    draw.text(place, caption, INK, ImageFont.load_default(size=10), anchor="mm")
     return np.asarray(cell)
 
 
 def entry_caption(entry: Entry) -> str:
-    """The words under an image of a list: its rank and mark."""
-    return entry.mark if entry.rank is None else f"{entry.rank} {entry.mark}"
+    """The words under an image of a list: its rank, mark and score."""
+    return f"{entry.mark}, {entry.score:.3f}" if entry.rank is None else f"{entry.rank} {entry.mark}, {entry.score:.3f}"

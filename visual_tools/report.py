@@ -1,7 +1,8 @@
-"""Everything about a run on one page that can be sent by mail: `python -m visual_tools.report --name latest`.
+"""Everything about a run on one page that can be sent by mail.
 
-The page holds its images and needs neither a network nor a server. A section without data names the command that
-creates it.
+The page contains its images and needs no network. A section without data names the command that creates them.
+
+python -m visual_tools.report --name latest
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from visual_tools.options import figure_parser
 
 def main() -> None:
     parser = figure_parser(
-        "Everything about a run on one page that can be sent by mail.",
+        __doc__,
         count="images of the swap matrix, 2 to 12 (default: 6, or all there are)",
         out="HTML file to write (default: report.html in the run's folder, replaced)",
         most=12,

@@ -16,57 +16,38 @@ from markupsafe import Markup
 
 from config import Config, DGNetConfig
 from files import Damaged, make_folder, write_whole
-from runs.folder import NETWORKS, RunFolder, open_run, run_config
+from runs.folder import RunFolder, open_run, run_config
 from runs.load import find_teacher
 from runs.snapshot import read_manifest, snapshots
 from runs.swapper import open_swapper
-from utils import ROOT, UserError, own_command, set_threads
+from utils import UserError, own_command, set_threads
 from visual_tools.curves import draw_panels, read_log
-from visual_tools.figure import check_file
+from visual_tools.figure import check_free
 from visual_tools.page import template
 from visual_tools.report_pictures import LISTS, data_uri, draw_swaps, read_lists
-from visual_tools.report_tables import generation_tables, highlights, reid_tables, results, settings_tables, show
+from visual_tools.report_tables import generation_tables, highlights, reid_tables, results, settings_table, show
 
 T = TypeVar("T")
-
-
-class Missing(dict[str, str]):
-    """Why sections of the page are empty, by section."""
-
-    def attempt(self, section: str, build: Callable[[], T], *, asked: bool = False) -> T | None:
-        """The result of `build`, or None and a reason if it raises UserError and the user has not `asked` for it."""
-        try:
-            return build()
-        except UserError as error:
-            if asked:
-                raise
-            self[section] = str(error)
-            return None
 
 
 def commands(run: RunFolder, generates: bool, output_path: str | None) -> dict[str, str]:
     """The command that creates the data of each section, to be run in the project's folder."""
 
-    def command(*words: object, there: bool = True) -> str:
-        paths = [w.relative_to(ROOT) if isinstance(w, Path) and w.is_relative_to(ROOT) else w for w in words]
-        where = ["--output_path", output_path] if output_path and there else []
-        return "python " + shlex.join(map(str, [*paths, *where]))
-
-    test = ("test.py", "--name" if generates else "--teacher", run.name)
-    truth = command("-m", "mannequins.against_truth", "--name", run.name)
-    out = run.path / "score.json"
-    score = command("-m", "gen_eval.score", "--real", "DATA", "--fake", "DIR", "--out", out, there=False)
+    where = f" --output_path {shlex.quote(output_path)}" if output_path else ""
+    name, config, score = map(shlex.quote, (run.name, str(run.config_file), str(run.path / "score.json")))
+    test = f"python test.py {'--name' if generates else '--teacher'} {name}"
     return {
-        "train": command("train.py", "--config", run.config_file, "--name", "NEW"),
-        "reid": command(*test),
-        "retrievals": command(*test, "--rank-figure", LISTS),
-        "generation": f"{truth} (embedded data), or {score}",
+        "train": f"python train.py --config {config} --name NEW{where}",
+        "reid": f"{test}{where}",
+        "retrievals": f"{test} --rank-figure {LISTS}{where}",
+        "generation": f"python -m mannequins.against_truth --name {name}{where} (embedded data), or "
+        f"python -m gen_eval.score --real DATA --fake DIR --out {score}",
     }
 
 
 def newest_snapshot(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, str]]:
     """Steps and recorded circumstances of the newest snapshot; None and nothing without one."""
-    iterations = snapshots(run.checkpoints, NETWORKS[cfg.task])
+    iterations = snapshots(run.checkpoints)
     if not iterations:
         return None, {}
     try:
@@ -78,26 +59,36 @@ def newest_snapshot(run: RunFolder, cfg: Config) -> tuple[int | None, dict[str, 
 
 def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, Any]:
     """Everything that the template shows."""
+    missing: dict[str, str] = {}  # why sections are empty
+
+    def attempt(section: str, build: Callable[[], T], *, asked: bool = False) -> T | None:
+        """The result of `build`, or None and a reason if it raises UserError and the user has not `asked` for it."""
+        try:
+            return build()
+        except UserError as error:
+            if asked:
+                raise
+            missing[section] = str(error)
+            return None
+
     generates = isinstance(cfg, DGNetConfig)
-    missing = Missing()
     scalars, trained_by = read_log(run.logs)
-    reid = missing.attempt("reid", lambda: reid_tables(run, cfg)) or []
+    reid = attempt("reid", lambda: reid_tables(run, cfg)) or []
     lists = None
     if not args.no_retrievals:
         folder = run.path if generates else find_teacher(run.name, run.output_path).folder
-        lists = missing.attempt("retrievals", lambda: read_lists(folder))
+        lists = attempt("retrievals", lambda: read_lists(folder))
     steps, circumstances = newest_snapshot(run, cfg)
     generation, swaps, truth = [], None, None
     if generates:
-        generation = missing.attempt("generation", lambda: generation_tables(run)) or []
+        generation = attempt("generation", lambda: generation_tables(run)) or []
         if "generation" not in missing:
             truth = dict(results(run.path, "reduction")).get(run.path / "swaps.json")
-        model = missing.attempt("swaps", lambda: open_swapper(args), asked=args.which_epoch is not None)
+        model = attempt("swaps", lambda: open_swapper(args), asked=args.which_epoch is not None)
         if model is not None:
             steps = model.iteration
             asked = args.input is not None or args.count is not None
-            swaps = missing.attempt("swaps", lambda: draw_swaps(model, args), asked=asked)
-    changed, every = settings_tables(cfg)
+            swaps = attempt("swaps", lambda: draw_swaps(model, args), asked=asked)
     rates = scalars.get("images_per_second")
     return {
         "name": run.name,
@@ -114,8 +105,8 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         "swaps": swaps,
         "lists": lists,
         "no_retrievals": args.no_retrievals,
-        "changed": changed,
-        "every": every,
+        "changed": settings_table(cfg),
+        "config": run.config_file.read_text(encoding="utf-8", errors="replace"),
         "circumstances": circumstances,
         "trained_by": list(dict.fromkeys(trained_by)),
         "made_by": own_command(),
@@ -141,7 +132,7 @@ def write_report(args: argparse.Namespace) -> None:
             if getattr(args, key) is not None:
                 raise UserError(f"--{key}: {run.name} is a teacher's run, which has no swaps; omit the option")
     set_threads(args.threads)
-    out = check_file(Path(args.out), suffix=".html", force=args.force) if args.out else run.path / "report.html"
+    out = check_free(Path(args.out), suffix=".html", force=args.force) if args.out else run.path / "report.html"
     make_folder(out.parent)
     page = render(gather(args, run, cfg)).encode("utf-8", "replace")
     write_whole(out, lambda file: file.write(page))

@@ -15,7 +15,7 @@ from PIL import Image
 from data.images import load_image
 from files import read_json
 from runs.swapper import Swapper
-from visual_tools.figure import choose_images, interpolations, labels, read_input, swap_matrix
+from visual_tools.figure import choose_input, interpolations, labels, swap_matrix
 from visual_tools.report_tables import read_from
 
 COUNT, STEPS = 6, 7  # images of the swap matrix by default; points of an interpolation
@@ -64,8 +64,7 @@ class Swaps:
 
 def draw_swaps(model: Swapper, args: argparse.Namespace) -> Swaps:
     """The swap matrix and interpolations of the images that the options choose. Raises UserError without images."""
-    images = read_input(args, model)
-    images = choose_images(images, args.count or min(COUNT, len(images)), args.seed)
+    images = choose_input(args, model, COUNT)
     originals, s, f = model.read(images.paths, args.batchsize)
     people = labels(images)
     border = [Picture(jpeg(image), who) for image, who in zip(originals, people, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, DGNetConfig, changed_from_default, flat_settings
+from config import Config, DGNetConfig, changed_from_default
 from files import read_json
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PUBLISHED_NOTE, score_cells
@@ -127,10 +127,9 @@ def swaps_table(result: dict[str, Any]) -> Table:
         f"Error on the pixels that the true swap changes: generated {result['generated']:.1f} grey levels, copying "
         f"the structure image {result['copy']:.1f}, a reduction of {100 * result['reduction']:.1f} %. Rank-1, mAP: "
         "whether the teacher retrieves the owner of the clothes; top-1: whether its classifier names that person, for "
-        "training images."
+        "training images.",
+        f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.",
     ]
-    if "shares" in result:  # absent in files of an earlier version
-        notes.append(f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.")
     return Table(caption, ["images", *heads], [[label, *row] for label, row in rows.items()], 1, notes, frozenset({0}))
 
 
@@ -171,18 +170,13 @@ def generation_tables(run: RunFolder) -> list[Table]:
 
 
 # ------------------------------------------------------------------------------------------------- the run
-def settings_tables(cfg: Config) -> tuple[Table, Table]:
-    """The settings that differ from the default, and all settings."""
-    every = flat_settings(cfg.model_dump())
-    changed = [
+def settings_table(cfg: Config) -> Table:
+    """The settings that differ from the default."""
+    rows = [
         [key, show(value), "required" if default is None and key == "data_root" else show(default)]
         for key, (value, default) in changed_from_default(cfg).items()
     ]
-    caption = f"{len(changed)} of {len(every)} settings differ from the default"
-    return (
-        Table(caption, ["key", "here", "default"], changed, 3),
-        Table(f"All {len(every)} settings", ["key", "value"], [[key, show(value)] for key, value in every.items()], 2),
-    )
+    return Table(f"{len(rows)} settings differ from the default", ["key", "here", "default"], rows, 3)
 
 
 def highlights(tables: list[Table], swaps: dict[str, Any] | None, rate: float | None) -> list[tuple[str, str, str]]:

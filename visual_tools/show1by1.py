@@ -1,4 +1,4 @@
-"""Every pair of a folder's images as a file of its own: A_on_B.png has the clothes of A on the person of B.
+"""Every pair of a folder's images as a separate file: A_on_B.png has the clothes of A on the person of B.
 
 python visual_tools/show1by1.py --name latest --input people --out swaps
 """
@@ -22,18 +22,16 @@ COUNT = 8
 
 def main() -> None:
     args = figure_parser(
-        "Every pair of a folder's images as a file of its own: A_on_B.png has the clothes of A on the person of B; "
-        "A_on_A.png is the reconstruction of A.",
+        __doc__,
         count=f"images to pair, chosen by --seed (default: all of a folder, {COUNT} of a data set)",
         out="new or empty folder for the PNG files (default: the run's images/one_by_one_ITERATION)",
         most=None,
     ).parse_args()
 
-    from visual_tools.figure import choose_images, default_count, file_names, open_figure, read_input, write_image
+    from visual_tools.figure import choose_input, file_names, open_figure, write_image
 
     model, out = open_figure(args, "one_by_one", suffix="")
-    images = read_input(args, model)
-    images = choose_images(images, default_count(args, model, images, COUNT), args.seed)
+    images = choose_input(args, model, COUNT, whole_folder=True)
     _, s, f = model.read(images.paths, args.batchsize)
     names, pairs = file_names(images), list(product(range(len(images)), repeat=2))
     swaps = tqdm(model.compose(f, s, pairs, args.batchsize), "images", total=len(pairs), leave=False, disable=None)

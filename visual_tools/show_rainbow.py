@@ -1,4 +1,4 @@
-"""The N x N matrix of swaps, rows appearance, columns structure, originals on the border (Figures 1 and 6).
+"""The N x N matrix of swaps: rows are appearance, columns structure, originals on the border (Figures 1 and 6).
 
 python visual_tools/show_rainbow.py --name latest --input ../Market/pytorch --count 8
 """
@@ -19,16 +19,15 @@ COUNT = 8
 
 def main() -> None:
     args = figure_parser(
-        "The N x N matrix of swaps: rows are appearance, columns structure, originals on the border.",
+        __doc__,
         count=f"images, of different people as far as possible (default: {COUNT}, or all there are)",
         out="PNG to write (default: the run's images/rainbow_ITERATION.png)",
     ).parse_args()
 
-    from visual_tools.figure import choose_images, labels, open_figure, read_input, swap_matrix, write_grid
+    from visual_tools.figure import choose_input, labels, open_figure, swap_matrix, write_grid
 
     model, out = open_figure(args, "rainbow")
-    images = read_input(args, model)
-    images = choose_images(images, args.count or min(COUNT, len(images)), args.seed)
+    images = choose_input(args, model, COUNT)
     originals, s, f = model.read(images.paths, args.batchsize)
     swaps = swap_matrix(model, s, f, args.batchsize)
     people = labels(images)

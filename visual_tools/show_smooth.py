@@ -1,4 +1,6 @@
-"""Linear interpolation between two appearance codes (Figure 5), as PNG and as GIF.
+"""Clothes that turn into others (Figure 5), as PNG and as GIF.
+
+The appearance code moves in a straight line from the first image's to the last's, on the body of every image.
 
 python visual_tools/show_smooth.py --name latest --input ../Market/pytorch --count 4 --steps 9
 """
@@ -17,7 +19,7 @@ from visual_tools.options import AT_MOST, between, figure_parser
 COUNT = 4
 
 
-def interpolate(code: str, file: str, description: str) -> None:
+def interpolate(code: str, file: str, description: str | None) -> None:
     """The whole script: `code` is "appearance" or "structure", `file` the stem of the default file."""
     parser = figure_parser(
         description,
@@ -36,12 +38,7 @@ def interpolate(code: str, file: str, description: str) -> None:
 
 
 def main() -> None:
-    interpolate(
-        "appearance",
-        "smooth",
-        "Clothes that turn into others: the appearance code moves in a straight line from the first image's to the "
-        "last's, on the body of every image. PNG and GIF.",
-    )
+    interpolate("appearance", "smooth", __doc__)
 
 
 if __name__ == "__main__":

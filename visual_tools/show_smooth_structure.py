@@ -1,4 +1,6 @@
-"""Linear interpolation between two structure codes (Figure 9), as PNG and as GIF.
+"""Bodies that turn into others (Figure 9), as PNG and as GIF.
+
+The structure code moves in a straight line from the first image's to the last's, in the clothes of every image.
 
 python visual_tools/show_smooth_structure.py --name latest --input ../Market/pytorch --count 4 --steps 9
 """
@@ -16,12 +18,7 @@ from visual_tools.show_smooth import interpolate
 
 
 def main() -> None:
-    interpolate(
-        "structure",
-        "smooth_structure",
-        "Bodies that turn into others: the structure code moves in a straight line from the first image's to the "
-        "last's, in the clothes of every image. PNG and GIF.",
-    )
+    interpolate("structure", "smooth_structure", __doc__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ COUNT = 6
 
 def main() -> None:
     args = figure_parser(
-        "Pairs of people in each other's clothes, a column per pair.",
+        __doc__,
         count=f"pairs (default: {COUNT}, or as many as there are images for)",
         out="PNG to write (default: the run's images/swap_ITERATION.png)",
         least=1,

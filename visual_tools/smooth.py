@@ -6,12 +6,11 @@ import argparse
 
 from runs.grid import paint_grid
 from visual_tools.figure import (
-    check_file,
-    choose_images,
+    check_free,
+    choose_input,
     interpolations,
     labels,
     open_figure,
-    read_input,
     write_gif,
     write_grid,
 )
@@ -24,9 +23,8 @@ def draw(args: argparse.Namespace, code: str, file: str, count: int) -> None:
     step per frame, there and back.
     """
     model, out = open_figure(args, file)
-    film = check_file(out.with_suffix(".gif"), suffix=".gif", force=args.force)
-    images = read_input(args, model)
-    images = choose_images(images, args.count or min(count, len(images)), args.seed)
+    film = check_free(out.with_suffix(".gif"), suffix=".gif", force=args.force)
+    images = choose_input(args, model, count)
     originals, s, f = model.read(images.paths, args.batchsize)
     shares, lines = interpolations(model, s, f, code, args.steps, args.batchsize)
     kept = "structure" if code == "appearance" else "clothes"

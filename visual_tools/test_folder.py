@@ -1,4 +1,6 @@
-"""A whole folder generated again: every image's structure in the clothes of a random other person; then the scores.
+"""A whole folder generated again: every image's structure in the clothes of a random other person.
+
+A_on_B.png has the clothes of A on the person of B. Then the scores of gen_eval.score against the input images.
 
 python visual_tools/test_folder.py --name latest --input ../Market/pytorch --split gallery --out generated
 """
@@ -17,8 +19,7 @@ from visual_tools.options import figure_parser
 
 def main() -> None:
     parser = figure_parser(
-        "A whole folder generated again: every image's structure in the clothes of a random other person. A_on_B.png "
-        "has the clothes of A on the person of B. Then the scores of gen_eval.score against the input images.",
+        __doc__,
         count="images to generate, chosen by --seed (default: all)",
         out="new or empty folder for the PNG files (default: the run's images/folder_ITERATION)",
         least=1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,13 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.machine import clock_of
 from config import Config, exact_settings, load_config
-from data.archives import Image
+from data.archives import SourceImage
 from data.augment import augment
 from data.batch import Batch
 from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
 from data.generated import MANIFEST
 from data.images import normalise
-from data.prepare import Task, place, prepare
+from data.prepare import Task, fill_folder
 from files import read_json, write_json
 from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
 from mannequins.against_truth import ask_teacher
@@ -34,11 +36,11 @@ from precision import pick_precision
 from reid_eval.features import extract_data_set
 from reid_eval.ranking import rank
 from reIDmodel import IdNet
-from runs.folder import NETWORKS, TEACHER_FILES, RunFolder, make_run_folder, resolve_data_root
+from runs.folder import TEACHER_FILES, RunFolder, make_run_folder, resolve_data_root
 from runs.load import load_run_for_test, load_teacher, load_teacher_for_test
+from runs.loop import train as run_loop
 from runs.session import Session, build_session
-from runs.session import train as run_loop
-from runs.snapshot import manifest_path, read_manifest, snapshots
+from runs.snapshot import snapshot_folder, snapshots
 from runs.swapper import load_swapper
 from studies.ablation.cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
 from studies.ablation.drawing import draw, drawing_processes
@@ -109,15 +111,15 @@ def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> N
         chosen |= {pid for pid, own in group.items() if own == number}
     if len(chosen) < 3 or len(group) - len(chosen) < 2:
         raise UserError(f"{data}: {len(group)} training identities are too few to hold some out; 15 are enough")
-    splits: dict[str, list[Image]] = {"train_all": [], "query": [], "gallery": []}
+    splits: dict[str, list[SourceImage]] = {"train_all": [], "query": [], "gallery": []}
     seen = set()
     for path, pid, camera, token in zip(
         images.paths, images.pids.tolist(), images.camids.tolist(), images.tokens, strict=True
     ):
         split = "train_all" if pid not in chosen else "gallery" if (pid, camera) in seen else "query"
         seen.add((pid, camera))
-        splits[split].append(Image(path, pid, token, path.name))
-    prepare(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
+        splits[split].append(SourceImage(path, pid, token, path.name))
+    fill_folder(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
     check_test_set(held)
 
 
@@ -160,7 +162,7 @@ def trained(study: Study, run: Run) -> bool:
     folder = study.run(*run)
     if CELLS[run[0]].task == "teacher":
         return all((folder.model / name).is_file() for name in TEACHER_FILES)
-    return study.config(*run).max_iter in snapshots(folder.checkpoints, NETWORKS["dgnet"])
+    return study.config(*run).max_iter in snapshots(folder.checkpoints)
 
 
 def read_time(folder: RunFolder) -> dict[str, float]:
@@ -233,10 +235,10 @@ def train(study: Study, run: Run) -> int:
 
 def train_timed(session: Session) -> int:
     """Train, and add what it took to the run's `time.json`; returns the exit status."""
-    folder, networks = session.run, NETWORKS[session.cfg.task]
+    folder = session.run
 
     def newest() -> int:
-        return max(snapshots(folder.checkpoints, networks), default=0)
+        return max(snapshots(folder.checkpoints), default=0)
 
     # Of the processor, which other programs disturb less; a GPU works by itself.
     clock = clock_of(session.device)
@@ -253,18 +255,16 @@ def train_timed(session: Session) -> int:
 def copy_start(study: Study, run: Run, cfg: Config) -> None:
     """Give a run that has not begun the snapshot of `both` at the end of the common steps."""
     folder, source = study.run(*run), study.run("both", run[1])
-    if snapshots(folder.checkpoints, NETWORKS["dgnet"]):
+    if snapshots(folder.checkpoints):
         return
     make_run_folder(folder, cfg)
-    path = manifest_path(source.checkpoints, common_steps(cfg))
-    manifest = read_manifest(source.checkpoints, common_steps(cfg))
-    if manifest is None:
-        raise UserError(f"{path}: the runs of this seed start from there; remove {source.path} to train it again")
-    # The manifest comes last: it is what makes a snapshot complete.
-    for name in [*manifest["files"], path.name]:
-        target = folder.checkpoints / name
-        if not target.exists():
-            place(source.checkpoints / name, target, copy=False)
+    shared = snapshot_folder(source.checkpoints, common_steps(cfg))
+    if not shared.is_dir():
+        raise UserError(f"{shared}: the runs of this seed start from there; remove {source.path} to train it again")
+    part = snapshot_folder(folder.checkpoints, common_steps(cfg)).with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(shared, part, copy_function=os.link)
+    part.rename(part.with_suffix(""))
     print(
         f"{folder.name} begins with the first {common_steps(cfg)} steps of {source.name}, in which they do not differ"
     )

@@ -31,14 +31,14 @@ from data.generated import (
     Row,
     add_generated,
     count_pairs,
-    draw_pairs,
+    draw_swap_pairs,
     format_soft_label,
     parse_soft_label,
     plan_rows,
-    read_manifest,
+    read_rows,
     recover_rows,
     soften,
-    write_manifest,
+    write_rows,
 )
 from data.images import decode_images, normalise, to_uint8
 from data.loader import Batch, PairLoader
@@ -86,7 +86,7 @@ def reference(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = start(runs, "--out", out, "--count", 50, "--processes", 2, "--batch_size", 8)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "50 of them made now" in done.stdout
+    assert numbers(done.stdout) == [50, 50] and len(done.stdout.splitlines()) == 2, "process 0 alone reports"
     return out
 
 
@@ -95,19 +95,24 @@ def start(runs: Path, *options: object) -> list[str]:
     return [sys.executable, str(ROOT / "generate.py"), *map(str, fixed), *map(str, options)]
 
 
+def numbers(text: str) -> list[int]:
+    """The whole numbers in the first line of a report, without those of its paths: images, and those made now."""
+    return [int(word) for word in text.splitlines()[0].split() if word.isdigit()]
+
+
 def contents(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def assert_agrees(out: Path, *, unlisted: bool = False) -> list[Row]:
-    """The manifest lists whole images only, and every image (but for those that a kill caught, if `unlisted`)."""
+    """Check that the manifest lists whole images only, and every image unless `unlisted` (after a kill)."""
     text = (out / MANIFEST).read_bytes()
     whole = out / "whole"
     if not text.endswith(b"\n"):  # a kill may cut the last line
         whole.mkdir()
         (whole / MANIFEST).write_bytes(text[: text.rfind(b"\n") + 1])
-    rows = read_manifest(whole if whole.exists() else out)
+    rows = read_rows(whole if whole.exists() else out)
     shutil.rmtree(whole, ignore_errors=True)
     for row in rows:
         with Image.open(out / row.file) as image:
@@ -132,14 +137,13 @@ def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
     most = 40
     assert swap_set.choose_batch_size(Nets(), tmp_path) == 32 and tried == [256, 128, 64, 32]
-    # A generation that goes on has to see the images that it was begun with.
+    # A generation that continues makes passes of the size that it began with.
     (tmp_path / SETTINGS).write_text(json.dumps({"images_per_pass": 64}))
     assert swap_set.choose_batch_size(Nets(), tmp_path) == 64 and tried == [256, 128, 64, 32]
     (tmp_path / SETTINGS).write_text("[]")
     assert swap_set.choose_batch_size(Nets(), tmp_path) == 32
-    assert swap_set.choose_batch_size(Nets(), tmp_path, 3) == 10  # three processes on one GPU
     most = 0
-    with pytest.raises(UserError, match="too small for one image"):
+    with pytest.raises(UserError, match="--precision bf16"):
         swap_set.choose_batch_size(Nets(), tmp_path / "new")
 
 
@@ -147,16 +151,16 @@ def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_pairs_of_three_images() -> None:
     labels = np.array([0, 0, 1])
     assert count_pairs(labels) == 4
-    assert sorted(map(tuple, draw_pairs(labels, 4, seed=0).tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
+    assert sorted(map(tuple, draw_swap_pairs(labels, 4, seed=0).tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
     with pytest.raises(ValueError):
-        draw_pairs(labels, 5, seed=0)
+        draw_swap_pairs(labels, 5, seed=0)
 
 
 def test_a_pair_depends_on_seed_and_index_alone() -> None:
     labels = np.arange(400) % 40
-    pairs = draw_pairs(labels, 100_000, seed=3)  # more than one draw holds
-    assert np.array_equal(draw_pairs(labels, 7, seed=3), pairs[:7])
-    assert not np.array_equal(draw_pairs(labels, 7, seed=4), pairs[:7])
+    pairs = draw_swap_pairs(labels, 100_000, seed=3)  # more than one draw holds
+    assert np.array_equal(draw_swap_pairs(labels, 7, seed=3), pairs[:7])
+    assert not np.array_equal(draw_swap_pairs(labels, 7, seed=4), pairs[:7])
     assert (labels[pairs[:, 0]] != labels[pairs[:, 1]]).all()
     assert len(np.unique(pairs, axis=0)) == len(pairs)
     # 100,000 of 156,000 pairs: each image is either role's source about 250 times.
@@ -189,35 +193,38 @@ def test_what_a_soft_label_leaves_is_spread_over_the_others() -> None:
 ROW = Row("train_all/1/a.jpg", "x/1.jpg", "x/2.jpg", "1", "2", 3, 4, "1:0.5")
 
 
-def refused_manifest(folder: Path, rows: list[Any]) -> str:
-    write_manifest(folder, rows)
+@pytest.mark.parametrize(
+    "rows,words",
+    [
+        *(
+            ([ROW, ROW._replace(file=file)], "line 3")
+            for file in ("../a.jpg", "/etc/x", "a/../../b.jpg", "", ".", "a\0b")
+        ),
+        ([ROW, ROW], "line 3"),
+        ([ROW[:7]], "line 2: 7 columns"),
+        ([ROW._replace(structure_camera="c")], "line 2"),
+    ],
+)
+def test_hostile_and_damaged_manifests(tmp_path: Path, rows: list[Any], words: str) -> None:
+    write_rows(tmp_path, rows)
     with pytest.raises(UserError) as error:
-        read_manifest(folder)
-    assert str(folder / MANIFEST) in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
+        read_rows(tmp_path)
+    assert str(tmp_path / MANIFEST) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("file", ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "", ".", "a\0b"])
-def test_manifest_paths_stay_in_their_folder(tmp_path: Path, file: str) -> None:
-    assert "line 3" in refused_manifest(tmp_path, [ROW, ROW._replace(file=file)])
-
-
-def test_damaged_manifests(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file; give a folder made by generate.py"):
-        read_manifest(tmp_path)
-    write_manifest(tmp_path, [ROW, ROW._replace(file='train_all/1/a, "b".jpg')])
-    assert read_manifest(tmp_path)[1].file == 'train_all/1/a, "b".jpg'
-    assert "listed twice" in refused_manifest(tmp_path, [ROW, ROW])
-    assert "line 2: 7 columns instead of 8" in refused_manifest(tmp_path, [ROW[:7]])
-    assert "not whole numbers" in refused_manifest(tmp_path, [ROW._replace(structure_camera="c")])
+def test_manifests_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="generate.py"):
+        read_rows(tmp_path)
     (tmp_path / MANIFEST).write_text("file,what\n")
-    with pytest.raises(UserError, match="first line must name the columns"):
-        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="first line"):
+        read_rows(tmp_path)
+    write_rows(tmp_path, [ROW, ROW._replace(file='train_all/1/a, "b".jpg')])
+    assert read_rows(tmp_path)[1].file == 'train_all/1/a, "b".jpg'
 
 
 def test_names_follow_market(tiny_data: Path, tmp_path: Path) -> None:
     images = read_people(tiny_data, "train_all")
-    pairs = draw_pairs(images.labels(), 30, seed=0)
+    pairs = draw_swap_pairs(images.labels(), 30, seed=0)
     rows = plan_rows(images, tiny_data, pairs, labelled=True, suffix=".png")
     for i, (row, (a, s)) in enumerate(zip(rows, pairs, strict=True)):
         assert row.file.endswith(f"_c{images.camids[s]}s1_{i:06d}_00.png")
@@ -238,23 +245,11 @@ def test_names_follow_market(tiny_data: Path, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- data sets
-def test_help_imports_nothing_heavy() -> None:
-    program = (
-        "import runpy, sys\nsys.argv = ['generate.py', '--help']\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"try:\n    runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')\n"
-        "except SystemExit:\n    print('heavy', sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "--count" in done.stdout and done.stdout.endswith("heavy []\n")
-
-
 def test_the_images_are_the_swaps_that_the_manifest_names(
     runs: Path, generate: Generate, tiny_data: Path, tmp_path: Path
 ) -> None:
     outcome = generate(tmp_path / "out", "--count", 20, "--format", "png", "--seed", 5, "--top", 3)
     assert outcome.code == 0, outcome.err
-    assert "20 images in" in outcome.out and "images/s" in outcome.out
     rows = assert_agrees(tmp_path / "out")
     model = load_swapper(RunFolder(runs, "tiny"), CPU)
     x_app, x_str = (normalise(decode_images([tiny_data / row[role] for row in rows], *model.size)) for role in (1, 2))
@@ -297,13 +292,13 @@ def test_batch_size_and_processes_do_not_show(
 def test_torchrun_makes_the_same_files(runs: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    for row in read_manifest(reference)[20:]:
+    for row in read_rows(reference)[20:]:
         (out / row.file).unlink()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = start(runs, "--out", out, "--count", 50, "--batch_size", 8)
     done = subprocess.run(torchrun + command[1:], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("50 images in") == 1 and "30 of them made now" in done.stdout
+    assert numbers(done.stdout)[:2] == [50, 30], "process 0 alone reports what was missing"
     assert contents(out) == contents(reference)
 
 
@@ -328,7 +323,7 @@ def test_killed_it_continues_to_the_same_result(
         read_split(out, "train_all")
     outcome = generate(out, "--count", 50)
     assert outcome.code == 0, outcome.err
-    assert f"{50 - len(rows)} of them made now" in outcome.out
+    assert numbers(outcome.out) == [50, 50 - len(rows)]
     assert contents(out) == contents(reference)
 
 
@@ -336,7 +331,7 @@ def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, refere
     """What a batch system and what Ctrl-C send: the images so far are listed, nothing else stays."""
     out, count = tmp_path / "out", 300  # more than are made while this test looks
     for number, status, listed in ((signal.SIGTERM, 143, 8), (signal.SIGINT, 130, 0)):
-        before = len(read_manifest(out)) if out.exists() else 0
+        before = len(read_rows(out)) if out.exists() else 0
         command = start(runs, "--out", out, "--count", count, "--batch_size", 8)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + 200
@@ -353,31 +348,10 @@ def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, refere
         with pytest.raises(UserError, match="interrupted"):
             read_split(out, "train_all")
     outcome = generate(out, "--count", count)
-    assert outcome.code == 0 and f"{count - len(rows)} of them made now" in outcome.out, outcome.err
+    assert outcome.code == 0 and numbers(outcome.out) == [count, count - len(rows)], outcome.err
     assert len(assert_agrees(out)) == count
     wanted = {file: digest for file, digest in contents(reference).items() if file.endswith(".jpg")}
-    assert wanted.items() <= contents(out).items() and read_manifest(out)[:50] == read_manifest(reference)
-
-
-def test_ctrl_c_is_for_the_main_process_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = []
-
-    class Context:
-        def Pipe(self) -> tuple[None, None]:
-            return None, None
-
-        def Process(self, **_: object) -> Any:
-            return self
-
-        def start(self) -> None:
-            handlers.append(signal.getsignal(signal.SIGINT))
-            raise UserError("no more processes")
-
-    monkeypatch.setattr(swap_set, "get_context", lambda _: Context())
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(UserError, match="no more processes"):
-        next(swap_set.run_workers(None, None, [CPU, CPU], [[0], [1]]))
-    assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) == before
+    assert wanted.items() <= contents(out).items() and read_rows(out)[:50] == read_rows(reference)
 
 
 def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference: Path, tmp_path: Path) -> None:
@@ -389,20 +363,20 @@ def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference:
     assert {file: first[file] for file in first if file.endswith(".jpg")}.items() <= contents(reference).items()
     before = contents(out)
     outcome = generate(out, "--count", 50)
-    assert outcome.code == 0 and "0 of them made now" in outcome.out and contents(out) == before
-    assert "--count 20 is less than the 50 images" in generate(out, "--count", 20).error
+    assert outcome.code == 0 and numbers(outcome.out) == [50, 0] and contents(out) == before
+    assert "--count 20" in generate(out, "--count", 20).error
 
 
 def test_what_was_lost_since_is_made_again(generate: Generate, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    rows = read_manifest(out)
+    rows = read_rows(out)
     (out / rows[3].file).unlink()
     (out / rows[30].file).write_bytes(b"")
     with open(out / MANIFEST, "ab") as file:
         file.write(b"train_all/0004/cut off")
     outcome = generate(out, "--count", 50)
-    assert "2 of 50 images cannot be read" in outcome.err and "2 of them made now" in outcome.out
+    assert numbers(outcome.out) == [50, 2]
     assert contents(out) == contents(reference)
 
 
@@ -420,9 +394,8 @@ def test_disk_full(generate: Generate, tmp_path: Path, reference: Path, limit: i
         outcome = generate(out, "--count", 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{out}: cannot be written" in outcome.error and "run the same command again" in outcome.error
     rows = assert_agrees(out)
-    assert 8 <= len(rows) < 50 and f"{len(rows)} of 50 images are there" in outcome.error
+    assert 8 <= len(rows) < 50 and str(out) in outcome.error and f"{len(rows)} of 50" in outcome.error
     assert not list(out.rglob("*.part"))
     assert generate(out, "--count", 50).code == 0
     assert contents(out) == contents(reference)
@@ -430,28 +403,28 @@ def test_disk_full(generate: Generate, tmp_path: Path, reference: Path, limit: i
 
 def test_nothing_foreign_is_touched(generate: Generate, reference: Path, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("mine")
-    assert f"--out {tmp_path}: holds other files (diary.txt)" in generate(tmp_path, "--count", 4).error
+    assert "diary.txt" in generate(tmp_path, "--count", 4).error
     assert contents(tmp_path).keys() == {"diary.txt"}
     before = contents(reference)
-    for options, words in (
-        (("--seed", 1), "made with seed 0, now 1"),
-        (("--labels", "none"), "made with labels appearance, now none"),
-        (("--quality", 50), "made with quality 95, now 50"),
-        (("--no-soft-labels",), "made with weights"),
+    for key, *options in (
+        ("seed 0", "--seed", 1),
+        ("labels appearance", "--labels", "none"),
+        ("quality 95", "--quality", 50),
+        ("weights", "--no-soft-labels"),
     ):
-        assert words in generate(reference, "--count", 50, *options).error
+        assert key in generate(reference, "--count", 50, *options).error
     assert contents(reference) == before
     settings = tmp_path / "cut" / SETTINGS
     settings.parent.mkdir()
     settings.write_text("{")
-    assert f"{settings}: damaged" in generate(settings.parent, "--count", 4).error
+    assert str(settings) in generate(settings.parent, "--count", 4).error
 
 
 def test_a_manifest_of_something_else_is_not_continued(reference: Path, tmp_path: Path) -> None:
     shutil.copy(reference / MANIFEST, tmp_path)
-    rows = read_manifest(reference)
+    rows = read_rows(reference)
     plain = [row._replace(soft_label="") for row in rows]
-    with pytest.raises(UserError, match="not what this command makes there"):
+    with pytest.raises(UserError, match=MANIFEST):
         recover_rows(tmp_path, [row._replace(appearance="x") for row in plain])
     shutil.copytree(reference / "train_all", tmp_path / "train_all")
     assert recover_rows(tmp_path, plain) == rows
@@ -481,7 +454,7 @@ def test_it_is_unfinished_from_the_first_change_on(
 
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    count = len(read_manifest(out))
+    count = len(read_rows(out))
     with monkeypatch.context() as patch:
         patch.setattr(swap_set, "recover_rows", killed)
         assert generate(out, "--count", count + 1).code == 130
@@ -493,18 +466,18 @@ def test_it_is_unfinished_from_the_first_change_on(
 @pytest.mark.parametrize(
     "options,words",
     [
-        (("--count", 0), "--count 0: must be at least 1"),
+        (("--count", 0), "--count 0"),
         (("--count", 4, "--quality", 101), "--quality 101"),
-        (("--count", 4, "--which_epoch", 3), "--which_epoch 3: no such snapshot"),
-        (("--count", 4, "--name", "nobody"), "no such run"),
-        (("--count", 4, "--teacher", "nobody"), "no teacher of that name.*--no-soft-labels"),
-        (("--count", 4, "--teacher", ","), "--teacher ',': names no teacher"),
-        (("--count", 4, "--data_root", "nowhere"), "no such folder.*--data_root DIR"),
+        (("--count", 4, "--which_epoch", 3), "--which_epoch 3"),
+        (("--count", 4, "--name", "nobody"), "nobody"),
+        (("--count", 4, "--teacher", "nobody"), "nobody.*--no-soft-labels"),
+        (("--count", 4, "--teacher", ","), "--teacher ','"),
+        (("--count", 4, "--data_root", "nowhere"), "nowhere.*--data_root DIR"),
         (("--count", 4, "--precision", "fp16"), "fp16"),
         (("--count", 4, "--gpu_ids", "0,x"), "--gpu_ids 0,x"),
-        (("--count", 4, "--gpu_ids", "0"), "sees no CUDA GPU"),
-        (("--count", 4, "--input", "nowhere"), "nowhere: no such folder"),
-        (("--count", 10**9), "which give only [0-9]+ different swaps"),
+        (("--count", 4, "--gpu_ids", "0"), "--gpu_ids 0"),
+        (("--count", 4, "--input", "nowhere"), "nowhere"),
+        (("--count", 10**9), "--count 1000000000"),
     ],
 )
 def test_bad_options(generate: Generate, tmp_path: Path, options: tuple, words: str) -> None:
@@ -516,28 +489,25 @@ def test_bad_input_folders(generate: Generate, tiny_data: Path, tmp_path: Path) 
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     options = (out, "--count", 1, "--no-soft-labels", "--input", source)
-    assert "neither a data set nor a folder of images" in generate(*options).error
+    assert str(source) in generate(*options).error
     pictures = sorted((tiny_data / "bounding_box_train").iterdir())
     shutil.copy(pictures[0], source)
     assert "1 images of 1 identity" in generate(*options).error
     shutil.copy(pictures[-1], source)
     (source / pictures[5].name).write_text("not a picture")
-    assert "1 of 3 images cannot be read" in generate(*options).error
+    assert pictures[5].name in generate(*options).error
     assert not out.exists()
     (source / pictures[5].name).unlink()
     assert generate(*options).code == 0
-
-
-def test_an_out_that_cannot_be_made(generate: Generate, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "file/out: cannot be made" in generate(tmp_path / "file" / "out", "--count", 4).error
+    assert "file/out" in generate(tmp_path / "file" / "out", "--count", 4).error
 
 
 def test_two_at_once_in_one_folder(generate: Generate, tmp_path: Path) -> None:
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        assert "another generate.py is writing to it" in generate(tmp_path, "--count", 4).error
+        assert f"--out {tmp_path}" in generate(tmp_path, "--count", 4).error
     finally:
         os.close(lock)
 
@@ -545,7 +515,7 @@ def test_two_at_once_in_one_folder(generate: Generate, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- training on them
 def test_labels_of_real_and_generated_images(reference: Path, tiny_data: Path) -> None:
     real = read_split(tiny_data, "train_all", need_names=False)
-    n, rows = len(real), read_manifest(reference)
+    n, rows = len(real), read_rows(reference)
     both, none = add_generated(real, reference, "one_hot")
     assert none is None and both.classes == real.classes and len(both) == n + 50
     assert [both.classes[k] for k in both.labels()[n:]] == [row.appearance_id for row in rows]
@@ -619,27 +589,24 @@ def test_a_teacher_trains_on_real_and_generated_images(
 def test_extra_data_that_does_not_fit(
     train: Callable[..., Outcome], reference: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    assert "extra_labels lsro needs extra_data" in train(extra_labels="lsro").error
-    assert "manifest.csv: no such file" in train(extra_data=str(tiny_data)).error
+    def error(**changes: Any) -> str:
+        """The message for a manifest whose last row has `changes`."""
+        write_rows(out, [*rows[:-1], rows[-1]._replace(**changes)])
+        return train(extra_data=str(out), extra_labels="soft").error
+
+    assert "extra_data" in train(extra_labels="lsro").error
+    assert MANIFEST in train(extra_data=str(tiny_data)).error
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    (out / ".unfinished").touch()
-    assert "its generation was interrupted" in train(extra_data=str(out)).error
-    (out / ".unfinished").unlink()
-    rows = read_manifest(out)
-    write_manifest(out, [*rows[:-1], rows[-1]._replace(appearance_id="9999")])
-    assert "identity 9999 is not among the 8 of the training folder" in train(extra_data=str(out)).error
-    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="9999:0.5")])
-    soft = dict(extra_data=str(out), extra_labels="soft")
-    assert "identity 9999 is not among the 8" in train(**soft).error
-    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="")])
-    assert "has no soft label" in train(**soft).error
-    write_manifest(out, [*rows[:-1], rows[-1]._replace(soft_label="0004:x")])
-    assert "soft label of" in train(**soft).error
-    write_manifest(out, [*rows[:-1], rows[-1]._replace(file="../outside.jpg")])
-    assert "leads out of the manifest's folder" in train(extra_data=str(out)).error
-    write_manifest(out, rows)
+    (out / UNFINISHED_MARK).touch()
+    assert str(out) in train(extra_data=str(out)).error
+    (out / UNFINISHED_MARK).unlink()
+    rows = read_rows(out)
+    assert "9999" in error(appearance_id="9999") and "9999" in error(soft_label="9999:0.5")
+    assert rows[-1].file in error(soft_label="") and rows[-1].file in error(soft_label="0004:x")
+    assert MANIFEST in error(file="../outside.jpg")
+    write_rows(out, rows)
     (out / rows[0].file).unlink()
-    assert "1 of 50 images cannot be read" in train(extra_data=str(out)).error
-    write_manifest(out, [])
-    assert "no images in it" in train(extra_data=str(out)).error
+    assert "1 of 50" in train(extra_data=str(out)).error
+    write_rows(out, [])
+    assert str(out) in train(extra_data=str(out)).error

@@ -38,11 +38,12 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from data.folders import list_images, read_split
-from data.generated import SETTINGS, Row, write_manifest
+from data.generated import SETTINGS, Row, write_rows
 from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
 from runs.folder import RunFolder, start_folder
 from runs.load import save_teacher
+from runs.release import export
 from runs.snapshot import save_snapshot
 from runs.weights import load_imagenet
 from utils import UserError
@@ -82,7 +83,7 @@ class Place(OutputFolder):
 
     def sign(self, file: Path) -> None:
         """Put a file's new size and checksum into its manifest, as whoever exchanged it would."""
-        (manifest,) = self.checkpoints.glob("snapshot_*.json")
+        (manifest,) = self.checkpoints.glob("*/manifest.json")
         content = json.loads(manifest.read_text())
         data = file.read_bytes()
         content["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -98,8 +99,8 @@ def template(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         run = RunFolder(folder, name)
         start_folder(run, cfg, resume=False)
         save_snapshot(run.checkpoints, trainer, 1)
-    next(run.checkpoints.glob("state_*")).rename(run.checkpoints / "optimizer.pt")
-    next(run.checkpoints.glob("snapshot_*")).unlink()
+    export(run.checkpoints, run.checkpoints)
+    shutil.rmtree(run.checkpoints / "00000001")
     net = build_teacher(8, backbone="resnet10w8")
     save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
     return folder
@@ -132,10 +133,10 @@ def test_the_trap_works(tmp_path: Path) -> None:
 NEW_RUN = ("train", "--name", "new", "--config", "CONFIG")
 RESUME = ("train", "--name", "tiny", "--resume")
 READERS = {
-    "outputs/tiny/checkpoints/gen_00000001.pt": ("generate", "--name", "tiny", "--count", 1, "--out", "OUT"),
-    "outputs/tiny/checkpoints/id_00000001.pt": ("test", "--name", "tiny"),
-    "outputs/tiny/checkpoints/dis_00000001.pt": RESUME,
-    "outputs/tiny/checkpoints/state_00000001.pt": RESUME,
+    "outputs/tiny/checkpoints/00000001/gen.pt": ("generate", "--name", "tiny", "--count", 1, "--out", "OUT"),
+    "outputs/tiny/checkpoints/00000001/id.pt": ("test", "--name", "tiny"),
+    "outputs/tiny/checkpoints/00000001/dis.pt": RESUME,
+    "outputs/tiny/checkpoints/00000001/state.pt": RESUME,
     "outputs/release/checkpoints/optimizer.pt": ("train", "--name", "release", "--resume"),
     "outputs/release/checkpoints/id_00000001.pt": ("visual_tools/show_rainbow", "--name", "release"),
     "models/tutor/net_last.pth": ("test", "--teacher", "tutor"),
@@ -254,7 +255,7 @@ def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: 
     outside, made = noise(place.folder / "outside.jpg"), place.folder / "made"
     made.mkdir()
     (made / SETTINGS).write_text("{}")
-    write_manifest(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
+    write_rows(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
     config = place.folder / "teacher.yaml"
     config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(made))))
     place.assert_refuses("leads out of the manifest's folder", "train", "--config", config)
@@ -262,17 +263,17 @@ def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: 
 
 def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
     """Only a snapshot's own files are read, whatever its manifest lists."""
-    (manifest,) = place.checkpoints.glob("snapshot_*.json")
+    (manifest,) = place.checkpoints.glob("*/manifest.json")
     content = json.loads(manifest.read_text())
     files = content["files"]
     content["files"] = {f"../../../trap/{name}": entry for name, entry in files.items()}
     manifest.write_text(json.dumps(content))
-    place.assert_refuses("damaged (its manifest does not know it)", "test", "--name", "tiny")
-    for odd in ([], {"id_00000001.pt": 3}, {"id_00000001.pt": {"bytes": "many", "sha256": []}}):
+    place.assert_refuses("id.pt: damaged", "test", "--name", "tiny")
+    for odd in ([], {"id.pt": 3}, {"id.pt": {"bytes": "many", "sha256": []}}):
         manifest.write_text(json.dumps(content | {"files": odd}))
         place.assert_refuses("damaged", "test", "--name", "tiny")
     manifest.write_text("[" * 100_000)
-    place.assert_refuses(f"{manifest}: damaged", "test", "--name", "tiny")
+    place.assert_refuses(f"{manifest}: ", "test", "--name", "tiny")
 
 
 @pytest.mark.parametrize("name", ["../outside.jpg", "/etc/hostname"])
@@ -441,7 +442,7 @@ def test_tensors_that_are_no_plain_numbers(place: Place, value: torch.Tensor) ->
 
 @pytest.mark.parametrize("state", [[], 3, {"gen": 3}, {"rng": "x"}, {"scalers": {"gen": 1}}, {1: 2}], ids=str)
 def test_states_that_are_none(place: Place, state: Any) -> None:
-    file = place.checkpoints / "state_00000001.pt"
+    file = place.checkpoints / "00000001" / "state.pt"
     whole = torch.load(file, weights_only=True)
     torch.save(whole | state if isinstance(state, dict) else state, file)
     place.sign(file)
@@ -453,7 +454,7 @@ def test_states_that_are_none(place: Place, state: Any) -> None:
 
 
 def test_optimisers_of_other_shapes(place: Place) -> None:
-    file = place.checkpoints / "state_00000001.pt"
+    file = place.checkpoints / "00000001" / "state.pt"
     whole = torch.load(file, weights_only=True)
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
     torch.save(whole | {"gen": whole["gen"] | {"state": {0: moments}}}, file)
@@ -505,7 +506,7 @@ def test_json_nested_too_deep(place: Place) -> None:
 
 @pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1", "1.0"], ids=len)
 def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
-    write_manifest(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
+    write_rows(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
     config = place.folder / "teacher.yaml"
     config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(place.folder))))
     outcome = place.run("train", "--config", config)
