@@ -127,7 +127,7 @@ def main() -> None:
     settings: dict[str, Any] = {"seed": args.seed, "data_root": args.data}
     max_iter = demo_length()
 
-    call("embedded data", "-m", "mannequins.dataset", "--out", str(data))
+    call("embedded data", "-m", "mannequins.dataset", "--out", str(data), "--workers", str(threads))
     trained = (teacher / "net_last.pth").is_file()
     train(
         "teacher",
