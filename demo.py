@@ -1,7 +1,7 @@
 """The whole of DG-Net on the embedded data, in minutes on a CPU: `make demo`, or `python demo.py`.
 
-It draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps, paints the swap grid and writes
-the report. Finished steps are not repeated, and an interrupted one continues.
+It draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps, paints the swap grid and
+writes the report. Finished steps are not repeated, and an interrupted one continues.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_settings(run: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if made.get(key, value) != value:
             raise UserError(
-                f"{run}: finished already with {key} {made[key]} instead of {value}; choose another --name and --teacher"
+                f"{run}: finished with {key} {made[key]} instead of {value}; choose another --name and --teacher"
             )
 
 
