@@ -101,8 +101,6 @@ PRESETS: dict[str, dict[str, float]] = {
     "tiny": dict(train_ids=8, test_ids=6, images_per_camera=2, distractors=4, junk=4),
     # Many people with four pictures each: what a generator learns in minutes depends on how many outfits it sees.
     "demo": dict(train_ids=600, test_ids=72, min_cameras=2, train_cameras=2, group_size=3, vivid=1),
-    # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
-    "small": dict(train_ids=84, group_size=3, test_group_size=12),
     "large": dict(train_ids=400, test_ids=200, cameras=8, images_per_camera=4, distractors=400, junk=200),
 }
 DIFFICULTY_KEYS = ("tint", "light", "noise", "occluders")
