@@ -63,7 +63,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
     """The folder of the images to combine, and the checked images."""
-    from data.folders import check_images, is_data_set, read_people
+    from data.folders import is_data_set, read_people
+    from data.images import check_images
     from runs.folder import resolve_data_root
 
     root = resolve_data_root(args.input or cfg.data_root)

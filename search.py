@@ -58,7 +58,8 @@ def main() -> None:
 
     import faiss
 
-    from data.folders import check_images, find_images
+    from data.folders import find_images
+    from data.images import check_images
     from reid_eval.features import extract_features
     from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
     from reid_eval.top import main_setting

@@ -31,6 +31,7 @@ from torchvision import transforms
 
 from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
 from config import load_config
+from data.cache import cached_images
 from data.folders import ImageList, read_split
 from data.loader import PairLoader
 from mannequins.dataset import make_dataset
@@ -92,7 +93,10 @@ def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, b
         for _ in range(batches):
             plain.batch(batch_size)
 
-    caches = {name: PairLoader(images, cache=name, **common) for name in ("source", "resized")}
+    caches = {
+        mode: PairLoader(images, pixels=cached_images(images.paths, mode, HEIGHT, WIDTH, limit_mb=4096), **common)
+        for mode in ("source", "resized")
+    }
     loaders = {"files": PairLoader(images, **common)} | caches
     ways: dict[str, Callable[[], None]] = {"plain": plainly}
     ways |= {name: partial(ours, loader) for name, loader in loaders.items()}

@@ -1,7 +1,7 @@
-"""What lies where in the archives of re-identification data sets, and in people's own data. No torch here.
+"""Where the images lie in the archives of re-identification data sets, and in users' own data. No torch here.
 
-Every function lists the images of one data set by split, each with the name that it gets in the prepared folder.
-Names that carry identity and camera stay as they are; others are put behind them: `0001_c3_NAME`.
+Every function lists the images of one data set by split, with their names in the prepared folder. Names that carry
+identity and camera stay as they are; the others get them in front: `0001_c3_NAME`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ from data.folders import (
 from utils import UserError
 
 VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
-MSMT17_LISTS = {
-    "train": "list_train.txt",
-    "val": "list_val.txt",
-    "query": "list_query.txt",
-    "gallery": "list_gallery.txt",
-}
+MSMT17_LISTS = {split: f"list_{split}.txt" for split in ("train", "val", "query", "gallery")}
 MSMT17_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2: training images, the others
 CUHK03_FOLDERS = ("labeled", "detected")
 CSV_NAME = "dataset.csv"
@@ -44,8 +39,8 @@ JUNK = -1
 _NUMBER = re.compile(r"\d{1,17}", re.ASCII)
 
 
-class Image(NamedTuple):
-    """One image: its file, its identity, that identity's folder and its own name in the prepared data set."""
+class SourceImage(NamedTuple):
+    """One image: its file, its identity, and that identity's folder and its name in the prepared data set."""
 
     source: Path
     pid: int
@@ -53,11 +48,11 @@ class Image(NamedTuple):
     name: str
 
 
-Splits = dict[str, list[Image]]
+Splits = dict[str, list[SourceImage]]
 
 
-class OwnData(NamedTuple):
-    """People's own data: the images, whether they have cameras, and the numbers given to identities, if any were."""
+class UserData(NamedTuple):
+    """A user's own data: the images, whether they have cameras, and the numbers of the identities by name."""
 
     splits: Splits
     cameras: bool
@@ -66,10 +61,10 @@ class OwnData(NamedTuple):
 
 # -------------------------------------------------------------------------------------------- published archives
 def flat_archive(root: Path, folders: dict[str, str] = ARCHIVE_FOLDERS) -> Splits:
-    """Archives with one folder per split and identity and camera in the file names.
+    """Archives with one folder per split and with identity and camera in the file names.
 
-    Market-1501, DukeMTMC-reID and either half of CUHK03-NP by `ARCHIVE_FOLDERS`, VeRi-776 by `VERI_FOLDERS`;
-    multi-query images are optional. Raises UserError for missing or empty folders and unreadable names.
+    `ARCHIVE_FOLDERS` are those of Market-1501, DukeMTMC-reID and either half of CUHK03-NP, `VERI_FOLDERS` those of
+    VeRi-776. Multi-query images are optional. Raises UserError for missing or empty folders and unreadable names.
     """
     _require(root, list(dict.fromkeys(name for split, name in folders.items() if split != "multi-query")))
     splits: Splits = {}
@@ -77,48 +72,46 @@ def flat_archive(root: Path, folders: dict[str, str] = ARCHIVE_FOLDERS) -> Split
         if (root / name).is_dir():
             images = read_archive(root / name, split)
             rows = zip(images.paths, images.pids.tolist(), images.tokens, strict=True)
-            splits[split] = [Image(path, pid, token, path.name) for path, pid, token in rows]
+            splits[split] = [SourceImage(path, pid, token, path.name) for path, pid, token in rows]
     return splits
 
 
 def msmt17(root: Path) -> Splits:
-    """MSMT17, V1 or V2, by its list files; `val` is the archive's own.
+    """MSMT17, V1 or V2, by its list files, which have a `val` split.
 
     A line is `0000/0000_000_01_0303morning_0008_0.jpg 0`: the third field of the name is the camera, 1 to 15. The
     archive counts identities from 0, which means distractor elsewhere, so 1 is added to all.
     Raises UserError for missing files and for lines of another form.
     """
     _require(root, [*MSMT17_LISTS.values()])
-    found = [folders for folders in MSMT17_FOLDERS if all((root / folder).is_dir() for folder in folders)]
-    if not found:
+    versions = [folders for folders in MSMT17_FOLDERS if all((root / folder).is_dir() for folder in folders)]
+    if len(versions) != 1:
         raise UserError(
-            f"--data_root {root}: neither train/ and test/ (V1) nor mask_train_v2/ and mask_test_v2/ (V2) in it; "
-            "unpack the archive again"
+            f"--data_root {root}: must hold either train/ and test/ (V1) or mask_train_v2/ and mask_test_v2/ (V2); "
+            f"it holds {'both' if versions else 'neither'}, unpack one version into a folder of its own"
         )
-    if len(found) > 1:
-        raise UserError(f"--data_root {root}: holds V1 and V2; unpack each into a folder of its own")
-    train_folder, test_folder = (root / folder for folder in found[0])
+    train_folder, test_folder = (root / folder for folder in versions[0])
     splits: Splits = {}
     for split, name in MSMT17_LISTS.items():
-        images = []
         folder = train_folder if split in TRAINING_SPLITS else test_folder
-        for number, line in enumerate(_read_text(root / name).splitlines(), 1):
-            if not line.strip():
-                continue
-            path, _, identity = line.strip().rpartition(" ")
-            file = path.rpartition("/")[2]
-            camera = (file.split("_") + [""] * 3)[2]
-            if not (re.fullmatch(_NUMBER, identity) and re.fullmatch(_NUMBER, camera)):
-                raise UserError(
-                    f"{root / name}: line {number}: {line.strip()[:80]!r} is not a path and an identity as in "
-                    "'0000/0000_000_01_0303morning_0008_0.jpg 0'; unpack the archive again"
-                )
-            _require_inside(folder, path, f"{root / name}: line {number}")
-            images.append(_renamed(folder / path, int(identity) + 1, int(camera), file))
-        if not images:
+        lines = enumerate(_read_text(root / name).splitlines(), 1)
+        splits[split] = [_msmt17_image(folder, line.strip(), root / name, i) for i, line in lines if line.strip()]
+        if not splits[split]:
             raise UserError(f"{root / name}: names no image; unpack the archive again")
-        splits[split] = images
     return {"train_all": splits["train"] + splits["val"]} | splits
+
+
+def _msmt17_image(folder: Path, line: str, file: Path, number: int) -> SourceImage:
+    path, _, identity = line.rpartition(" ")
+    name = path.rpartition("/")[2]
+    camera = (name.split("_") + [""] * 3)[2]
+    if not (re.fullmatch(_NUMBER, identity) and re.fullmatch(_NUMBER, camera)):
+        raise UserError(
+            f"{file}: line {number}: {line[:80]!r} is not a path and an identity as in "
+            "'0000/0000_000_01_0303morning_0008_0.jpg 0'; unpack the archive again"
+        )
+    _require_inside(folder, path, f"{file}: line {number}")
+    return _renamed(folder / path, int(identity) + 1, int(camera), name)
 
 
 def cuhk03_np(root: Path) -> dict[str, Path]:
@@ -129,18 +122,18 @@ def cuhk03_np(root: Path) -> dict[str, Path]:
     _require(root, [])
     if root.resolve().name in CUHK03_FOLDERS:
         return {root.resolve().name: root}
-    found = {name: root / name for name in CUHK03_FOLDERS if (root / name).is_dir()}
-    if not found:
+    boxes = {name: root / name for name in CUHK03_FOLDERS if (root / name).is_dir()}
+    if not boxes:
         raise UserError(f"--data_root {root}: neither labeled/ nor detected/ in it; give the folder that holds them")
-    return found
+    return boxes
 
 
-# --------------------------------------------------------------------------------------------- people's own data
-def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> OwnData:
-    """A folder per identity and nothing else, cut into training and test identities by `seed`.
+# --------------------------------------------------------------------------------------------- users' own data
+def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> UserData:
+    """One folder per identity, cut into training and test identities by `seed`.
 
-    `test_fraction` of the identities, rounded, are for testing: one image each is the query, drawn from those that
-    have two or more, and the others are the gallery. The images are as if from one unknown camera, 0.
+    `test_fraction` of the identities, rounded, are for testing: one image of each is the query, drawn if there are two
+    or more, and the others are the gallery. All images have the unknown camera, 0.
 
     Raises UserError for images outside folders, and for fewer than two identities to train on or none to test with.
     """
@@ -153,7 +146,7 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> OwnDa
     if not by_name:
         raise UserError(f"--data_root {root}: no images in its sub-folders; expected one sub-folder per identity")
 
-    # Sorting by drawn numbers, because only `random()` is promised to be the same in every version of Python.
+    # Sort by drawn numbers, because only `random()` is promised to be the same in every version of Python.
     rng = random.Random(seed)
     shuffled = sorted(by_name, key=lambda _: rng.random())
     tested = set(shuffled[: round(test_fraction * len(shuffled))])
@@ -174,22 +167,22 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> OwnDa
         )
     if test_fraction > 0 and not query:
         raise UserError(
-            f"--data_root {root}: {len(tested)} identities to test on, none with two images, one to ask for and one to "
-            "find; add images, or use --test-fraction 0 for training alone"
+            f"--data_root {root}: none of the {len(tested)} identities to test on has two images, a query and a match; "
+            "add images, or use --test-fraction 0 for training alone"
         )
     splits = (_training_splits(train) if train else {}) | ({"query": query, "gallery": gallery} if query else {})
-    return OwnData(splits, False, numbers)
+    return UserData(splits, False, numbers)
 
 
-def table(root: Path, file: Path) -> OwnData:
-    """Images that a CSV lists in the columns path, identity, camera and split; other columns are not read.
+def table(root: Path, file: Path) -> UserData:
+    """Images that a CSV lists in the columns path, identity, camera and split; more columns are ignored.
 
     path      image file in `root`, relative to it
     identity  any text; -1 is junk, for the gallery alone
-    camera    whole number; the column may be absent, or empty in every row: data without cameras
+    camera    whole number. For data without cameras the column is absent, or empty in every row
     split     train, val, query, gallery or multi-query. Without val rows the first image of each identity is `val`
 
-    Raises UserError, naming file and row, for whatever is not like that.
+    Raises UserError that names file and row for anything else.
     """
     _require(root, [])
     rows = _read_rows(file)
@@ -203,31 +196,31 @@ def table(root: Path, file: Path) -> OwnData:
                 f"{where}: {'a' if row['camera'] else 'no'} camera, unlike row {first_number}; fill the column in "
                 "every row or in none"
             )
-        other = seen.setdefault((row["path"], row["split"]), number)
-        if other != number:
-            raise UserError(f"{where}: the same image and split as row {other}; remove one of them")
+        earlier = seen.setdefault((row["path"], row["split"]), number)
+        if earlier != number:
+            raise UserError(f"{where}: the same image and split as row {earlier}; remove one of them")
 
     numbers = number_identities(row["identity"] for _, row in rows if row["identity"] != str(JUNK))
     by_split: Splits = {}
     for _, row in rows:
         source = root / row["path"]
-        # Images in different folders may have one name, so the path goes into the new one.
+        # Images in different folders may have the same name, so the new name contains a hash of the path.
         name = f"{source.stem}-{hashlib.sha256(row['path'].encode()).hexdigest()[:10]}{source.suffix}"
         pid = numbers.get(row["identity"], JUNK)
         by_split.setdefault(row["split"], []).append(_renamed(source, pid, int(row["camera"] or 0), name))
-    for needed, others in (("train", ("val",)), ("query", ("gallery", "multi-query")), ("gallery", ("query",))):
-        if needed not in by_split and any(other in by_split for other in others):
-            raise UserError(f"{file}: no row has split {needed}; it goes with {' and '.join(others)}")
+    for needed, given in (("train", "val"), ("query", "gallery"), ("query", "multi-query"), ("gallery", "query")):
+        if given in by_split and needed not in by_split:
+            raise UserError(f"{file}: no row has split {needed}, which {given} needs; add such rows")
     if "val" in by_split:
         by_split["train_all"] = by_split["train"] + by_split["val"]
     elif "train" in by_split:
         by_split |= _training_splits(by_split.pop("train"))
     splits = {split: by_split[split] for split in SPLITS if split in by_split}
-    return OwnData(splits, bool(first["camera"]), numbers)
+    return UserData(splits, bool(first["camera"]), numbers)
 
 
 def number_identities(names: Iterable[str]) -> dict[str, int]:
-    """Numbers above 0 for identities of any name: their own where all are such numbers, else 1, 2, ... as sorted."""
+    """Numbers above 0 for identities: their names, if all are distinct numbers above 0, else 1, 2, ... as sorted."""
     names = sorted(set(names))
     if all(re.fullmatch(_NUMBER, name) and int(name) > 0 for name in names):
         numbers = {name: int(name) for name in names}
@@ -237,19 +230,18 @@ def number_identities(names: Iterable[str]) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
-def _renamed(source: Path, pid: int, camid: int, name: str) -> Image:
+def _renamed(source: Path, pid: int, camid: int, name: str) -> SourceImage:
     token = f"{pid:04d}" if pid >= 0 else str(pid)
-    return Image(source, pid, token, f"{token}_c{camid}_{name}")
+    return SourceImage(source, pid, token, f"{token}_c{camid}_{name}")
 
 
-def _training_splits(images: list[Image]) -> Splits:
+def _training_splits(images: list[SourceImage]) -> Splits:
     """The first image of each identity, by name, is `val`; the others are `train`, as for Market-1501."""
-    first = {}
+    first: dict[int, SourceImage] = {}
     for image in sorted(images, key=lambda image: image.name):
         first.setdefault(image.pid, image)
-    splits = {"train_all": images, "train": [], "val": list(first.values())}
-    splits["train"] = [image for image in images if image is not first[image.pid]]
-    return splits
+    train = [image for image in images if image is not first[image.pid]]
+    return {"train_all": images, "train": train, "val": list(first.values())}
 
 
 def _require(root: Path, names: list[str]) -> None:
@@ -273,7 +265,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV by column, each with its number: the line on which it ends, as an editor counts."""
+    """The rows of a CSV by column, with their numbers: the lines on which they end, counted as an editor does."""
     reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
@@ -300,13 +292,13 @@ def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _require_inside(folder: Path, path: str, where: str) -> None:
-    """Raise UserError for a listed path that leads out of its folder: lists may come with data of unknown origin."""
+    """Raise UserError for a listed path that leads out of its folder: lists may come from anywhere."""
     if os.path.isabs(path) or Path(os.path.normpath(path)).parts[:1] == ("..",):
         raise UserError(f"{where}: {path!r} leads out of {folder}; give paths of files in it, relative to it")
 
 
 def _check_row(root: Path, row: dict[str, str], where: str) -> None:
-    """Raise UserError for a value that cannot be used; the path is normalised, so that equal ones are equal."""
+    """Raise UserError for a value that cannot be used. Normalises the path, so that equal paths compare equal."""
     for column in ("path", "identity", "split"):
         if not row[column]:
             raise UserError(f"{where}: no {column}; fill it in, or remove the row")

@@ -1,16 +1,16 @@
-"""Mirror, pad and crop a batch of images, every image by its own draw."""
+"""Mirror, pad and crop a batch of images, each with its draw."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Pixels of an image from which on a CPU is faster with a few copies for each than with an index for all.
+# From this many pixels per image, a CPU is faster with a few copies per image than with one index for all.
 COPY_FROM = 192 * 96
 
 
 def augment(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
-    """Mirror, pad by repeating the edge, crop: each image by its own draw.
+    """Mirror, pad by repeating the edge, and crop, each image with its draw.
 
     pixels  (n, 3, H, W) uint8
     chosen  (N,) int64 which of them; flip (N,) bool
@@ -26,7 +26,7 @@ def augment(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor, left: Ten
     rows = (top[:, None] - pad + steps[:height]).clamp_(0, height - 1)  # (N, H)
     cols = (left[:, None] - pad + steps[:width]).clamp_(0, width - 1)  # (N, W)
     cols = torch.where(flip[:, None], width - 1 - cols, cols)
-    # Whole rows first, which are copied as they lie, straight from among all images.
+    # Whole rows first, because they are copied as they lie in memory.
     planes = chosen[:, None] * channels + steps[:channels]  # (N, 3)
     lines = pixels.reshape(-1, width).index_select(0, (planes[:, :, None] * height + rows[:, None, :]).flatten())
     lines = lines.view(len(chosen), channels, height, width)

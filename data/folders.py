@@ -1,27 +1,24 @@
 """Reading a person re-identification data set: which images, of whom, from which camera. No torch here.
 
-Two layouts are read, and give the same lists:
+Two layouts give the same lists:
 
-- prepared, by `prepare.py`: `DATA_ROOT/SPLIT/IDENTITY/*.jpg`, or the same under `DATA_ROOT/pytorch`;
-- the archive's own: `DATA_ROOT/bounding_box_train/*.jpg` and so on, the identity being in the file name.
+- prepared by `prepare.py`: `DATA_ROOT/SPLIT/IDENTITY/*.jpg`, or the same under `DATA_ROOT/pytorch`;
+- as the archive was packed: `DATA_ROOT/bounding_box_train/*.jpg` and so on, with the identity in the file name.
 
-Lists are sorted by identity token as a string, then by file name: the order of torchvision's ImageFolder,
-on which the class numbers of the released weights rest.
+Lists are sorted by identity token as a string, then by file name. This is the order of torchvision's ImageFolder, from
+which the released weights have their class numbers.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils import UserError
 
@@ -37,25 +34,11 @@ ARCHIVE_FOLDERS = {
     "multi-query": "gt_bbox",
 }
 PREPARED_FOLDER = "pytorch"
-# Lies in the prepared folder while it is being filled, so that nobody trains on half a data set.
+# A file that marks a prepared folder while it is being filled, so that nobody trains on half a data set.
 UNFINISHED_MARK = ".unfinished"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm"})
-# What a file may really hold, whatever its suffix. Pillow would also open formats that start other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")
-# What Pillow raises on a broken file.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 _NAME = re.compile(r"(-?\d{1,18})_c(\d{1,18})", re.ASCII)
-_TAIL_BYTES = 4096
-_NAMED_IN_MESSAGE = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +100,7 @@ def parse_name(name: str) -> tuple[int, int]:
 
 def list_images(folder: Path) -> list[Path]:
     """The image files directly in `folder`, sorted by name; hidden files are left out."""
-    names = [name for name in _visible(folder, "is_file") if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    return [folder / name for name in names]
+    return [folder / name for name in _visible(folder, "is_file") if Path(name).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def list_folders(folder: Path) -> list[str]:
@@ -133,7 +115,7 @@ def _visible(folder: Path, kind: str) -> list[str]:
         try:
             return getattr(entry, kind)()
         except OSError:
-            return False  # a link that leads round in a circle is no more than one that leads nowhere
+            return False  # Treat a circular link as a broken one.
 
     try:
         with os.scandir(folder) as entries:
@@ -170,10 +152,10 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
     """The images of one split, in a fixed order.
 
     split       one of SPLITS
-    need_names  True: every file name must carry identity and camera (evaluation needs them). False: the
-                camera is 0 where the name has none; training gets by with one sub-folder per identity.
+    need_names  True: every file name must carry identity and camera (evaluation needs them). False: the camera is 0
+                where the name has none; one sub-folder per identity is enough for training
 
-    The identity of a training image is its sub-folder's name, of any other image the one in its file name.
+    A training image's identity is its sub-folder's name. All others have their identity in the file name.
     Raises UserError for a missing or empty folder, an unfinished preparation, or a name that cannot be read.
     """
     if split not in SPLITS:
@@ -184,7 +166,7 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
 
     for base in (root / PREPARED_FOLDER, root):
         if (base / UNFINISHED_MARK).exists():
-            raise UserError(f"{base}: its making was interrupted; run the same command again")
+            raise UserError(f"{base}: making it was interrupted; run the same command again")
         if (base / split).is_dir():
             return _read_prepared(base / split, split, need_names)
     if (root / ARCHIVE_FOLDERS[split]).is_dir():
@@ -204,16 +186,16 @@ def is_data_set(root: Path) -> bool:
 def read_people(
     source: str | Path, split: str | None = None, *, option: str = "--input", generated: bool = False
 ) -> ImageList:
-    """Images of people to generate from or to score, wherever they lie, sorted by name.
+    """Images of people to generate from or to score, in any layout, sorted by name.
 
-    source  a data set, of which `split` is read (`query` by default) without junk and distractors; or a folder with
-            one sub-folder per person, one split's folder for instance; or a folder with images of any names. There,
-            the identities come from the names if all have one; otherwise every image counts as another person.
-    option  where `source` came from, for the errors
-    generated  the images may be those of generate.py: a data set of train_all alone, and of identity 0 throughout,
-            where every image counts as another person
+    source     one of: a data set, of which `split` (default: `query`) is read without junk and distractors; a folder
+               with one sub-folder per person, for instance one split's; a folder of images. The identities of the last
+               come from the file names if all have one; otherwise every image counts as another person
+    option     where `source` came from, for the errors
+    generated  the images may come from generate.py: a data set of train_all alone. If all have identity 0, every image
+               counts as another person
 
-    Raises UserError for a missing folder, one without images, and a `split` of what is no data set.
+    Raises UserError for a missing folder, one without images, and a `split` of a folder that is no data set.
     """
     root = Path(source).expanduser()
     if not root.is_dir():
@@ -245,7 +227,7 @@ def read_people(
 
 
 def read_archive(folder: Path, split: str) -> ImageList:
-    """One split from the archive's own folder of it, identities and cameras from the file names.
+    """One split from its folder in the archive, with identities and cameras from the file names.
 
     The first image of each identity, in file name order, is its `val` image; the others are `train`. Junk and
     distractors (identity 0 or less) never train.
@@ -269,9 +251,8 @@ def _read_flat(folder: Path, paths: list[Path], *, training: bool) -> ImageList:
             rows.append((path.name.partition("_")[0], path.name, path, pid, camid))
     # By token first: `20_c1` sorts before `2_c1` as a file name, but folder `2` before folder `20`.
     rows.sort(key=lambda row: row[:2])
-    return _image_list(
-        [row[2] for row in rows], [row[3] for row in rows], [row[4] for row in rows], [row[0] for row in rows]
-    )
+    tokens, _, paths, pids, camids = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [], [])
+    return _image_list(paths, pids, camids, tokens)
 
 
 def _parse_path(path: Path) -> tuple[int, int]:
@@ -299,22 +280,17 @@ def _read_prepared(folder: Path, split: str, need_names: bool) -> ImageList:
         raise UserError(f"{folder}: no images; expected one sub-folder per identity with {_suffixes()} files")
     folder_pids = _folder_pids([token for token, _ in per_identity])
 
-    all_paths, pids, camids, all_tokens = [], [], [], []
+    rows = []
     for (token, paths), folder_pid in zip(per_identity, folder_pids, strict=True):
         for path in paths:
-            if need_names or _NAME.match(path.name):
-                pid, camid = _parse_path(path)
-            else:
-                pid, camid = folder_pid, 0
-            all_paths.append(path)
-            pids.append(folder_pid if split in TRAINING_SPLITS else pid)
-            camids.append(camid)
-            all_tokens.append(token)
-    return _image_list(all_paths, pids, camids, all_tokens)
+            named = need_names or _NAME.match(path.name)
+            pid, camid = _parse_path(path) if named else (folder_pid, 0)
+            rows.append((path, folder_pid if split in TRAINING_SPLITS else pid, camid, token))
+    return _image_list(*map(list, zip(*rows, strict=True)))
 
 
 def _folder_pids(tokens: list[str]) -> list[int]:
-    """Identities of the folders: the numbers they are named by, or 1, 2, ... where some name is no number."""
+    """Identities of the folders: the numbers in their names, or 1, 2, ... if a name is no number."""
     if all(re.fullmatch(r"-?[0-9]{1,18}", token) for token in tokens):
         pids = [int(token) for token in tokens]
         if len(set(pids)) == len(pids):
@@ -330,49 +306,46 @@ def _suffixes() -> str:
     return " ".join(sorted(IMAGE_SUFFIXES))
 
 
-def require_identities(images: ImageList, minimum: int = 2) -> None:
-    """Raise UserError when a training folder holds fewer than `minimum` identities."""
-    if images.num_classes < minimum:
+def require_identities(images: ImageList) -> None:
+    """Raise UserError if a training folder holds fewer than two identities."""
+    if images.num_classes < 2:
         where = os.path.commonpath([path.parent for path in images.paths]) if len(images) else "the training folder"
         raise UserError(
             f"{where}: {images.num_classes} identity here ({', '.join(images.classes)}), training "
-            f"needs at least {minimum}; give it one sub-folder per identity"
+            "needs at least 2; give it one sub-folder per identity"
         )
 
 
 def data_set_name(data_root: str | Path) -> str:
-    """What to call a data set: `../MSMT17/pytorch` and `../MSMT17` are MSMT17.
+    """What to call a data set: MSMT17 for `../MSMT17/pytorch` and `../MSMT17`.
 
-    Either half of CUHK03-NP has the name of the folder around it before its own: CUHK03-NP-labeled.
+    Either half of CUHK03-NP is named after its parent folder too: CUHK03-NP-labeled.
     """
     root = Path(os.path.abspath(data_root))
     root = root.parent if root.name == PREPARED_FOLDER else root
     return f"{root.parent.name}-{root.name}" if root.name in ("labeled", "detected") else root.name
 
 
-def data_set_root(data_root: str | Path) -> Path:
-    """The folder of a data set, whether that or its prepared folder is given; equal for one and the same."""
-    root = Path(data_root).resolve()
-    return root.parent if root.name == PREPARED_FOLDER else root
-
-
-def other_data_set(data_root: str | Path, own: str | Path) -> str:
-    """What results on `data_root` have in their files' names: nothing on `own`, the run's data set, -NAME elsewhere."""
-    return "" if data_set_root(data_root) == data_set_root(own) else f"-{data_set_name(data_root)}"
+def other_data_set(data_root: str | Path, trained_on: str | Path) -> str:
+    """The suffix of result files: "" if `data_root` is the data set that a run was trained on, else "-NAME"."""
+    roots = [Path(root).resolve() for root in (data_root, trained_on)]
+    tested, trained = (root.parent if root.name == PREPARED_FOLDER else root for root in roots)
+    return "" if tested == trained else f"-{data_set_name(data_root)}"
 
 
 def have_cameras(*sides: ImageList) -> bool:
-    """Whether images of more than one camera are among these, so that something can be left out by camera."""
+    """Whether these images come from more than one camera, so that matches of one camera can be left out."""
     return len(np.unique(np.concatenate([side.camids for side in sides]))) > 1
 
 
 def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool | None = True) -> None:
-    """Read the lists of query and gallery, and of multi-query images with `multi`, before hours are spent on them.
+    """Read the lists of query and gallery, with `multi` also of multi-query images, before hours are spent on them.
 
-    cameras  False: images of one camera count as matches, and the query image itself alone does not. None: as the
-             images have it (`have_cameras`).
+    cameras  True: a match is an image of another camera. False: any image but the query itself. None: True if the
+             images have cameras (`have_cameras`)
 
-    Raises UserError as `read_split`, and when no query has a match in the gallery, or one no multi-query image.
+    Raises UserError as `read_split` does, if no query has a match in the gallery, and if a query has no multi-query
+    image.
     """
     query, gallery = read_split(data_root, "query"), read_split(data_root, "gallery")
     cameras = have_cameras(query, gallery) if cameras is None else cameras
@@ -398,74 +371,3 @@ def check_test_set(data_root: str | Path, *, multi: bool = False, cameras: bool 
         remedy = "for data without cameras use --no-cameras" if cameras else "add other images to the gallery"
         what = "camera" if cameras else "image"
         raise UserError(f"{data_root}: no query has a match of another {what} in the gallery; {remedy}")
-
-
-def check_images(
-    paths: Sequence[Path],
-    *,
-    skip_bad: bool,
-    remedy: str = "set skip_bad_images: true in the config",
-    minimum: int = 1,
-) -> list[bool]:
-    """Look at the header and the end of every file; True where it is a usable image.
-
-    Bad are: empty files, files that are no image, files cut short, images of an absurd size. The pixels are
-    decoded only where header and end leave a doubt, so that 13,000 files take seconds.
-
-    skip_bad  False: raise UserError if any file is bad. True: say so in one line on stderr.
-    remedy    what the error offers besides replacing the files
-    Raises UserError also when fewer than `minimum` images remain.
-    """
-    threads = min(16, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads) as pool:
-        defects = list(pool.map(_defect, paths, chunksize=64))
-    bad = [f"{path} ({why})" for path, why in zip(paths, defects, strict=True) if why is not None]
-    if bad:
-        more = len(bad) - _NAMED_IN_MESSAGE
-        named = ", ".join(bad[:_NAMED_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
-        found = f"{len(bad)} of {len(paths)} images cannot be read: {named}"
-        if not skip_bad:
-            raise UserError(f"{found}; replace them, or {remedy}")
-        if len(paths) - len(bad) < minimum:
-            raise UserError(f"{found}; no image remains, give a folder with readable images")
-        print(f"warning: {found}; left out", file=sys.stderr)
-    return [why is None for why in defects]
-
-
-def _defect(path: Path) -> str | None:
-    """What is wrong with an image file, or None."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                return "empty file"
-            file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read()
-            file.seek(0)
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                limit = Image.MAX_IMAGE_PIXELS
-                if limit is not None and image.width * image.height > limit:
-                    return f"{image.width} x {image.height} pixels are too many"
-                if not _ends_well(image.format, tail):
-                    image.load()
-    except Image.DecompressionBombError:
-        return "too many pixels"
-    except Image.UnidentifiedImageError:
-        return "not an image"
-    except PermissionError:
-        return "no permission to read it"
-    except FileNotFoundError:
-        return "no such file"
-    except DECODE_ERRORS:
-        return "damaged or cut short"
-    return None
-
-
-def _ends_well(image_format: str | None, tail: bytes) -> bool:
-    """Whether the last bytes of a file show that its image is complete; False leaves it open."""
-    if image_format in ("JPEG", "MPO"):
-        # Neither marker occurs inside compressed data. An end before the last start of scan is a thumbnail's.
-        return tail.rfind(b"\xff\xd9") > tail.rfind(b"\xff\xda")
-    if image_format == "PNG":
-        return b"IEND" in tail[-64:]
-    return False

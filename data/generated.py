@@ -1,9 +1,9 @@
-"""Generated data sets, as generate.py makes them: pairs, file names, the manifest, and training on them. No torch here.
+"""Generated data sets, as generate.py makes them: pairs, file names, the manifest, and training on them.
 
 FOLDER/train_all/ID/*.jpg   images, named as Market-1501's: a data set that `read_split` reads
 FOLDER/manifest.csv         a row per image: both sources, identities, cameras, the teacher's soft label
 FOLDER/generate.json        the settings that made it
-FOLDER/.unfinished          there until every image is: nobody trains on half a data set by mistake
+FOLDER/.unfinished          there until every image is, so that nobody trains on half a data set
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from data.folders import UNFINISHED_MARK, ImageList, check_images
+from data.folders import UNFINISHED_MARK, ImageList
+from data.images import check_images
 from files import part_of, write_whole
 from utils import UserError
 
@@ -52,55 +54,51 @@ def count_pairs(labels: np.ndarray) -> int:
     return int(len(labels) ** 2 - (sizes.astype(object) ** 2).sum())
 
 
-def draw_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def draw_swap_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """(count, 2) positions of (appearance, structure) images of different identities, no pair twice.
 
-    All pairs are equally likely. Pair i depends on `labels` (n,), `seed` and i alone, not on `count`.
-    Raises ValueError when there are fewer pairs than `count`.
+    All pairs are equally likely. Pair i depends on `labels` (n,), `seed` and i, but not on `count`.
+    Raises ValueError if there are fewer pairs than `count`.
     """
     if count > count_pairs(labels):
         raise ValueError(f"{count} pairs of {count_pairs(labels)}")
     rng = np.random.default_rng(seed)
-    found: dict[int, None] = {}
-    while len(found) < count:
+    codes: dict[int, None] = {}  # as an ordered set
+    while len(codes) < count:
         pairs = rng.integers(0, len(labels), (_DRAWS, 2))
         pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
-        found.update(dict.fromkeys((pairs[:, 0] * len(labels) + pairs[:, 1]).tolist()))
-    codes = np.array(list(found)[:count], dtype=np.int64)
-    return np.stack(np.divmod(codes, len(labels)), axis=1)
+        codes.update(dict.fromkeys((pairs[:, 0] * len(labels) + pairs[:, 1]).tolist()))
+    return np.stack(np.divmod(np.array(list(codes)[:count], dtype=np.int64), len(labels)), axis=1)
 
 
 def plan_rows(images: ImageList, root: Path, pairs: np.ndarray, *, labelled: bool, suffix: str) -> list[Row]:
-    """The manifest's rows for `pairs` (n, 2) of `images`, which lie under `root`; the soft labels are still empty.
+    """The manifest's rows for `pairs` (n, 2) of `images`, which lie under `root`; their soft labels are empty.
 
-    Image i is `ID_cCAMERAs1_i_00` in the folder of its identity. The identity is that of the clothes, or 0000 where
-    not `labelled`; the camera is the structure's, whose background it shows.
+    Image i is called `ID_cCAMERAs1_i_00`, in the folder of its identity. The identity is that of the clothes, or 0000
+    if not `labelled`. The camera is that of the structure image, whose background is shown.
     """
     sources = [path.relative_to(root).as_posix() for path in images.paths]
     tokens, cameras = images.tokens, images.camids.tolist()
-    # Names need a number; folders may be called anything.
+    # File names need a number; folders may have any name.
     numbers = [t if re.fullmatch("[0-9]{1,18}", t) else f"{p:04d}" for t, p in zip(tokens, images.pids, strict=True)]
     rows = []
     for index, (a, s) in enumerate(pairs.tolist()):
         folder, number = (tokens[a], numbers[a]) if labelled else (UNLABELLED, UNLABELLED)
         name = f"{number}_c{cameras[s]}s1_{index:06d}_00{suffix}"
-        rows.append(
-            Row(
-                f"{SPLIT}/{folder}/{name}", sources[a], sources[s], tokens[a], tokens[s], cameras[a], cameras[s], ""
-            )
-        )  # fmt: skip
+        both = sources[a], sources[s], tokens[a], tokens[s], cameras[a], cameras[s]
+        rows.append(Row(f"{SPLIT}/{folder}/{name}", *both, soft_label=""))
     return rows
 
 
 def format_soft_label(probabilities: np.ndarray, classes: Sequence[str], top: int) -> str:
     """The `top` most probable of the K classes as `ID:PROBABILITY ...`; `probabilities` is (K,)."""
     order = np.argsort(-probabilities, kind="stable")[:top]
-    # Quoted, because a folder's name may hold a blank or a colon.
+    # Quoted, because a folder's name may contain a blank or a colon.
     return " ".join(f"{quote(classes[k], safe='', errors='surrogateescape')}:{probabilities[k]:.4f}" for k in order)
 
 
 def parse_soft_label(text: str) -> dict[str, float]:
-    """Identity to probability. Raises ValueError for anything that is no soft label."""
+    """Probabilities by identity. Raises ValueError for anything that is no soft label."""
     label: dict[str, float] = {}
     for entry in text.split():
         token, sign, number = entry.rpartition(":")
@@ -108,7 +106,7 @@ def parse_soft_label(text: str) -> dict[str, float]:
         if not sign or not 0 <= probability <= 1:
             raise ValueError(f"{entry!r} is not ID:PROBABILITY")
         label[unquote(token, errors="surrogateescape")] = probability
-    # Four digits each: rounding may carry the sum a little above 1.
+    # Rounding to four digits may raise the sum a little above 1.
     if not label or sum(label.values()) > 1 + 1e-4 * len(label):
         raise ValueError("no probabilities" if not label else "probabilities above 1 in sum")
     return label
@@ -121,15 +119,15 @@ def _encode(rows: Sequence[Sequence[object]]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write_manifest(folder: Path, rows: Sequence[Row]) -> None:
-    """Write the whole manifest; it is replaced whole or not at all."""
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the manifest, whole or not at all."""
     write_whole(folder / MANIFEST, lambda file: file.write(_encode([Row._fields, *rows])))
 
 
-def read_manifest(folder: Path) -> list[Row]:
-    """The rows of a generated data set.
+def read_rows(folder: Path) -> list[Row]:
+    """The manifest of a generated data set.
 
-    Raises UserError for a missing or damaged manifest, and for one that names files outside of its folder.
+    Raises UserError if it is missing or damaged, and if it names files outside of its folder.
     """
     path = folder / MANIFEST
     try:
@@ -140,34 +138,29 @@ def read_manifest(folder: Path) -> list[Row]:
             rows = [_parse_row(line, f"{path}: line {lines.line_num}") for line in lines]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder made by generate.py") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except csv.Error as error:
         raise UserError(f"{path}: damaged ({error}); generate the data set again") from None
-    seen: set[str] = set()
-    for row in rows:
-        if row.file in seen:
-            raise UserError(f"{path}: {row.file} is listed twice; generate the data set again")
-        seen.add(row.file)
+    for file, times in Counter(row.file for row in rows).items():
+        if times > 1:
+            raise UserError(f"{path}: {file} is listed {times} times; generate the data set again")
     return rows
 
 
 def _parse_row(line: list[str], where: str) -> Row:
     if len(line) != len(Row._fields):
         raise UserError(f"{where}: {len(line)} columns instead of {len(Row._fields)}; generate the data set again")
-    file, appearance, structure, appearance_id, structure_id, *cameras, soft_label = line
-    inner = PurePosixPath(file)
-    if not inner.parts or "\0" in file or inner.is_absolute() or ".." in inner.parts:
-        raise UserError(f"{where}: {file!r} leads out of the manifest's folder; generate the data set again")
-    if all(re.fullmatch("[0-9]{1,18}", camera) for camera in cameras):
-        cameras = [int(camera) for camera in cameras]
-    else:
+    row = Row(*line)
+    inner = PurePosixPath(row.file)
+    if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts:
+        raise UserError(f"{where}: {row.file!r} leads out of the manifest's folder; generate the data set again")
+    cameras = row.appearance_camera, row.structure_camera
+    if not all(re.fullmatch("[0-9]{1,18}", camera) for camera in cameras):
         raise UserError(f"{where}: cameras {cameras} are not whole numbers; generate the data set again")
-    return Row(file, appearance, structure, appearance_id, structure_id, *cameras, soft_label)
+    return row._replace(appearance_camera=int(cameras[0]), structure_camera=int(cameras[1]))
 
 
 class ManifestFile:
-    """The manifest while images are being added. At any moment every image that it lists is there and whole."""
+    """The manifest while images are being added. At any moment, every image that it lists exists and is whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -182,7 +175,7 @@ class ManifestFile:
         self._file.close()
 
     def commit(self, rows: Sequence[Row]) -> None:
-        """Give the images of `rows` their names and list them: all of it, or after an exception nothing of it."""
+        """Rename the finished images of `rows` and list them. After an exception, none is listed or exists."""
         end = self._file.seek(0, os.SEEK_END)
         try:
             for row in rows:
@@ -196,34 +189,33 @@ class ManifestFile:
             raise
 
     def _append(self, data: bytes) -> None:
-        # A disk that is nearly full takes the beginning and refuses the rest.
+        # A disk that is nearly full may take only the beginning.
         while data:
             data = data[self._file.write(data) :]
 
 
 def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
-    """The rows of the images that an interrupted generation has finished, each as planned but for its soft label.
+    """The rows of the images that an interrupted generation has finished: as planned, with their soft labels.
 
-    A last line that was cut is dropped, and so are images that are missing or damaged since. Raises UserError when
-    the manifest lists other images than `planned`.
+    A last line that was cut is dropped, and so are images that are missing or damaged. Raises UserError if the
+    manifest lists images that are not `planned`.
     """
     path = folder / MANIFEST
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.exists():
         return []
     with open(path, "r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    if b"\n" not in content:
+        size = file.truncate(file.read().rfind(b"\n") + 1)
+    if size == 0:
         return []
-    rows = read_manifest(folder)
+    rows = read_rows(folder)
     expected = {row.file: row for row in planned}
     for row in rows:
         if expected.get(row.file) != row._replace(soft_label=""):
             raise UserError(f"{path}: {row.file} is not what this command makes there; choose another --out")
-    sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0) if rows else []
+    sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0)
     if not all(sound):
         rows = [row for row, fine in zip(rows, sound, strict=True) if fine]
-        write_manifest(folder, rows)
+        write_rows(folder, rows)
         print(f"note: {folder}: they are made again", file=sys.stderr)
     return rows
 
@@ -231,18 +223,15 @@ def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------- training on them
 @dataclass(frozen=True)
 class SoftLabels:
-    """Labels (K,) of n images, kept small: `floor` everywhere, plus `peak` at the classes `top`.
+    """Labels (K,) of n images, stored sparsely: `floor` everywhere, plus `peak` at the classes `top`."""
 
-    floor (n,), top (n, k) class numbers, peak (n, k).
-    """
-
-    num_classes: int
-    floor: np.ndarray
-    top: np.ndarray
-    peak: np.ndarray
+    num_classes: int  # K
+    floor: np.ndarray  # (n,)
+    top: np.ndarray  # (n, k) class numbers
+    peak: np.ndarray  # (n, k)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """(N, K) float32, each row a distribution, of the images at `index` (N,)."""
+        """(N, K) float32 of the images at `index` (N,); each row is a distribution."""
         q = np.repeat(self.floor[index, None], self.num_classes, axis=1)
         # Unused places of `top` repeat class 0, hence `add.at`.
         np.add.at(q, (np.arange(len(index))[:, None], self.top[index]), self.peak[index])
@@ -250,7 +239,7 @@ class SoftLabels:
 
 
 def soften(label: dict[int, float], num_classes: int) -> tuple[float, dict[int, float]]:
-    """Floor and peaks of a soft label: what its classes leave of 1 is spread evenly over all others."""
+    """Floor and peaks of a soft label: what its classes leave of 1 is spread evenly over the rest."""
     rest, others = 1 - sum(label.values()), num_classes - len(label)
     if rest <= 0 or not others:
         total = sum(label.values())
@@ -268,9 +257,9 @@ def add_generated(
             outliers); soft: the manifest's. Real images keep their identity.
 
     Raises UserError for an unfinished or damaged data set, for identities that `images` do not have, and for `soft`
-    where the manifest has no soft labels.
+    if the manifest has no soft labels.
     """
-    rows = read_manifest(folder)
+    rows = read_rows(folder)
     if (folder / UNFINISHED_MARK).exists():
         raise UserError(f"extra_data {folder}: its generation was interrupted; run the same generate.py command again")
     if not rows:
@@ -278,8 +267,7 @@ def add_generated(
     classes, manifest = images.classes, folder / MANIFEST
     label_of = {token: label for label, token in enumerate(classes)}
     pid_of = dict(zip(images.tokens, images.pids.tolist(), strict=True))
-    for row in rows:
-        require_known([row.appearance_id], label_of, manifest)
+    _require_known((row.appearance_id for row in rows), label_of, manifest)
     keep = check_images([folder / row.file for row in rows], skip_bad=skip_bad)
     rows = [row for row, fine in zip(rows, keep, strict=True) if fine]
     tokens = [row.appearance_id for row in rows]
@@ -291,10 +279,11 @@ def add_generated(
     )
     if policy == "one_hot":
         return both, None
-    real = [(0.0, {label: 1.0}) for label in images.labels().tolist()]
-    uniform = (1 / len(classes), {})
-    made = [uniform] * len(rows) if policy == "lsro" else list(_manifest_labels(rows, label_of, manifest))
-    labels = real + made
+    labels: list[tuple[float, dict[int, float]]] = [(0.0, {label: 1.0}) for label in images.labels().tolist()]
+    if policy == "lsro":
+        labels += [(1 / len(classes), {})] * len(rows)
+    else:
+        labels += [_manifest_label(row, label_of, manifest) for row in rows]
     width = max(len(peaks) for _, peaks in labels)
     top, peak = np.zeros((len(labels), width), np.int64), np.zeros((len(labels), width))
     for i, (_, peaks) in enumerate(labels):
@@ -302,27 +291,23 @@ def add_generated(
     return both, SoftLabels(len(classes), np.array([floor for floor, _ in labels]), top, peak)
 
 
-def _manifest_labels(
-    rows: Sequence[Row], label_of: dict[str, int], manifest: Path
-) -> Iterator[tuple[float, dict[int, float]]]:
-    for row in rows:
-        if not row.soft_label:
-            raise UserError(
-                f"{manifest}: {row.file} has no soft label; generate with a --teacher, or set extra_labels: one_hot"
-            )
-        try:
-            label = parse_soft_label(row.soft_label)
-        except ValueError as error:
-            raise UserError(f"{manifest}: soft label of {row.file}: {error}; generate the data set again") from None
-        require_known(label, label_of, manifest)
-        yield soften({label_of[token]: probability for token, probability in label.items()}, len(label_of))
+def _manifest_label(row: Row, label_of: dict[str, int], manifest: Path) -> tuple[float, dict[int, float]]:
+    if not row.soft_label:
+        raise UserError(
+            f"{manifest}: {row.file} has no soft label; generate with a --teacher, or set extra_labels: one_hot"
+        )
+    try:
+        label = parse_soft_label(row.soft_label)
+    except ValueError as error:
+        raise UserError(f"{manifest}: soft label of {row.file}: {error}; generate the data set again") from None
+    _require_known(label, label_of, manifest)
+    return soften({label_of[token]: probability for token, probability in label.items()}, len(label_of))
 
 
-def require_known(tokens: Sequence[str] | dict[str, float], label_of: dict[str, int], manifest: Path) -> None:
+def _require_known(tokens: Iterable[str], label_of: dict[str, int], manifest: Path) -> None:
     for token in tokens:
         if token not in label_of:
-            known = sorted(label_of)
             raise UserError(
-                f"{manifest}: identity {token} is not among the {len(known)} of the training folder ({known[0]} to "
-                f"{known[-1]}); set extra_data to images generated from the data_root of this config"
+                f"{manifest}: identity {token} is not among the {len(label_of)} of the training folder "
+                f"({min(label_of)} to {max(label_of)}); set extra_data to images generated from this config's data_root"
             )

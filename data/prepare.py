@@ -1,10 +1,10 @@
-"""From a data set as its authors packed it to one sub-folder per identity: what `prepare.py` does. No torch here.
+"""What `prepare.py` does: sort a data set, as its authors packed it, into one sub-folder per identity. No torch here.
 
     DATA_ROOT/pytorch/{train_all,train,val}/ID/    training images; train_all is train and val together
     DATA_ROOT/pytorch/{query,gallery}/ID/          the gallery with junk -1 and distractors 0000
     DATA_ROOT/pytorch/multi-query/ID/              if there are such images
 
-ID is the identity as the file names write it. Nothing is ever deleted or overwritten.
+ID is the identity as in the file names. Nothing is ever deleted or overwritten.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from data import archives
 from data.archives import Splits
-from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, list_images
+from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, list_folders, list_images
 from files import write_whole
 from utils import UserError
 
 DATASETS = ("market1501", "msmt17", "cuhk03-np", "dukemtmc-reid", "veri776", "folder", "csv")
 IDENTITIES_FILE = "identities.csv"
 CUHK03 = "CUHK03-NP"
-# Images and identities as published; identities count positive ones only. The 19,732 gallery images of Market-1501
-# are the files of bounding_box_test, distractors and junk included; 15,913 of them are not junk. The gallery of
-# DukeMTMC-reID has 408 identities that no query asks for. VeRi-776 is distributed with two numbers of training images.
+# Images and positive identities as published. The 19,732 gallery images of Market-1501 are the files of
+# bounding_box_test with distractors and junk; 15,913 of them are not junk. The gallery of DukeMTMC-reID has 408
+# identities that no query asks for. VeRi-776 is distributed with two numbers of training images.
 PUBLISHED: dict[str, dict[str, list[tuple[int, int]]]] = {
     "Market-1501": {"train_all": [(12_936, 751)], "query": [(3_368, 750)], "gallery": [(19_732, 750)]},
     "MSMT17": {
@@ -71,13 +71,13 @@ class Task:
     title: str
     root: Path
     splits: Splits
-    numbers: dict[str, int] | None = None  # of people's own data: the identities' numbers by name
+    numbers: dict[str, int] | None = None  # for users' own data: the identities' numbers by name
 
 
 def read_tasks(
     dataset: str, data_root: str | Path, *, csv_file: str | None = None, test_fraction: float = 0.5, seed: int = 0
 ) -> list[Task]:
-    """What `prepare.py --dataset` is to do; CUHK03-NP may be two folders. Notes go to stderr.
+    """The tasks of `prepare.py --dataset`: one, or two for both halves of CUHK03-NP. Notes go to stderr.
 
     `csv_file` is for `csv` (default: dataset.csv in `data_root`), `test_fraction` and `seed` are for `folder`.
     Raises UserError for data that is not as its authors packed it.
@@ -99,37 +99,28 @@ def read_tasks(
     if dataset == "msmt17":
         return [Task("MSMT17", root, archives.msmt17(root))]
     if dataset == "folder":
-        own = archives.folder_per_identity(root, test_fraction=test_fraction, seed=seed)
+        data = archives.folder_per_identity(root, test_fraction=test_fraction, seed=seed)
     else:
-        own = archives.table(root, Path(csv_file).expanduser() if csv_file else root / archives.CSV_NAME)
-    if not own.cameras and "query" in own.splits:
+        data = archives.table(root, Path(csv_file).expanduser() if csv_file else root / archives.CSV_NAME)
+    if not data.cameras and "query" in data.splits:
         _note("these data have no cameras; evaluate them with test.py --no-cameras")
-    return [Task("", root, own.splits, own.numbers)]
+    return [Task("", root, data.splits, data.numbers)]
 
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def prepare(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
+def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
     """Fill ROOT/pytorch with the images of a task; files already there with the same content are kept.
 
-    Hard links where the file system has them, copies elsewhere or with `copy`. May be interrupted at any
+    Images are hard-linked, or copied with `copy` and where the file system has no links. May be interrupted at any
     point and run again. Returns the counts by split.
-    Raises UserError, before touching anything, for images that are not there and for a target file of other
-    content; for people's own data also for images of an earlier preparation, which the new split would mix up.
+    Raises UserError, before touching anything, for missing images and for a target file of different content; for
+    users' own data also for images of an earlier preparation, which the new split would mix up.
     """
     prepared = task.root / PREPARED_FOLDER
-    sources: dict[Path, Path] = {}
-    for split, images in task.splits.items():
-        for image in images:
-            target = prepared / split / image.token / image.name
-            other = sources.setdefault(target, image.source)
-            if other != image.source:
-                raise UserError(f"{image.source} and {other} would both become {target}; rename one of them")
-    absent = [source for source in dict.fromkeys(sources.values()) if not source.is_file()]
-    if absent:
-        raise UserError(f"{absent[0]}: no such file, one of {len(absent)} missing images; unpack the archive again")
+    sources = _sources_by_target(prepared, task)
     missing = [(source, target) for target, source in sources.items() if not _is_there(source, target)]
     _check_strangers(prepared, task, set(sources))
     identities = _identities(prepared, task)
@@ -139,13 +130,27 @@ def prepare(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
         _make_folder(prepared)
         mark.touch()
         for source, target in tqdm(missing, "prepare", unit=" images", disable=None):
-            place(source, target, copy)
+            _link_or_copy(source, target, copy)
     if identities is not None:
         text = identities.encode(errors="surrogateescape")  # names of folders may be any bytes
         write_whole(prepared / IDENTITIES_FILE, lambda file: file.write(text))
-    if mark.exists():
-        mark.unlink()
+    mark.unlink(missing_ok=True)
     return {split: _count(images) for split, images in task.splits.items()}
+
+
+def _sources_by_target(prepared: Path, task: Task) -> dict[Path, Path]:
+    """The file to make in the prepared folder, and the image that it is made from, for all images of a task."""
+    sources: dict[Path, Path] = {}
+    for split, images in task.splits.items():
+        for image in images:
+            target = prepared / split / image.token / image.name
+            earlier = sources.setdefault(target, image.source)
+            if earlier != image.source:
+                raise UserError(f"{image.source} and {earlier} would both become {target}; rename one of them")
+    absent = [source for source in dict.fromkeys(sources.values()) if not source.is_file()]
+    if absent:
+        raise UserError(f"{absent[0]}: no such file, one of {len(absent)} missing images; unpack the archive again")
+    return sources
 
 
 def _is_there(source: Path, target: Path) -> bool:
@@ -163,10 +168,10 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is a file where a folder is needed; move it away") from None
 
 
-def place(source: Path, target: Path, copy: bool) -> None:
+def _link_or_copy(source: Path, target: Path, copy: bool) -> None:
     """Make `target` appear in one step, complete: a hard link to `source`, or a copy."""
     _make_folder(target.parent)
-    # A link to a symbolic link would be a symbolic link, and break when that moves.
+    # A hard link to a symbolic link would be a symbolic link, and break when its target moves.
     source = source.resolve()
     if not copy:
         try:
@@ -181,49 +186,47 @@ def place(source: Path, target: Path, copy: bool) -> None:
     os.replace(partial, target)
 
 
-def _check_strangers(prepared: Path, task: Task, ours: set[Path]) -> None:
-    """Files of another origin stay; training and evaluation would use them, so they are named or refused."""
+def _check_strangers(prepared: Path, task: Task, targets: set[Path]) -> None:
+    """Training and evaluation would use files of another origin: warn of them, refuse them in users' own data."""
     for split in SPLITS if task.numbers is not None else task.splits:
         if not (prepared / split).is_dir():
             continue
-        folders = [folder for folder in sorted((prepared / split).iterdir()) if folder.is_dir()]
-        strangers = [path for folder in folders for path in list_images(folder) if path not in ours]
-        if not strangers:
-            continue
-        if task.numbers is not None:
+        folders = [prepared / split / name for name in list_folders(prepared / split)]
+        strangers = [path for folder in folders for path in list_images(folder) if path not in targets]
+        if strangers and task.numbers is not None:
             raise UserError(
-                f"{prepared}: was prepared from other images or settings (the first that differs is {strangers[0]}); "
+                f"{prepared}: was prepared from different images or settings (the first difference is {strangers[0]}); "
                 "move it away, then run again"
             )
-        print(
-            f"warning: {prepared / split}: {len(strangers)} images are not from this archive, the first "
-            f"is {strangers[0]}; they are left there and will be used",
-            file=sys.stderr,
-        )
+        if strangers:
+            print(
+                f"warning: {prepared / split}: {len(strangers)} images are not from this archive, the first "
+                f"is {strangers[0]}; they are left there and will be used",
+                file=sys.stderr,
+            )
 
 
 def _identities(prepared: Path, task: Task) -> str | None:
-    """The table of the numbers that identities were given, or None where they keep their own or it is there.
+    """The table of the identities' numbers; None if their names are their numbers, or if it is there already.
 
-    Raises UserError for a table that says otherwise; new identities may be added to it.
+    Raises UserError for a table with different numbers; new identities may be added to it.
     """
     if all(name.isdecimal() and int(name) == number for name, number in (task.numbers or {}).items()):
         return None
     lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(
-        [("number", "identity"), *((n, i) for i, n in task.numbers.items())]
-    )
+    rows = [("number", "identity"), *((number, name) for name, number in task.numbers.items())]
+    csv.writer(lines, lineterminator="\n").writerows(rows)
     file, text = prepared / IDENTITIES_FILE, lines.getvalue()
     if file.exists():
-        there = file.read_text(encoding="utf-8", errors="surrogateescape")
-        if not set(there.splitlines()) <= set(text.splitlines()):
-            raise UserError(f"{file}: gives identities other numbers; move {prepared} away, then run again")
-        if there == text:
+        present = file.read_text(encoding="utf-8", errors="surrogateescape")
+        if not set(present.splitlines()) <= set(text.splitlines()):
+            raise UserError(f"{file}: gives identities different numbers; move {prepared} away, then run again")
+        if present == text:
             return None
     return text
 
 
-def _count(images: list[archives.Image]) -> SplitCount:
+def _count(images: list[archives.SourceImage]) -> SplitCount:
     return SplitCount(
         images=len(images),
         identities=len({image.pid for image in images if image.pid > 0}),
@@ -232,17 +235,17 @@ def _count(images: list[archives.Image]) -> SplitCount:
     )
 
 
-def report(counts: dict[str, SplitCount], title: str = "") -> None:
+def print_counts(counts: dict[str, SplitCount], title: str = "") -> None:
     """Print the counts; warn, on stderr, where they differ from those published for the data set `title`."""
     print(f"{'split':<12}{'images':>8}{'identities':>12}{'junk':>7}{'distractors':>13}{'without junk':>14}")
     for split, n in counts.items():
         print(f"{split:<12}{n.images:>8}{n.identities:>12}{n.junk:>7}{n.distractors:>13}{n.images - n.junk:>14}")
-    differing = [
-        f"{split} has {found.images} images of {found.identities} identities, "
-        f"not {' or '.join(f'{images} of {identities}' for images, identities in published)}"
-        for split, published in PUBLISHED.get(title, {}).items()
-        if ((found := counts[split]).images, found.identities) not in published
-    ]
+    differing = []
+    for split, published in PUBLISHED.get(title, {}).items():
+        n = counts[split]
+        if (n.images, n.identities) not in published:
+            expected = " or ".join(f"{images} of {identities}" for images, identities in published)
+            differing.append(f"{split} has {n.images} images of {n.identities} identities, not {expected}")
     if differing:
         print(f"warning: this is not the complete {title}: {'; '.join(differing)}", file=sys.stderr)
 
@@ -257,7 +260,9 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     if dataset is None:
         parser.add_argument("--dataset", required=True, choices=DATASETS, help="which data set, or form of own data")
         parser.add_argument("--data_root", required=True, help="folder of the unpacked archive or of own images")
-        parser.add_argument("--csv", metavar="FILE", help=f"csv: the table (default: DATA_ROOT/{archives.CSV_NAME})")
+        parser.add_argument(
+            "--csv", dest="csv_file", metavar="FILE", help=f"csv: the table (default: DATA_ROOT/{archives.CSV_NAME})"
+        )
         parser.add_argument(
             "--test-fraction", type=float, metavar="F", help="folder: part of the identities to test on (default: 0.5)"
         )
@@ -265,40 +270,25 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     else:
         parser.add_argument("--data_root", default="../Market", help="folder of the unpacked archive (%(default)s)")
     parser.add_argument("--copy", action="store_true", help="copy the images instead of hard-linking them")
-    args = parser.parse_args(argv)
-    dataset = dataset or args.dataset
-    options = _own_data_options(args, dataset)
+    options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    copy, data_root, dataset = options.pop("copy"), options.pop("data_root"), options.pop("dataset", dataset)
+    for name in options:
+        needed = "csv" if name == "csv_file" else "folder"
+        if dataset != needed:
+            option = name.removesuffix("_file").replace("_", "-")
+            raise UserError(f"--{option}: goes with --dataset {needed}, not with {dataset}; leave it out")
+    if not 0 <= options.get("test_fraction", 0) <= 1:
+        raise UserError(f"--test-fraction {options['test_fraction']}: must be from 0 to 1")
     try:
-        for task in read_tasks(dataset, args.data_root, **options):
-            counts = prepare(task, copy=args.copy)
-            report(counts, task.title)
+        for task in read_tasks(dataset, data_root, **options):
+            print_counts(fill_folder(task, copy=copy), task.title)
             print(f"prepared: {task.root / PREPARED_FOLDER}")
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     except OSError as error:
-        where = error.filename2 or error.filename or args.data_root
+        where = error.filename2 or error.filename or data_root
         raise UserError(
             f"{where}: {error.strerror or error}; make room or set the permissions, and run again"
         ) from None
     return 0
-
-
-def _own_data_options(args: argparse.Namespace, dataset: str) -> dict[str, object]:
-    """The options for `folder` and `csv` that were given, checked."""
-    given = {}
-    for key, option, only in (
-        ("csv_file", "csv", "csv"),
-        ("test_fraction", "test_fraction", "folder"),
-        ("seed", "seed", "folder"),
-    ):
-        value = getattr(args, option, None)
-        if value is None:
-            continue
-        name = f"--{option.replace('_', '-')}"
-        if dataset != only:
-            raise UserError(f"{name}: goes with --dataset {only}, not with {dataset}; leave it out")
-        if option == "test_fraction" and not 0 <= value <= 1:
-            raise UserError(f"{name} {value}: must be from 0 to 1")
-        given[key] = value
-    return given

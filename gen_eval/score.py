@@ -165,7 +165,8 @@ def main() -> None:
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; give a file")
 
-    from data.folders import check_images, read_people
+    from data.folders import read_people
+    from data.images import check_images
     from gen_eval.metrics import Protocol
 
     device = pick_device(args.device)

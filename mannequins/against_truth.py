@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.folders import data_set_name, other_data_set, read_split
 from files import write_json
+from mannequins.dataset import load_factors
 from utils import UserError, add_run_arguments, run_cli
 
 if TYPE_CHECKING:
     from mannequins.truth import Swaps
     from runs.swapper import Swapper
 
-TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's own heads name
+TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's heads name
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
@@ -56,12 +58,11 @@ def parse_args() -> argparse.Namespace:
 def ask_teacher(
     model: Swapper, root: Path, swaps: Swaps, training: Swaps | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the run's first teacher recognises: re-identification of swaps of test images, top-1 of `training` ones.
+    """What the run's first teacher recognises: re-identification of `swaps` of test images, top-1 of `training` swaps.
 
-    The second is empty without them, or where the teacher's classes are not the data set's training identities. Raises
-    UserError for a run without a teacher, or one whose files are not there.
+    The second is empty without `training`, or if the teacher's classes are not the data set's training identities.
+    Raises UserError for a run without a teacher, and for a teacher whose files are missing.
     """
-    from data.folders import read_split
     from mannequins.truth import classify, recognise
     from reid_eval.features import Features, extract_features
     from runs.load import find_teacher, load_teacher
@@ -85,7 +86,7 @@ def ask_teacher(
 
 
 def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """The table of `swaps.json`: heads of the columns, and the cells of each row by its label, "-" where empty."""
+    """The table of `swaps.json`: heads of the columns, and a row's cells by its label, "-" where empty."""
     asked = "recognised" in result
     heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
     rows = {}
@@ -135,33 +136,23 @@ def format_named(named: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    args = parse_args()
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: bool) -> tuple[dict[str, Any], list[str]]:
+    """All of `swaps.json`, and notes on what is left out.
 
-    from data.folders import data_set_name, other_data_set, read_split
-    from mannequins.dataset import load_factors
+    elsewhere  the run was trained on another data set than `root`, so that its classes are other people
+    """
     from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, name_people
-    from runs.folder import resolve_data_root
-    from runs.swapper import open_swapper
 
-    model = open_swapper(args)
-    run = model.run
-    root = resolve_data_root(args.data_root or model.cfg.data_root)
-    factors = load_factors(root)
-    swaps = draw_swaps(
-        model.swap, factors, read_split(root, "query"), size=model.size, count=args.count, seed=args.seed
-    )
+    factors, notes, training = load_factors(root), [], None
+    how = dict(size=model.size, seed=seed)
+    swaps = draw_swaps(model.swap, factors, read_split(root, "query"), count=count, **how)
     rows = measure_swaps(swaps)
     generated, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     result = {
-        "name": run.name,
+        "name": model.run.name,
         "iteration": model.iteration,
         "tested_on": data_set_name(root),
-        "seed": args.seed,
+        "seed": seed,
         "pairs": len(swaps.appearance),
         "generated": generated,
         "copy": copy,
@@ -169,36 +160,61 @@ def main() -> None:
         "images": rows,
         "shares": clothes_shares(swaps),
     }
-    # Classes are people of the run's own data set.
-    elsewhere, training = other_data_set(root, resolve_data_root(model.cfg.data_root)), None
     try:
         if not elsewhere:
-            people, count = read_split(root, "train_all"), min(args.count, TRAINING_SWAPS)
-            training = draw_swaps(model.swap, factors, people, size=model.size, count=count, seed=args.seed)
+            people = read_split(root, "train_all")
+            training = draw_swaps(model.swap, factors, people, count=min(count, TRAINING_SWAPS), **how)
             if people.num_classes == model.id_net.num_classes:
                 names = model.id_net.head_names
                 result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
     except UserError as error:
-        print(f"swaps of training images are left out: {error}")
+        notes.append(f"swaps of training images are left out: {error}")
     try:
         result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
     except UserError as error:
-        print(f"recognition by the teacher is left out: {error}")
-    print(
-        f"{run.name} after {model.iteration} steps, {len(swaps.appearance)} swaps of test images, L1 on the changed "
-        f"pixels (grey levels): generated {generated:.1f}, copying the structure image {copy:.1f}, "
-        f"reduction {100 * result['reduction']:.1f} %\n{format_swaps(result)}"
-    )
-    print(f"clothes of the structure image and of the truth in generated swaps: {describe_shares(result['shares'])}")
+        notes.append(f"recognition by the teacher is left out: {error}")
+    return result, notes
+
+
+def format_result(result: dict[str, Any], teacher: str) -> str:
+    """What a terminal shows of `measure`'s result."""
+    lines = [
+        f"{result['name']} after {result['iteration']} steps, {result['pairs']} swaps of test images, L1 on the "
+        f"changed pixels (grey levels): generated {result['generated']:.1f}, copying the structure image "
+        f"{result['copy']:.1f}, reduction {100 * result['reduction']:.1f} %",
+        format_swaps(result),
+        f"clothes of the structure image and of the truth in generated swaps: {describe_shares(result['shares'])}",
+    ]
     if "recognised" in result:
-        print(
-            f"Rank-1, mAP: teacher {model.cfg.teachers[0]}, these images as queries for the appearance identity "
+        lines.append(
+            f"Rank-1, mAP: teacher {teacher}, these images as queries for the appearance identity "
             "(official convention); top-1: its classes, swaps of training images"
         )
     if "named" in result:
-        print(f"whom the run's own heads name, {count} swaps of training images, percent")
-        print(format_named(result["named"]))
-    file = run.path / f"swaps{elsewhere}.json"  # swaps.json is always about the data set that the config names
+        count = min(result["pairs"], TRAINING_SWAPS)
+        lines += [
+            f"whom the run's heads name, {count} swaps of training images, percent",
+            format_named(result["named"]),
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be at least 0")
+
+    from runs.folder import resolve_data_root
+    from runs.swapper import open_swapper
+
+    model = open_swapper(args)
+    root = resolve_data_root(args.data_root or model.cfg.data_root)
+    suffix = other_data_set(root, resolve_data_root(model.cfg.data_root))
+    result, notes = measure(model, root, count=args.count, seed=args.seed, elsewhere=bool(suffix))
+    print(*notes, format_result(result, "".join(model.cfg.teachers[:1])), sep="\n")
+    file = model.run.path / f"swaps{suffix}.json"  # swaps.json is always about the data set that the config names
     write_json(file, result)
     print(f"written to {file}")
 

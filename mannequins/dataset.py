@@ -3,9 +3,9 @@
     python -m mannequins.dataset --out datasets/mannequins --preset demo
     load_factors("datasets/mannequins").true_swap(appearance_of=name_i, structure_of=name_j)
 
-`factors.json` keeps what every image was drawn from (an `Appearance`, a `Body`, a `Shot`), so that any image,
-and the right answer to any swap, can be drawn again. Identities come in groups that wear the same colours and
-differ in pattern or sleeves, hair, bag and build; test identities wear colour pairs that no train identity wears.
+`factors.json` keeps what every image was drawn from (an `Appearance`, a `Body`, a `Shot`), so that any image, and the
+right answer to any swap, can be drawn again. Identities come in groups that wear the same colours and differ in pattern
+or sleeves, hair, bag and build. No test identity wears the colour pair of a training identity.
 """
 
 from __future__ import annotations
@@ -16,44 +16,22 @@ import io
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from tqdm import tqdm
 
 from data.folders import UNFINISHED_MARK
-from mannequins.render import (
-    BAGS,
-    CAMERAS,
-    HAIR_STYLES,
-    LOWER_KINDS,
-    OCCLUDERS,
-    RGB,
-    UPPER_KINDS,
-    Appearance,
-    Body,
-    Shot,
-    person_mask,
-    render,
-)
+from mannequins.render import BAGS, CAMERAS, HAIR_STYLES, OCCLUDERS, RGB, UPPER_KINDS, Appearance, Body, Shot, render
 from utils import UserError, run_cli
 
-__all__ = [
-    "Appearance",
-    "Body",
-    "Factors",
-    "Settings",
-    "Shot",
-    "load_factors",
-    "make_dataset",
-    "make_settings",
-    "person_mask",
-    "render",
-]
-
 TRAIN, TEST, QUERY, GT = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"
-DRAWING = 1  # raise it when the drawing changes, so that old folders are not taken for current ones
+DRAWING = 1  # Raise it when the drawing changes, so that old folders are not taken for current ones.
 JPEG_QUALITY = 95
 
 GARMENTS: dict[str, RGB] = {
@@ -72,7 +50,7 @@ GARMENTS: dict[str, RGB] = {
 }
 SHOES: tuple[RGB, ...] = ((235, 235, 232), (40, 40, 44), (122, 74, 44), (190, 48, 46), (52, 84, 160))
 SKINS: tuple[RGB, ...] = ((246, 212, 186), (228, 182, 148), (192, 136, 98), (138, 92, 66))
-# Hair and bags belong to the structure, of which a swap sees grey only: their tones are calm.
+# Hair and bags belong to the structure, which a swap sees in grey: their tones are calm.
 HAIR_TONES: tuple[RGB, ...] = ((34, 30, 30), (84, 56, 38), (148, 100, 58), (214, 180, 112), (172, 172, 174))
 BAG_TONES: tuple[RGB, ...] = ((62, 62, 68), (140, 104, 70), (176, 170, 158))
 
@@ -80,77 +58,60 @@ BAG_TONES: tuple[RGB, ...] = ((62, 62, 68), (140, 104, 70), (176, 170, 158))
 # ---------------------------------------------------------------- settings
 
 
-def _key(default: float, help: str, low: float, high: float):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-@dataclass(frozen=True)
-class Settings:
+class Settings(BaseModel):
     """All that determines a data set. Recorded in factors.json."""
 
-    seed: int = _key(0, "random seed", 0, 2**32 - 1)
-    train_ids: int = _key(288, "identities to train on", 1, 4000)
-    test_ids: int = _key(96, "identities to test on", 1, 4000)
-    cameras: int = _key(6, "cameras", 2, CAMERAS)
-    min_cameras: int = _key(3, "every identity is seen by at least this many of them", 2, CAMERAS)
-    train_cameras: int = _key(
-        CAMERAS, "training identities are seen by no more of them, not even min_cameras", 1, CAMERAS
-    )
-    images_per_camera: int = _key(2, "pictures per identity and camera", 1, 40)
-    distractors: int = _key(60, "gallery pictures of strangers, identity 0000", 0, 5000)
-    junk: int = _key(40, "ignored gallery pictures, badly cut, identity -1", 0, 5000)
-    group_size: int = _key(6, "training identities that wear the same colours", 1, 12)
-    test_group_size: int = _key(6, "test identities that wear the same colours", 1, 12)
-    tint: float = _key(0.05, "colour cast of the cameras, log gain of a channel", 0.0, 1.0)
-    light: float = _key(0.08, "difference in brightness of the cameras, log gain", 0.0, 1.0)
-    noise: float = _key(3.0, "pixel noise, standard deviation in grey levels", 0.0, 64.0)
-    occluders: float = _key(0.08, "share of pictures with something in front", 0.0, 1.0)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        for key in dataclasses.fields(self):
-            value, low, high = getattr(self, key.name), key.metadata["low"], key.metadata["high"]
-            whole = key.type == "int"
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise UserError(f"{key.name}={value!r}: must be {'a whole' if whole else 'a'} number")
-            if not low <= value <= high:
-                raise UserError(f"{key.name}={value}: must lie between {low} and {high}")
-            if not whole:
-                object.__setattr__(self, key.name, float(value))
-        if self.min_cameras > self.cameras:
-            raise UserError(f"min_cameras={self.min_cameras}: there are only {self.cameras} cameras")
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0
+    train_ids: Annotated[int, Field(ge=1, le=4000, description="identities to train on")] = 288
+    test_ids: Annotated[int, Field(ge=1, le=4000, description="identities to test on")] = 96
+    cameras: Annotated[int, Field(ge=2, le=CAMERAS, description="cameras")] = 6
+    min_cameras: Annotated[int, Field(ge=2, le=CAMERAS, description="cameras that see an identity, at least")] = 3
+    train_cameras: Annotated[
+        int, Field(ge=1, le=CAMERAS, description="cameras that see a training identity, at most, despite min_cameras")
+    ] = CAMERAS
+    images_per_camera: Annotated[int, Field(ge=1, le=40, description="pictures per identity and camera")] = 2
+    distractors: Annotated[int, Field(ge=0, le=5000, description="gallery pictures of strangers, identity 0000")] = 60
+    junk: Annotated[int, Field(ge=0, le=5000, description="ignored gallery pictures, badly cut, identity -1")] = 40
+    group_size: Annotated[int, Field(ge=1, le=12, description="training identities that share colours")] = 6
+    test_group_size: Annotated[int, Field(ge=1, le=12, description="test identities that share colours")] = 6
+    tint: Annotated[float, Field(ge=0, le=1, description="colour cast of the cameras, log gain of a channel")] = 0.05
+    light: Annotated[float, Field(ge=0, le=1, description="difference in brightness of the cameras, log gain")] = 0.08
+    noise: Annotated[float, Field(ge=0, le=64, description="pixel noise, standard deviation in grey levels")] = 3.0
+    occluders: Annotated[float, Field(ge=0, le=1, description="share of pictures with something in front")] = 0.08
 
 
 PRESETS: dict[str, dict[str, float]] = {
-    "tiny": {"train_ids": 8, "test_ids": 6, "images_per_camera": 2, "distractors": 4, "junk": 4},
+    "tiny": dict(train_ids=8, test_ids=6, images_per_camera=2, distractors=4, junk=4),
     # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
-    "demo": {"train_ids": 84, "group_size": 3, "test_group_size": 12},
-    "large": {
-        "train_ids": 400,
-        "test_ids": 200,
-        "cameras": 8,
-        "images_per_camera": 4,
-        "distractors": 400,
-        "junk": 200,
-    },
+    "demo": dict(train_ids=84, group_size=3, test_group_size=12),
+    "large": dict(train_ids=400, test_ids=200, cameras=8, images_per_camera=4, distractors=400, junk=200),
 }
 DIFFICULTY_KEYS = ("tint", "light", "noise", "occluders")
 
 
-def make_settings(seed: int = 0, preset: str = "demo", difficulty: float = 1.0, **changes) -> Settings:
-    """The preset with `difficulty` multiplied into tint, light, noise and occluders, then `changes`."""
+def make_settings(seed: int = 0, preset: str = "demo", difficulty: float = 1.0, **changes: float) -> Settings:
+    """The preset with `difficulty` multiplied into tint, light, noise and occluders, then `changes`.
+
+    Raises UserError that names an unknown preset or setting, or a value out of range.
+    """
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r}: unknown; use one of {', '.join(PRESETS)}")
-    keys = {key.name: key.default for key in dataclasses.fields(Settings)}
-    unknown = sorted(set(changes) - set(keys))
-    if unknown:
-        raise UserError(f"{unknown[0]}: unknown setting; use one of {', '.join(keys)}")
     if not 0 <= difficulty < math.inf:
         raise UserError(f"difficulty={difficulty}: must not be negative")
-    keys |= PRESETS[preset] | {"seed": seed}
+    values = Settings().model_dump() | PRESETS[preset] | {"seed": seed}
     for name in DIFFICULTY_KEYS:
-        keys[name] = round(keys[name] * difficulty, 6)
-    keys["occluders"] = min(1.0, keys["occluders"])
-    return Settings(**(keys | changes))
+        values[name] = round(values[name] * difficulty, 6)
+    values["occluders"] = min(1.0, values["occluders"])
+    try:
+        settings = Settings(**(values | changes))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
+    if settings.min_cameras > settings.cameras:
+        raise UserError(f"min_cameras={settings.min_cameras}: there are only {settings.cameras} cameras")
+    return settings
 
 
 # ---------------------------------------------------------------- who is seen where
@@ -320,6 +281,7 @@ class Factors:
     images: dict[str, Sight]
 
     def factors_of(self, name: str) -> tuple[Appearance, Body, Shot]:
+        """What an image was drawn from, by its file name or path. Raises UserError for an unknown one."""
         sight = self.images.get(Path(name).name)
         if sight is None:
             raise UserError(f"{name}: no such image in factors.json")
@@ -341,6 +303,9 @@ class Factors:
         return sorted(name for name, sight in self.images.items() if folder in sight.folders)
 
 
+_FACTORS = TypeAdapter(Factors)
+
+
 def _dump(factors: Factors) -> str:
     """JSON with a line per person and per image."""
 
@@ -349,86 +314,39 @@ def _dump(factors: Factors) -> str:
         return "{\n" + ",\n".join(lines) + "\n }"
 
     return (
-        f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(dataclasses.asdict(factors.settings))},\n'
+        f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(factors.settings.model_dump())},\n'
         f' "people": {block(factors.people)},\n "images": {block(factors.images)}\n}}\n'
     )
 
 
-def _tuples(entry: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-
-
-def _is_person(person: Person) -> bool:
-    """Whether the renderer can draw someone."""
-    a, b = person.appearance, person.body
-    colours = (a.upper, a.upper_second, a.lower, a.shoes, a.skin, b.hair_tone, b.bag_tone)
-    return (
-        a.upper_kind in UPPER_KINDS
-        and a.sleeves in ("long", "short")
-        and a.lower_kind in LOWER_KINDS
-        and b.hair in HAIR_STYLES
-        and b.bag in BAGS
-        and all(len(c) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in c) for c in colours)
-        and all(0.5 <= size <= 2 for size in (b.height, b.build))
-    )
-
-
-def _is_sight(sight: Sight, people: dict[str, Person]) -> bool:
-    """Whether the renderer can draw a shot, and knows who is in it."""
-    shot = sight.shot
-    lengths = (shot.x, shot.foot, shot.light, shot.light_side, *shot.tint, shot.noise, shot.occluder_x)
-    return (
-        sight.person in people
-        and shot.occluder in ("none", *OCCLUDERS)
-        and all(isinstance(number, int) for number in (shot.camera, shot.noise_seed))
-        and 1 <= shot.camera <= CAMERAS
-        and shot.noise_seed >= 0
-        and 0.1 <= shot.scale <= 5
-        and abs(shot.pan) <= 0.1201
-        and len(shot.tint) == 3
-        and all(abs(angle) <= 1000 for angle in (shot.yaw, shot.phase))
-        and all(abs(length) <= 256 for length in lengths)
-    )
-
-
 def is_embedded(path: Path | str) -> bool:
-    """Whether a folder is a data set of this renderer's."""
+    """Whether a folder holds a data set of this renderer."""
     return (Path(path) / "factors.json").is_file()
 
 
 def load_factors(path: Path | str) -> Factors:
-    """Read factors.json, given itself or its folder."""
+    """Read factors.json, given itself or its folder. Raises UserError for a file that the renderer cannot draw from."""
     path = Path(path)
-    if path.suffix != ".json":
-        path = path / "factors.json"
+    path = path if path.suffix == ".json" else path / "factors.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_bytes())
         if table["drawing"] != DRAWING:
             raise UserError(f"{path}: written by another version of the renderer; make the data set again")
-        people = {
-            key: Person(
-                Appearance(**_tuples(entry["appearance"])),
-                Body(**_tuples(entry["body"])),
-                entry["split"],
-                entry["group"],
-            )
-            for key, entry in table["people"].items()
-        }
-        images = {
-            name: Sight(entry["person"], Shot(**_tuples(entry["shot"])), tuple(entry["folders"]))
-            for name, entry in table["images"].items()
-        }
-        for entries, possible in ((people, _is_person), (images, lambda sight: _is_sight(sight, people))):
-            for name, entry in entries.items():
-                if not possible(entry):
-                    raise UserError(f"{path}: {name}: not what the renderer writes; make the data set again")
-        return Factors(Settings(**table["settings"]), people, images)
+        factors = _FACTORS.validate_python(table)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); make it with python -m mannequins.dataset"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}; make the data set again") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
+    for name, sight in factors.images.items():
+        if sight.person not in factors.people:
+            raise UserError(f"{path}: {name} shows {sight.person!r}, who is not listed; make the data set again")
+    return factors
 
 
 # ---------------------------------------------------------------- writing
@@ -445,13 +363,15 @@ def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> int:
 
 
 def make_dataset(
-    out: Path, seed: int = 0, preset: str = "demo", difficulty: float = 1.0, workers: int = 1, **changes
+    out: Path, seed: int = 0, preset: str = "demo", difficulty: float = 1.0, workers: int = 1, **changes: float
 ) -> None:
     """Write the data set that `make_settings(seed, preset, difficulty, **changes)` describes into `out`.
 
-    Does nothing when it is there already, finishes it when it was interrupted, and refuses a folder that
-    holds anything else. The factors are the mark of an unfinished data set while images are written, and become
-    factors.json at the end, so a folder with that name is complete.
+    A complete data set is left alone, an interrupted one is finished. While images are written, the factors are in the
+    file that marks an unfinished data set; at the end it is renamed to factors.json.
+
+    workers  processes that draw
+    Raises UserError for bad settings, a folder that holds anything else, and one that cannot be written.
     """
     out = Path(out)
     if workers < 1:
@@ -459,12 +379,11 @@ def make_dataset(
     settings = make_settings(seed, preset, difficulty, **changes)
     done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
-        found = load_factors(done)
-        for key in dataclasses.fields(Settings):
-            old, new = getattr(found.settings, key.name), getattr(settings, key.name)
-            if old != new:
-                raise UserError(f"{out}: holds a data set with {key.name}={old}, not {new}; choose another folder")
-        print(f"{out}: complete already, {len(found.images)} images")
+        present = load_factors(done)
+        for key, new in settings.model_dump().items():
+            if (old := getattr(present.settings, key)) != new:
+                raise UserError(f"{out}: holds a data set with {key}={old}, not {new}; choose another folder")
+        print(f"{out}: complete already, {len(present.images)} images")
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder")
@@ -476,38 +395,34 @@ def make_dataset(
         raise UserError(f"{out}: is not empty ({names[0]}) and no start of this data set; choose another folder")
 
     try:
-        _write(out, factors, text, workers)
+        out.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        for folder in (TRAIN, TEST, QUERY, GT):
+            (out / folder).mkdir(exist_ok=True)
+        _draw_all(out, factors, workers)
+        try:
+            part.replace(done)
+        except FileNotFoundError:
+            # Another process drew the same files at the same time and has renamed the mark.
+            if not done.is_file():
+                raise
     except OSError as error:
-        remedy = "make room, set the permissions or give another folder; the same command then goes on"
+        remedy = "make room, set the permissions or give another folder; the same command then continues"
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); {remedy}") from None
     print(f"{out}: {len(factors.images)} images")
 
 
-def _write(out: Path, factors: Factors, text: str, workers: int) -> None:
-    """The folders, the mark that holds `text`, the images, and the mark's final name."""
-    done, part = out / "factors.json", out / UNFINISHED_MARK
-    out.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
-    for folder in (TRAIN, TEST, QUERY, GT):
-        (out / folder).mkdir(exist_ok=True)
+def _draw_all(out: Path, factors: Factors, workers: int) -> None:
     entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
     chunks = [entries[k : k + 64] for k in range(0, len(entries), 64)]
-    from tqdm import tqdm
-
     with tqdm(total=len(entries), desc="drawing", unit="image", disable=None) as bar:
-        if workers > 1:
-            with ProcessPoolExecutor(workers) as pool:
-                for count in pool.map(_write_images, [out] * len(chunks), chunks):
-                    bar.update(count)
-        else:
+        if workers == 1:
             for chunk in chunks:
                 bar.update(_write_images(out, chunk))
-    try:
-        part.replace(done)
-    except FileNotFoundError:
-        # Another process drew the same files at the same time and was first to say so.
-        if not done.is_file():
-            raise
+            return
+        with ProcessPoolExecutor(workers) as pool:
+            for count in pool.map(_write_images, repeat(out), chunks):
+                bar.update(count)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -521,10 +436,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (%(default)s)")
     demo = make_settings()
-    for key in dataclasses.fields(Settings):
-        kind = int if key.type == "int" else float
-        note = f"{key.metadata['help']} (demo: {getattr(demo, key.name)})"
-        parser.add_argument(f"--{key.name.replace('_', '-')}", type=kind, help=note)
+    for name, key in Settings.model_fields.items():
+        note = f"{key.description} (demo: {getattr(demo, name)})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=key.annotation, help=note)
     options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     make_dataset(**options)
     return 0

@@ -1,8 +1,8 @@
 """Draws one pedestrian in one scene: `render(appearance, body, shot)`. See dataset.py for the data set.
 
-Appearance, body and shot mean what they mean in DG-Net's swaps: the appearance is what a swap transfers, body
-and shot are the structure it keeps. The person is a walking skeleton in three dimensions whose parts are
-painted from the far side to the near side; scene and person are drawn at four times the size and reduced.
+Appearance, body and shot mean what they mean in DG-Net's swaps: the appearance is what a swap transfers, body and shot
+are the structure it keeps. The person is a walking skeleton in three dimensions whose parts are painted from the far
+side to the near side. Scene and person are drawn at four times the size and reduced.
 """
 
 from __future__ import annotations
@@ -11,20 +11,29 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from pydantic import Field
 
-RGB = tuple[int, int, int]
+Level = Annotated[int, Field(ge=0, le=255)]
+RGB = tuple[Level, Level, Level]
 Point = tuple[float, float]
 
 OVERSAMPLE = 4
 
-UPPER_KINDS = ("plain", "stripes", "checks", "two-tone")
-LOWER_KINDS = ("trousers", "shorts", "skirt")
-HAIR_STYLES = ("short", "bob", "long", "ponytail", "bun", "bald")
-BAGS = ("none", "backpack", "shoulder", "handbag")
+UpperKind = Literal["plain", "stripes", "checks", "two-tone"]
+LowerKind = Literal["trousers", "shorts", "skirt"]
+HairStyle = Literal["short", "bob", "long", "ponytail", "bun", "bald"]
+Bag = Literal["none", "backpack", "shoulder", "handbag"]
+UPPER_KINDS, HAIR_STYLES, BAGS = get_args(UpperKind), get_args(HairStyle), get_args(Bag)
 OCCLUDERS = ("pole", "plant", "cart")
+CAMERAS = 8  # One for each of _SCENES.
+# The ranges are wider than anything that is drawn: they keep a damaged factors.json from asking for an endless drawing.
+Ratio = Annotated[float, Field(ge=0.5, le=2)]
+Angle = Annotated[float, Field(ge=-1000, le=1000)]
+Number = Annotated[float, Field(ge=-256, le=256)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,11 @@ class Appearance:
     """What a swap transfers."""
 
     upper: RGB
-    upper_second: RGB  # the pattern's other colour; not seen when plain
-    upper_kind: str  # one of UPPER_KINDS
-    sleeves: str  # long, short
+    upper_second: RGB  # the pattern's second colour; not seen when plain
+    upper_kind: UpperKind
+    sleeves: Literal["long", "short"]
     lower: RGB
-    lower_kind: str  # one of LOWER_KINDS
+    lower_kind: LowerKind
     shoes: RGB
     skin: RGB
 
@@ -45,11 +54,11 @@ class Appearance:
 class Body:
     """Structure that belongs to the identity."""
 
-    height: float  # relative to the mean, 0.9 to 1.08
-    build: float  # relative width, 0.85 to 1.18
-    hair: str  # one of HAIR_STYLES
+    height: Ratio  # relative to the mean, 0.9 to 1.08
+    build: Ratio  # relative width, 0.85 to 1.18
+    hair: HairStyle
     hair_tone: RGB
-    bag: str  # one of BAGS
+    bag: Bag
     bag_tone: RGB
 
 
@@ -57,20 +66,20 @@ class Body:
 class Shot:
     """Structure that belongs to the single image. Lengths are fractions of the picture."""
 
-    camera: int  # from 1 to CAMERAS, chooses the scene
-    yaw: float  # degrees: 0 walks towards the camera, 90 to the right, 180 away, 270 to the left
-    phase: float  # of the walking cycle, radians
-    x: float  # centre of the person, of the width
-    foot: float  # where the feet stand, of the height
-    scale: float  # height of a person of mean height, of the picture's height
-    pan: float  # shift of the background, of the width, -0.12 to 0.12
-    light: float  # gain of the picture
-    light_side: float  # -1 lit from the left, 1 from the right
-    tint: tuple[float, float, float]  # gain per channel
-    noise: float  # standard deviation in grey levels
-    noise_seed: int
-    occluder: str  # none or one of OCCLUDERS
-    occluder_x: float  # its centre, of the width
+    camera: Annotated[int, Field(ge=1, le=CAMERAS)]  # chooses the scene
+    yaw: Angle  # degrees: 0 walks towards the camera, 90 to the right, 180 away, 270 to the left
+    phase: Angle  # of the walking cycle, radians
+    x: Number  # centre of the person, of the width
+    foot: Number  # where the feet stand, of the height
+    scale: Annotated[float, Field(ge=0.1, le=5)]  # height of a person of mean height, of the picture's height
+    pan: Annotated[float, Field(ge=-0.1201, le=0.1201)]  # shift of the background, of the width
+    light: Number  # gain of the picture
+    light_side: Number  # -1 lit from the left, 1 from the right
+    tint: tuple[Number, Number, Number]  # gain per channel
+    noise: Number  # standard deviation in grey levels
+    noise_seed: Annotated[int, Field(ge=0)]
+    occluder: Literal["none", "pole", "plant", "cart"]
+    occluder_x: Number  # its centre, of the width
 
 
 def render(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int] = (128, 64)) -> np.ndarray:
@@ -87,7 +96,7 @@ def render(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int]
     shadow = np.asarray(shadow.filter(ImageFilter.GaussianBlur(height / 64)), np.float32)
     picture = picture * (1 - 0.45 / 255 * shadow[..., None])
 
-    colour, cover = _paint(appearance, body, shot, size, with_occluder=True)
+    colour, cover = _paint(appearance, body, shot, size)
     picture = picture * (1 - cover) + colour
     picture *= np.asarray(shot.tint, np.float32) * np.float32(shot.light)
     if shot.noise > 0:
@@ -96,17 +105,11 @@ def render(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int]
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def person_mask(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-    """How much of each pixel the person (with bag) covers, occluders ignored: (H, W) float32 in 0..1."""
-    return _paint(appearance, body, shot, size, with_occluder=False)[1][..., 0]
-
-
-def _paint(
-    appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int], with_occluder: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _paint(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Person and occluder without scene: colour times coverage, (H, W, 3) in 0..255, and coverage, (H, W, 1)."""
     painter = _Painter(size, shot.light_side)
     _Figure(painter, appearance, body, shot).paint()
-    if with_occluder and shot.occluder != "none":
+    if shot.occluder != "none":
         _paint_occluder(painter, shot.occluder, shot.occluder_x)
     return painter.finish()
 
@@ -468,7 +471,6 @@ _SCENES = (
     _Scene((190, 186, 196), (156, 150, 146), 0.57, "bricks", "door", 0.12, (120, 104, 92)),
     _Scene((206, 214, 220), (176, 178, 168), 0.46, "sky", "post", 0.88, (104, 104, 108)),
 )
-CAMERAS = len(_SCENES)
 
 
 def _tone(colour: RGB, gain: float) -> RGB:

@@ -1,12 +1,12 @@
 """Generated swaps against the renderer's own drawing of them (embedded data only).
 
-Over a whole image, copying the structure image looks good because most pixels do not change; the main error is
+Over a whole image, copying the structure image looks good because most pixels do not change. The main error is
 therefore taken on the pixels in which the true swap differs from the structure image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from reid_eval.top import main_setting
 from utils import UserError
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
-MOST_PSNR = 100.0  # dB; what equal images are given, whose ratio would be infinite
+MOST_PSNR = 100.0  # dB, for equal images, whose ratio would be infinite
 COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 
 
@@ -38,7 +38,7 @@ class Swaps:
     generated              by the model
     true                   by the renderer
     copy                   the structure image itself
-    recoloured             the structure image with the true swap's colours on its own brightness (`recolour`)
+    recoloured             the structure image with the true swap's colours on its own brightness (`recolour_pixels`)
     reconstruction         the structure image by the model, from its own two codes
     other                  the renderer's swap with the appearance of a third person
     """
@@ -77,16 +77,13 @@ def draw_swaps(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Swaps:
-    """Swaps of random pairs of images, by the model and by the renderer.
+    """`count` swaps of random pairs of images, by the model and by the renderer.
 
-    Args:
-        swap: maps two (N, 3, H, W) normalised batches, appearance and structure, to generated images.
-        factors: of the embedded data set.
-        images: images of it to draw from; those that the renderer knows nothing of are left out.
-        size: (height, width) of the model's images, to which the true swaps are brought.
-
-    Raises:
-        UserError: fewer than three people, an undecodable image.
+    swap     maps two (N, 3, H, W) normalised batches, appearance and structure, to generated images
+    factors  of the embedded data set
+    images   to draw from; those that are not in `factors` are left out
+    size     (height, width) of the model's images, to which the true swaps are resized
+    Raises UserError for fewer than three people and for an undecodable image.
     """
     names = [path.name for path in images.paths]
     known = np.flatnonzero([name in factors.images for name in names])
@@ -95,34 +92,34 @@ def draw_swaps(
     sources = [iter_images([images.paths[i] for i in role], *size, batch_size) for role in chosen.T[:2]]
     with torch.no_grad():
         for x_app, x_str in zip(*sources, strict=True):
-            found = {"appearance": x_app, "copy": x_str}
-            found |= {"generated": swap(x_app, x_str), "reconstruction": swap(x_str, x_str)}
-            for name, x in found.items():
-                parts[name].append(to_uint8(x))
+            for part, x in zip(parts.values(), (x_app, x_str, swap(x_app, x_str), swap(x_str, x_str)), strict=True):
+                part.append(to_uint8(x))
     drawn = {name: np.concatenate(batches) for name, batches in parts.items()}
     for name, role in (("true", 0), ("other", 2)):
-        true = [shrink(factors.true_swap(names[row[role]], names[row[1]]), size) for row in chosen]
-        drawn[name] = np.stack(true)
-    drawn["recoloured"] = recolour(drawn["copy"], drawn["true"])
+        swaps = [factors.true_swap(names[row[role]], names[row[1]]) for row in chosen]
+        drawn[name] = np.stack([shrink(image, size) for image in swaps])
+    drawn["recoloured"] = recolour_pixels(drawn["copy"], drawn["true"])
     return Swaps(chosen[:, 0], chosen[:, 1], drawn)
 
 
-def recolour(structure: np.ndarray, true: np.ndarray) -> np.ndarray:
+def recolour_pixels(structure: np.ndarray, true: np.ndarray) -> np.ndarray:
     """What colours alone can do: each pixel's mean over the channels from `structure`, the rest from `true`.
 
-    Both (n, H, W, 3) uint8. `trainer.recolour` does so with normalised images, whose mean is what the encoder sees.
+    Both are (n, H, W, 3) uint8. `trainer.recolour` does so with normalised images, whose mean is what the encoder sees.
     """
     signed = structure.mean(axis=3, keepdims=True) + true - true.mean(axis=3, keepdims=True)
     return signed.clip(0, 255).round().astype(np.uint8)
 
 
 def image_errors(images: np.ndarray, truth: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
-    """Errors (n,) of n images against their truths, both (n, H, W, 3) uint8; `changed` (n, H, W) bool.
+    """Errors (n,) of n images against their truths, both (n, H, W, 3) uint8, by name; `changed` is (n, H, W) bool.
 
-    "changed" and "l1": mean absolute difference in grey levels (0..255), on those pixels (0 where there is none) and
-    on all. "brightness" and "colour", on those pixels: of the channels' mean, which is what the structure encoder sees
-    of a gray image, and of what is left without it. "psnr" in dB, at most MOST_PSNR; "ssim" with a Gaussian window of
-    11 pixels, mean over the channels.
+    "changed"     mean absolute difference in grey levels (0..255) on the changed pixels; 0 where there is none
+    "l1"          the same on all pixels
+    "brightness"  like "changed", of the channels' mean, which the structure encoder sees of a grey image
+    "colour"      like "changed", of what is left without that mean
+    "psnr"        dB, at most MOST_PSNR
+    "ssim"        with a Gaussian window of 11 pixels, mean over the channels
     """
     signed = images.astype(np.float64) - truth
     l1, gray = np.abs(signed).mean(axis=3), signed.mean(axis=3)
@@ -153,43 +150,42 @@ def changed_pixels(swaps: Swaps) -> np.ndarray:
 def measure_swaps(swaps: Swaps) -> dict[str, dict[str, float]]:
     """`{row: {key: mean}}` for COMPARED and the keys of `image_errors`, over the swaps that change anything.
 
-    The truth is the true swap; that of the reconstruction is the structure image. All are measured on the same
-    changed pixels. Raises UserError where no swap changes a pixel.
+    All rows are measured on the same changed pixels against the true swap, the reconstruction against the structure
+    image. Raises UserError where no swap changes a pixel.
     """
-    true, truths = swaps.images["true"], {"reconstruction": swaps.images["copy"]}
     changed = changed_pixels(swaps)
-    counted = changed.any(axis=(1, 2))
-    rows = {name: image_errors(swaps.images[name], truths.get(name, true), changed) for name in COMPARED}
-    return {
-        name: {key: float(values[counted].mean()) for key, values in row.items()} | {"pairs": int(counted.sum())}
-        for name, row in rows.items()
-    }
+    counted, rows = changed.any(axis=(1, 2)), {}
+    for name in COMPARED:
+        truth = swaps.images["copy" if name == "reconstruction" else "true"]
+        errors = image_errors(swaps.images[name], truth, changed)
+        rows[name] = {key: float(values[counted].mean()) for key, values in errors.items()}
+        rows[name]["pairs"] = int(counted.sum())
+    return rows
 
 
 def take_apart(images: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]:
-    """Images (n, H, W, 3) as a sum of parts on the changed pixels (n, H, W): "shade", "pattern" (n, H, W, 1), "colour".
+    """Images (n, H, W, 3) as a sum of three parts on the changed pixels (n, H, W).
 
-    Of the channels' mean, which the structure encoder sees of a gray image, "shade" is what a Gaussian blur within the
-    changed pixels leaves, with a sixteenth of the height as sigma, and "pattern" the rest. "colour" (n, H, W, 3) is the
-    image less that mean.
+    "shade"    (n, H, W, 1) the channels' mean, blurred within the changed pixels (sigma: a sixteenth of the height)
+    "pattern"  (n, H, W, 1) the rest of that mean, which is what the structure encoder sees of a grey image
+    "colour"   (n, H, W, 3) the image less that mean
     """
     gray, sigma = images.mean(axis=3), images.shape[1] / 16
 
     def blur(values: np.ndarray) -> np.ndarray:
         return gaussian_filter(values, (0, sigma, sigma))
 
-    # Unchanged pixels are the same in structure image and truth; mixed in, they would look like a share of both.
+    # Unchanged pixels are equal in structure image and truth. If they were mixed in, they would count as both.
     shade = np.where(changed, blur(gray * changed) / np.maximum(blur(changed.astype(np.float64)), 1e-9), gray)
-    parts = {"shade": shade, "pattern": gray - shade}
-    return {name: part[..., None] for name, part in parts.items()} | {"colour": images - gray[..., None]}
+    return {"shade": shade[..., None], "pattern": (gray - shade)[..., None], "colour": images - gray[..., None]}
 
 
 def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
     """Whose clothes the generated swaps wear: `{part: {"structure": a, "truth": b}}` for the parts of `take_apart`.
 
-    Least squares over the changed pixels of all swaps together, each side less its mean: what a generated swap shows is
-    a times the structure image and b times the true swap. A copy has (1, 0), the true swap (0, 1); with (0, 0) the
-    swaps have nothing of either. Raises UserError where no swap changes a pixel.
+    Least squares over the changed pixels of all swaps: a generated swap is about a times the structure image plus b
+    times the true swap, each less its mean. A copy has (1, 0), the true swap (0, 1), and an image unlike both (0, 0).
+    Raises UserError where no swap changes a pixel.
     """
     changed = changed_pixels(swaps)
     sides = (take_apart(swaps.images[name], changed) for name in ("generated", "copy", "true"))
@@ -198,15 +194,23 @@ def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
     for name, shown in generated.items():
         both = np.stack([structure[name], truth[name]], axis=-1)  # (pixels, 1 or 3, 2)
         both, shown = (both - both.mean(axis=0)).reshape(-1, 2), (shown - shown.mean(axis=0)).reshape(-1)
-        found, *_ = np.linalg.lstsq(both, shown, rcond=None)
-        shares[name] = dict(zip(("structure", "truth"), found.tolist(), strict=True))
+        solution, *_ = np.linalg.lstsq(both, shown, rcond=None)
+        shares[name] = dict(zip(("structure", "truth"), solution.tolist(), strict=True))
     return shares
 
 
 # ------------------------------------------------------------------------------------- does the teacher agree
-def _as_input(images: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """(n, H, W, 3) uint8 as a normalised batch of (height, width)."""
-    return normalise(torch.from_numpy(np.stack([shrink(image, size) for image in images])).permute(0, 3, 1, 2))
+def _inputs(images: np.ndarray, size: tuple[int, int], device: torch.device, batch_size: int) -> Iterator[Tensor]:
+    """Images (n, H, W, 3) uint8 as normalised batches of (height, width)."""
+    for k in range(0, len(images), batch_size):
+        pixels = np.stack([shrink(image, size) for image in images[k : k + batch_size]])
+        yield normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)
+
+
+def _rows_and_sources(swaps: Swaps) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Row, its images, and the index of the images whose identity they should have."""
+    for row in ("appearance", "true", *COMPARED):
+        yield row, swaps.images[row], swaps.structure if row == "reconstruction" else swaps.appearance
 
 
 def recognise(
@@ -221,35 +225,29 @@ def recognise(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Re-identification by `net` with the images of swaps as queries: `{row: {convention: {"rank1", "mAP", ...}}}`.
 
-    The identity asked for, and the camera whose gallery images of it are left out, are those of the appearance image;
-    of the reconstruction, those of the structure image. "appearance" are the real images.
+    A query has the identity and camera of its appearance image; a reconstruction has those of the structure image. The
+    row "appearance" has the real images.
 
-    size     height and width of the images that `net` reads
-    images   the list that `swaps` were drawn from
+    size    height and width of the images that `net` reads
+    images  the list that `swaps` were drawn from
     """
-    found = {}
-    for row in ("appearance", "true", *COMPARED):
-        parts = [
-            embed_images(net, _as_input(swaps.images[row][k : k + batch_size], size).to(device)).float().cpu().numpy()
-            for k in range(0, len(swaps.appearance), batch_size)
-        ]
-        source = swaps.structure if row == "reconstruction" else swaps.appearance
-        queries = Features(np.concatenate(parts), images.pids[source], images.camids[source])
+    result = {}
+    for row, pictures, source in _rows_and_sources(swaps):
+        batches = _inputs(pictures, size, device, batch_size)
+        features = torch.cat([embed_images(net, x).float().cpu() for x in batches]).numpy()
+        queries = Features(features, images.pids[source], images.camids[source])
         table = report(queries, gallery)["tables"]["single query"]
-        found[row] = table[main_setting(queries.features.shape[1])[0]]
-    return found
+        result[row] = table[main_setting(features.shape[1])[0]]
+    return result
 
 
 def predict(
     net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device, batch_size: int = 64
 ) -> list[np.ndarray]:
     """The class (n,) of images (n, H, W, 3) uint8 by each head of `net`, in eval mode, which reads them at `size`."""
-    parts = []
-    for k in range(0, len(images), batch_size):
-        x = _as_input(images[k : k + batch_size], size).to(device)
-        with torch.inference_mode():
-            parts.append([p.argmax(dim=1).cpu().numpy() for p in net(x)[1]])
-    return [np.concatenate(head) for head in zip(*parts, strict=True)]
+    with torch.inference_mode():
+        parts = [net(x)[1] for x in _inputs(images, size, device, batch_size)]
+    return [torch.cat(head).argmax(dim=1).cpu().numpy() for head in zip(*parts, strict=True)]
 
 
 def classify(
@@ -263,14 +261,13 @@ def classify(
 ) -> dict[str, float]:
     """How often `net`'s first head gives the class of the appearance image (of the reconstruction: the structure's).
 
-    labels  (number of images,) class of every image of the list that `swaps` were drawn from
+    labels  (number of images,) the class of every image in the list that `swaps` were drawn from
     """
-    found = {}
-    for row in ("appearance", "true", *COMPARED):
-        wanted = labels[swaps.structure if row == "reconstruction" else swaps.appearance]
-        given = predict(net, size, swaps.images[row], device=device, batch_size=batch_size)[0]
-        found[row] = float((given == wanted).mean())
-    return found
+    result = {}
+    for row, pictures, source in _rows_and_sources(swaps):
+        given = predict(net, size, pictures, device=device, batch_size=batch_size)[0]
+        result[row] = float((given == labels[source]).mean())
+    return result
 
 
 def name_people(
@@ -282,30 +279,33 @@ def name_people(
     device: torch.device,
     batch_size: int = 64,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Whom each head of a run's own `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
+    """Whom each head of a run's `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
 
-    Shares of the images that are given the class of the structure image, and of the appearance image. Rows besides the
-    generated and the true swaps: "generated changed" is generated on the pixels that the true swap changes and true
-    elsewhere, "true changed" the other way round.
+    a and b are the shares of images that are given the class of the structure image, and of the appearance image. The
+    rows are "generated", "true", "generated changed" (generated on the pixels that the true swap changes, true
+    elsewhere), and "true changed" (the other way round).
 
     heads   their names, in the net's order
     labels  as for `classify`
     """
     generated, true, changed = swaps.images["generated"], swaps.images["true"], changed_pixels(swaps)[..., None]
-    rows = {"generated": generated, "true": true}
-    rows["generated changed"] = np.where(changed, generated, true)
-    rows["true changed"] = np.where(changed, true, generated)
+    rows = {
+        "generated": generated,
+        "true": true,
+        "generated changed": np.where(changed, generated, true),
+        "true changed": np.where(changed, true, generated),
+    }
     wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
-    found = {}
+    result = {}
     for row, images in rows.items():
-        named = predict(net, images.shape[1:3], images, device=device, batch_size=batch_size)
-        found[row] = {
+        classes = predict(net, images.shape[1:3], images, device=device, batch_size=batch_size)
+        result[row] = {
             head: {whose: float((given == y).mean()) for whose, y in wanted.items()}
-            for head, given in zip(heads, named, strict=True)
+            for head, given in zip(heads, classes, strict=True)
         }
-    return found
+    return result
 
 
 def shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bring a (H, W, 3) uint8 image to (height, width) as the data pipeline does."""
+    """Resize a (H, W, 3) uint8 image to (height, width) as the data pipeline does."""
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))

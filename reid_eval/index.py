@@ -21,7 +21,8 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data.folders import check_images, find_images
+from data.folders import find_images
+from data.images import check_images, load_image
 from files import check_zip, make_folder, part_of, write_whole
 from reid_eval.top import main_setting
 from runs.weights import digest_weights
@@ -300,8 +301,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _decodes(path: Path) -> bool:
-    from data.images import load_image
-
     try:
         load_image(path)
     except UserError as error:

@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor
 
 from config import Config, DGNetConfig, TeacherConfig, read_yaml
-from data.folders import ImageList, check_images, read_split, require_identities
+from data.folders import ImageList, read_split, require_identities
+from data.images import check_images
 from fast import accelerate
 from files import Damaged, read_tensors, write_tensors, write_text
 from networks import Generator

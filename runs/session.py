@@ -14,6 +14,7 @@ from torch import Tensor
 
 from config import Config, DGNetConfig, TeacherConfig
 from data.batch import Batch
+from data.cache import Machine, cached_images
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
@@ -98,11 +99,11 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
     images = training_images(cfg)
     classes = num_classes(cfg, images)
-    a = PairLoader(images, seed=2 * cfg.seed, cache=cfg.cache_images, **loader_options(cfg, device))
-    cache = False if a.pixels is None else a.pixels  # of both loaders
-    b = PairLoader(images, seed=2 * cfg.seed + 1, cache=cache, **loader_options(cfg, device))
+    options = loader_options(cfg, images, device)
+    loaders = [PairLoader(images, seed=seed, **options) for seed in (2 * cfg.seed, 2 * cfg.seed + 1)]
+    per_epoch = loaders[0].batches_per_epoch
     trainer = build_trainer(
-        cfg, classes, device, output_path=run.output_path, steps_per_epoch=a.batches_per_epoch, initialise=not resume
+        cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resume
     )
 
     def schedule(t: int) -> dict[str, float]:
@@ -112,7 +113,7 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
         return rates | {key: weights[term] for term, key in RAMPED.items()}
 
     return Session(
-        *(cfg, run, device, images, classes, [a, b], trainer, cfg.max_iter, cfg.snapshot_save_iter, cfg.keep_every),
+        *(cfg, run, device, images, classes, loaders, trainer, cfg.max_iter, cfg.snapshot_save_iter, cfg.keep_every),
         schedule,
         shown=("gen_total", "dis_total", "recon_x_a", "id", "teacher"),
         image_display_iter=cfg.image_display_iter,
@@ -130,8 +131,8 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
         extra = resolve_data_root(cfg.extra_data)
         images, soft_labels = add_generated(images, extra, cfg.extra_labels, skip_bad=cfg.skip_bad_images)
         more = {"extra_data": hashlib.sha256((extra / MANIFEST).read_bytes()).hexdigest()[:8]}
-    single = dict(with_positive=False, soft_labels=soft_labels)
-    loader = PairLoader(images, seed=cfg.seed, cache=cfg.cache_images, **single, **loader_options(cfg, device))
+    options = loader_options(cfg, images, device)
+    loader = PairLoader(images, seed=cfg.seed, with_positive=False, soft_labels=soft_labels, **options)
     per_epoch = loader.batches_per_epoch
     trainer = build_trainer(
         cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resume
@@ -148,16 +149,19 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
     )
 
 
-def loader_options(cfg: Config, device: torch.device) -> dict[str, Any]:
+def loader_options(cfg: Config, images: ImageList, device: torch.device) -> dict[str, Any]:
+    """What the loaders of a run share, the cached images among it; every process of a run must call it."""
+    size, machine = dict(height=cfg.crop_image_height, width=cfg.crop_image_width), None
+    if collectives.world_size() > 1:
+        machine = Machine(collectives.local_rank() == 0, collectives.from_first_of_machine)
     return dict(
+        **size,
         batch_size=cfg.batch_size,
-        height=cfg.crop_image_height,
-        width=cfg.crop_image_width,
         pad=cfg.crop_padding,
         num_workers=cfg.num_workers,
-        cache_limit_mb=cfg.cache_limit_mb,
         device=device,
-        part=(collectives.rank(), collectives.world_size()),
+        part=collectives.own_part(),
+        pixels=cached_images(images.paths, cfg.cache_images, **size, limit_mb=cfg.cache_limit_mb, machine=machine),
     )
 
 

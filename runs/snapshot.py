@@ -3,7 +3,7 @@
 A snapshot is a folder `checkpoints/00010000/` with a file `{'a': state_dict}` per network (`gen.pt`, `id.pt`,
 `dis.pt`; a teacher's `net.pt`), `state.pt` (optimisers, gradient scalers, random state) and `manifest.json` (sizes and
 checksums of the others, the config, and what else decided the numbers). It is written as `00010000.part` and renamed,
-so a folder of that name is whole. runs/release.py reads and writes the flat files of the release.
+so a folder of that name is whole. The flat files of the release are read too; runs/release.py writes them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +24,11 @@ from torch import Tensor
 from config import exact_settings
 from files import Damaged, read_json, read_tensors, write_json, write_tensors
 from parallel.collectives import Trainer
-from runs import release
 from runs.weights import load_network, unwrap
 from utils import UserError, one_line
 
 log = logging.getLogger(__name__)
+OPTIMIZERS = "optimizer.pt"  # of the release's flat files
 
 
 def snapshot_folder(folder: Path, iteration: int) -> Path:
@@ -40,9 +41,20 @@ def own_snapshots(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if len(name) == 8 and name.isdecimal())
 
 
+def flat_file(folder: Path, name: str, iteration: int) -> Path:
+    """Where the release, and earlier versions of this project, keep a network."""
+    return folder / f"{name}_{iteration:08d}.pt"
+
+
+def flat_iterations(folder: Path) -> list[int]:
+    """Iterations of which a folder has an id net (a teacher's run: its net) in a flat file, ascending."""
+    names = (re.fullmatch(r"(?:id|net)_(\d{8})\.pt", path.name) for path in folder.glob("*.pt"))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def snapshots(folder: Path) -> list[int]:
     """Iterations of a run's snapshots and of the release's flat files beside them, ascending."""
-    return sorted({*own_snapshots(folder), *release.iterations(folder)})
+    return sorted({*own_snapshots(folder), *flat_iterations(folder)})
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -152,7 +164,7 @@ def read_network(folder: Path, name: str, iteration: int) -> tuple[Mapping[str, 
     """The state_dict of network `name` in a snapshot, compared with its manifest, and its file."""
     manifest = read_manifest(folder, iteration)
     if manifest is None:
-        path = release.network_file(folder, name, iteration)
+        path = flat_file(folder, name, iteration)
     else:
         path = snapshot_folder(folder, iteration) / f"{name}.pt"
         check_file(path, manifest)
@@ -204,8 +216,8 @@ def restore(folder: Path, trainer: Trainer, iteration: int) -> None:
     """Load one snapshot. Every file is compared with the manifest before the first of them is loaded."""
     manifest = read_manifest(folder, iteration)
     if manifest is None:
-        files = {name: release.network_file(folder, name, iteration) for name in trainer.networks()}
-        state = folder / release.OPTIMIZERS
+        files = {name: flat_file(folder, name, iteration) for name in trainer.networks()}
+        state = folder / OPTIMIZERS
         if not state.is_file():
             raise UserError(f"{state}: no such file; a run of an earlier version can be evaluated, but not resumed")
     else:

@@ -31,12 +31,12 @@ from data.generated import (
     ManifestFile,
     Row,
     count_pairs,
-    draw_pairs,
+    draw_swap_pairs,
     format_soft_label,
     plan_rows,
-    read_manifest,
+    read_rows,
     recover_rows,
-    write_manifest,
+    write_rows,
 )
 from data.images import denormalise, iter_images, normalise
 from files import make_folder, part_of, write_json
@@ -281,10 +281,10 @@ def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) 
             gather(batches)
             speed = fill(job, nets, batches, present, started)
             order = {row.file: i for i, row in enumerate(job.rows)}
-            rows = read_manifest(out)
+            rows = read_rows(out)
             ordered = sorted(rows, key=lambda row: order[row.file])
             if rows != ordered:
-                write_manifest(out, ordered)
+                write_rows(out, ordered)
             (out / UNFINISHED_MARK).unlink(missing_ok=True)
             return speed
     except OSError as error:
@@ -388,6 +388,6 @@ def plan(
             f"--count {count}: {root} has {len(images)} images, which give only {possible} different swaps; "
             f"ask for at most {possible}, or give a larger --input"
         )
-    pairs = draw_pairs(labels, count, seed)
+    pairs = draw_swap_pairs(labels, count, seed)
     rows = plan_rows(images, root, pairs, labelled=labelled, suffix=suffix)
     return rows, [(images.paths[a], images.paths[s]) for a, s in pairs.tolist()]

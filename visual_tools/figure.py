@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.folders import ImageList, check_images, is_data_set, read_people
-from data.images import iter_images, to_uint8
+from data.folders import ImageList, is_data_set, read_people
+from data.images import check_images, iter_images, to_uint8
 from files import make_folder, write_whole
 from runs.folder import resolve_data_root
 from runs.grid import paint_grid

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.machine import clock_of
 from config import Config, exact_settings, load_config
-from data.archives import Image
+from data.archives import SourceImage
 from data.augment import augment
 from data.batch import Batch
 from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
 from data.generated import MANIFEST
 from data.images import normalise
-from data.prepare import Task, prepare
+from data.prepare import Task, fill_folder
 from files import read_json, write_json
 from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
 from mannequins.against_truth import ask_teacher
@@ -111,15 +111,15 @@ def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> N
         chosen |= {pid for pid, own in group.items() if own == number}
     if len(chosen) < 3 or len(group) - len(chosen) < 2:
         raise UserError(f"{data}: {len(group)} training identities are too few to hold some out; 15 are enough")
-    splits: dict[str, list[Image]] = {"train_all": [], "query": [], "gallery": []}
+    splits: dict[str, list[SourceImage]] = {"train_all": [], "query": [], "gallery": []}
     seen = set()
     for path, pid, camera, token in zip(
         images.paths, images.pids.tolist(), images.camids.tolist(), images.tokens, strict=True
     ):
         split = "train_all" if pid not in chosen else "gallery" if (pid, camera) in seen else "query"
         seen.add((pid, camera))
-        splits[split].append(Image(path, pid, token, path.name))
-    prepare(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
+        splits[split].append(SourceImage(path, pid, token, path.name))
+    fill_folder(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
     check_test_set(held)
 
 

@@ -898,7 +898,8 @@ def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
     assert set(shares) == {"shade", "pattern", "colour"}
     assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
     assert "changed pixels generated, rest true" in out and "fine-grained: structure" in out
-    assert "pattern" in out
+    structure, truth = (round(100 * shares["pattern"][side]) for side in ("structure", "truth"))
+    assert f"pattern {structure} and {truth} %" in out
     assert "brightness" in out and f"{images['copy']['colour']:.1f}" in out
     teacher = shell(tmp_path, "mannequins/against_truth", "--name", "tutor", "--output_path", copied.folder)
     assert "tutor is a teacher's run and generates nothing" in teacher.error

@@ -31,14 +31,14 @@ from data.generated import (
     Row,
     add_generated,
     count_pairs,
-    draw_pairs,
+    draw_swap_pairs,
     format_soft_label,
     parse_soft_label,
     plan_rows,
-    read_manifest,
+    read_rows,
     recover_rows,
     soften,
-    write_manifest,
+    write_rows,
 )
 from data.images import decode_images, normalise, to_uint8
 from data.loader import Batch, PairLoader
@@ -112,7 +112,7 @@ def assert_agrees(out: Path, *, unlisted: bool = False) -> list[Row]:
     if not text.endswith(b"\n"):  # a kill may cut the last line
         whole.mkdir()
         (whole / MANIFEST).write_bytes(text[: text.rfind(b"\n") + 1])
-    rows = read_manifest(whole if whole.exists() else out)
+    rows = read_rows(whole if whole.exists() else out)
     shutil.rmtree(whole, ignore_errors=True)
     for row in rows:
         with Image.open(out / row.file) as image:
@@ -151,16 +151,16 @@ def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_pairs_of_three_images() -> None:
     labels = np.array([0, 0, 1])
     assert count_pairs(labels) == 4
-    assert sorted(map(tuple, draw_pairs(labels, 4, seed=0).tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
+    assert sorted(map(tuple, draw_swap_pairs(labels, 4, seed=0).tolist())) == [(0, 2), (1, 2), (2, 0), (2, 1)]
     with pytest.raises(ValueError):
-        draw_pairs(labels, 5, seed=0)
+        draw_swap_pairs(labels, 5, seed=0)
 
 
 def test_a_pair_depends_on_seed_and_index_alone() -> None:
     labels = np.arange(400) % 40
-    pairs = draw_pairs(labels, 100_000, seed=3)  # more than one draw holds
-    assert np.array_equal(draw_pairs(labels, 7, seed=3), pairs[:7])
-    assert not np.array_equal(draw_pairs(labels, 7, seed=4), pairs[:7])
+    pairs = draw_swap_pairs(labels, 100_000, seed=3)  # more than one draw holds
+    assert np.array_equal(draw_swap_pairs(labels, 7, seed=3), pairs[:7])
+    assert not np.array_equal(draw_swap_pairs(labels, 7, seed=4), pairs[:7])
     assert (labels[pairs[:, 0]] != labels[pairs[:, 1]]).all()
     assert len(np.unique(pairs, axis=0)) == len(pairs)
     # 100,000 of 156,000 pairs: each image is either role's source about 250 times.
@@ -206,25 +206,25 @@ ROW = Row("train_all/1/a.jpg", "x/1.jpg", "x/2.jpg", "1", "2", 3, 4, "1:0.5")
     ],
 )
 def test_hostile_and_damaged_manifests(tmp_path: Path, rows: list[Any], words: str) -> None:
-    write_manifest(tmp_path, rows)
+    write_rows(tmp_path, rows)
     with pytest.raises(UserError) as error:
-        read_manifest(tmp_path)
+        read_rows(tmp_path)
     assert str(tmp_path / MANIFEST) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_manifests_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="generate.py"):
-        read_manifest(tmp_path)
+        read_rows(tmp_path)
     (tmp_path / MANIFEST).write_text("file,what\n")
     with pytest.raises(UserError, match="first line"):
-        read_manifest(tmp_path)
-    write_manifest(tmp_path, [ROW, ROW._replace(file='train_all/1/a, "b".jpg')])
-    assert read_manifest(tmp_path)[1].file == 'train_all/1/a, "b".jpg'
+        read_rows(tmp_path)
+    write_rows(tmp_path, [ROW, ROW._replace(file='train_all/1/a, "b".jpg')])
+    assert read_rows(tmp_path)[1].file == 'train_all/1/a, "b".jpg'
 
 
 def test_names_follow_market(tiny_data: Path, tmp_path: Path) -> None:
     images = read_people(tiny_data, "train_all")
-    pairs = draw_pairs(images.labels(), 30, seed=0)
+    pairs = draw_swap_pairs(images.labels(), 30, seed=0)
     rows = plan_rows(images, tiny_data, pairs, labelled=True, suffix=".png")
     for i, (row, (a, s)) in enumerate(zip(rows, pairs, strict=True)):
         assert row.file.endswith(f"_c{images.camids[s]}s1_{i:06d}_00.png")
@@ -292,7 +292,7 @@ def test_batch_size_and_processes_do_not_show(
 def test_torchrun_makes_the_same_files(runs: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    for row in read_manifest(reference)[20:]:
+    for row in read_rows(reference)[20:]:
         (out / row.file).unlink()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = start(runs, "--out", out, "--count", 50, "--batch_size", 8)
@@ -331,7 +331,7 @@ def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, refere
     """What a batch system and what Ctrl-C send: the images so far are listed, nothing else stays."""
     out, count = tmp_path / "out", 300  # more than are made while this test looks
     for number, processes in ((signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 1)):
-        before = len(read_manifest(out)) if out.exists() else 0
+        before = len(read_rows(out)) if out.exists() else 0
         command = start(runs, "--out", out, "--count", count, "--batch_size", 8, "--processes", processes)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + 200
@@ -353,7 +353,7 @@ def test_signals_stop_it_and_it_continues(runs: Path, generate: Generate, refere
     assert outcome.code == 0 and numbers(outcome.out) == [count, count - len(rows)], outcome.err
     assert len(assert_agrees(out)) == count
     wanted = {file: digest for file, digest in contents(reference).items() if file.endswith(".jpg")}
-    assert wanted.items() <= contents(out).items() and read_manifest(out)[:50] == read_manifest(reference)
+    assert wanted.items() <= contents(out).items() and read_rows(out)[:50] == read_rows(reference)
 
 
 def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference: Path, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_longer_one_begins_with_the_same_images(generate: Generate, reference:
 def test_what_was_lost_since_is_made_again(generate: Generate, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    rows = read_manifest(out)
+    rows = read_rows(out)
     (out / rows[3].file).unlink()
     (out / rows[30].file).write_bytes(b"")
     with open(out / MANIFEST, "ab") as file:
@@ -424,7 +424,7 @@ def test_nothing_foreign_is_touched(generate: Generate, reference: Path, tmp_pat
 
 def test_a_manifest_of_something_else_is_not_continued(reference: Path, tmp_path: Path) -> None:
     shutil.copy(reference / MANIFEST, tmp_path)
-    rows = read_manifest(reference)
+    rows = read_rows(reference)
     plain = [row._replace(soft_label="") for row in rows]
     with pytest.raises(UserError, match=MANIFEST):
         recover_rows(tmp_path, [row._replace(appearance="x") for row in plain])
@@ -456,7 +456,7 @@ def test_it_is_unfinished_from_the_first_change_on(
 
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    count = len(read_manifest(out))
+    count = len(read_rows(out))
     with monkeypatch.context() as patch:
         patch.setattr(swap_set, "recover_rows", killed)
         assert generate(out, "--count", count + 1).code == 130
@@ -517,7 +517,7 @@ def test_two_at_once_in_one_folder(generate: Generate, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- training on them
 def test_labels_of_real_and_generated_images(reference: Path, tiny_data: Path) -> None:
     real = read_split(tiny_data, "train_all", need_names=False)
-    n, rows = len(real), read_manifest(reference)
+    n, rows = len(real), read_rows(reference)
     both, none = add_generated(real, reference, "one_hot")
     assert none is None and both.classes == real.classes and len(both) == n + 50
     assert [both.classes[k] for k in both.labels()[n:]] == [row.appearance_id for row in rows]
@@ -593,7 +593,7 @@ def test_extra_data_that_does_not_fit(
 ) -> None:
     def error(**changes: Any) -> str:
         """The message for a manifest whose last row has `changes`."""
-        write_manifest(out, [*rows[:-1], rows[-1]._replace(**changes)])
+        write_rows(out, [*rows[:-1], rows[-1]._replace(**changes)])
         return train(extra_data=str(out), extra_labels="soft").error
 
     assert "extra_data" in train(extra_labels="lsro").error
@@ -603,12 +603,12 @@ def test_extra_data_that_does_not_fit(
     (out / UNFINISHED_MARK).touch()
     assert str(out) in train(extra_data=str(out)).error
     (out / UNFINISHED_MARK).unlink()
-    rows = read_manifest(out)
+    rows = read_rows(out)
     assert "9999" in error(appearance_id="9999") and "9999" in error(soft_label="9999:0.5")
     assert rows[-1].file in error(soft_label="") and rows[-1].file in error(soft_label="0004:x")
     assert MANIFEST in error(file="../outside.jpg")
-    write_manifest(out, rows)
+    write_rows(out, rows)
     (out / rows[0].file).unlink()
     assert "1 of 50" in train(extra_data=str(out)).error
-    write_manifest(out, [])
+    write_rows(out, [])
     assert str(out) in train(extra_data=str(out)).error

@@ -23,7 +23,7 @@ from mannequins.truth import (
     measure_swaps,
     name_people,
     recognise,
-    recolour,
+    recolour_pixels,
     shrink,
     take_apart,
 )
@@ -73,9 +73,9 @@ def test_the_error_of_brightness_and_of_colour() -> None:
 
 def test_recoloured_is_bright_as_the_structure_image() -> None:
     structure, true = np.full((1, 2, 2, 3), 60, np.uint8), np.full((1, 2, 2, 3), (120, 90, 60), np.uint8)
-    assert (recolour(structure, true) == (90, 60, 30)).all() and (recolour(true, structure) == 90).all()
-    assert (recolour(true, true) == true).all()
-    dark = recolour(np.zeros_like(true), true)
+    assert (recolour_pixels(structure, true) == (90, 60, 30)).all() and (recolour_pixels(true, structure) == 90).all()
+    assert (recolour_pixels(true, true) == true).all()
+    dark = recolour_pixels(np.zeros_like(true), true)
     assert (dark == (30, 0, 0)).all()  # what would be below black is black
 
 
@@ -145,7 +145,7 @@ def test_whose_clothes_the_swaps_wear() -> None:
     mixed = shares(np.round(0.7 * copy + 0.2 * true).astype(np.uint8))
     assert np.allclose(list(mixed.values()), [0.7, 0.2], atol=0.02)
     # The structure image with the truth's colours keeps its own brightness.
-    recoloured = shares(recolour(copy, true))
+    recoloured = shares(recolour_pixels(copy, true))
     assert np.allclose(recoloured["colour"], [0, 1], atol=0.02)
     assert np.allclose([recoloured["shade"], recoloured["pattern"]], [1, 0], atol=0.02)
     with pytest.raises(UserError, match="none of the true swaps changes a pixel"):

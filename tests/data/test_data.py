@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from torchvision.datasets import ImageFolder
 from data import folders
 from data.archives import flat_archive
 from data.augment import augment, augment_by_copies
-from data.folders import ImageList, check_images, parse_name, read_split, require_identities
-from data.images import decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
+from data.cache import Machine, cached_images
+from data.folders import ImageList, parse_name, read_split, require_identities
+from data.images import check_images, decoded, iter_images, load_image, normalise, resize, resize_in_float, resized
 from data.loader import Batch, PairLoader
-from data.prepare import Task, prepare
+from data.prepare import Task, fill_folder
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 HEIGHT, WIDTH = 32, 16
@@ -33,8 +34,10 @@ def images(archive: Path) -> ImageList:
     return read_split(archive, "train_all")
 
 
-def loader(images: ImageList, **options: object) -> PairLoader:
-    return PairLoader(images, **{"batch_size": 4, "height": HEIGHT, "width": WIDTH, "seed": 3, "pad": 4, **options})
+def loader(images: ImageList, cache: bool | str = False, limit_mb: int = 4096, **options: object) -> PairLoader:
+    options = {"batch_size": 4, "height": HEIGHT, "width": WIDTH, "seed": 3, "pad": 4, **options}
+    pixels = cached_images(images.paths, cache, options["height"], options["width"], limit_mb=limit_mb)
+    return PairLoader(images, pixels=pixels, **options)
 
 
 def take(stream: object, n: int) -> list[Batch]:
@@ -55,25 +58,18 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 # ---- names and lists
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("0002_c1s1_000451_03.jpg", (2, 1)),
-        ("-1_c3s2_000031_02.jpg", (-1, 3)),
-        ("0000_c6s1_000010_01.jpg", (0, 6)),
-        ("0002_c15_0001.jpg", (2, 15)),
-        ("0005_c2_f0046985.jpg", (5, 2)),
-        ("123456_c103s1.png", (123456, 103)),
-    ],
-)
-def test_parse_name(name: str, expected: tuple[int, int]) -> None:
-    assert parse_name(name) == expected
-
-
-@pytest.mark.parametrize("name", ["person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg", ""])
-def test_parse_name_refuses(name: str) -> None:
-    with pytest.raises(UserError, match="no identity and camera"):
-        parse_name(name)
+def test_parse_name() -> None:
+    expected = {
+        "0002_c1s1_000451_03.jpg": (2, 1),
+        "-1_c3s2_000031_02.jpg": (-1, 3),
+        "0000_c6s1_000010_01.jpg": (0, 6),
+        "0002_c15_0001.jpg": (2, 15),
+        "0005_c2_f0046985.jpg": (5, 2),
+    }
+    assert {name: parse_name(name) for name in expected} == expected
+    for name in ("person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg"):
+        with pytest.raises(UserError, match=name):
+            parse_name(name)
 
 
 def test_first_image_of_each_identity_is_val(archive: Path) -> None:
@@ -94,15 +90,13 @@ def test_archive_training_drops_junk_and_gallery_keeps_it(archive: Path) -> None
         noise(archive / "bounding_box_train" / name)
     assert read_split(archive, "train_all").pids.min() == 2
     gallery = read_split(archive, "gallery")
-    assert gallery.pids.tolist() == [-1, 0, 3, 3, 4]
-    assert gallery.camids.tolist() == [3, 6, 1, 2, 5]
-    assert gallery.pids.dtype == gallery.camids.dtype == np.int64
+    assert gallery.pids.tolist() == [-1, 0, 3, 3, 4] and gallery.camids.tolist() == [3, 6, 1, 2, 5]
 
 
 @pytest.mark.parametrize("split", folders.SPLITS)
 def test_prepared_and_archive_give_the_same_lists(archive: Path, split: str) -> None:
     before = read_split(archive, split)
-    prepare(Task("Market-1501", archive, flat_archive(archive)))
+    fill_folder(Task("Market-1501", archive, flat_archive(archive)))
     for root in (archive, archive / "pytorch"):
         after = read_split(root, split)
         if split != "query" or root != archive:
@@ -136,13 +130,6 @@ def test_flat_names_of_uneven_length_sort_by_identity(tmp_path: Path) -> None:
     assert read_split(tmp_path, "val").pids.tolist() == [2, 20]
 
 
-def test_image_list_without_tokens_labels_by_the_number_as_a_string() -> None:
-    plain = ImageList([Path("a"), Path("b"), Path("c")], np.array([20, 3, 20]), np.zeros(3, np.int64))
-    assert plain.labels().tolist() == [0, 1, 0]
-    assert len(plain) == 3
-    assert plain.num_classes == 2
-
-
 def test_training_needs_no_parsable_names(tmp_path: Path) -> None:
     for person in ("anna", "bob"):
         for i in (1, 2):
@@ -153,34 +140,34 @@ def test_training_needs_no_parsable_names(tmp_path: Path) -> None:
     assert listed.pids.tolist() == [1, 1, 2, 2, 2]
     assert listed.camids.tolist() == [0, 0, 4, 0, 0]
     assert listed.num_classes == 2
-    with pytest.raises(UserError, match="anna: photo 1.png: no identity and camera"):
+    with pytest.raises(UserError, match="photo 1.png"):
         read_split(tmp_path, "train_all")
 
 
 def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder; set data_root"):
-        read_split(tmp_path / "nowhere", "query")
-    with pytest.raises(UserError, match="unknown; use one of"):
-        read_split(archive, "test")
+    def refused(root: Path, split: str, *named: object) -> None:
+        with pytest.raises(UserError) as error:
+            read_split(root, split)
+        assert all(str(name) in str(error.value) for name in named)
+
+    refused(tmp_path / "nowhere", "query", tmp_path / "nowhere", "data_root")
+    refused(archive, "test", "train_all", "multi-query")
     shutil.rmtree(archive / "gt_bbox")
-    with pytest.raises(UserError, match="no multi-query/"):
-        read_split(archive, "multi-query")
+    refused(archive, "multi-query", archive, "gt_bbox")
     for path in (archive / "bounding_box_test").glob("*.jpg"):
         path.unlink()
-    with pytest.raises(UserError, match="no images for gallery"):
-        read_split(archive, "gallery")
-    (tmp_path / "other" / "train_all" / "0001").mkdir(parents=True)
-    with pytest.raises(UserError, match="expected one sub-folder per identity"):
-        read_split(tmp_path / "other", "train_all")
-    noise(tmp_path / "other" / "train_all" / "0001_c1.jpg")
-    with pytest.raises(UserError, match="both images and sub-folders"):
-        read_split(tmp_path / "other", "train_all")
+    refused(archive, "gallery", archive / "bounding_box_test")
+    folder = tmp_path / "other" / "train_all"
+    (folder / "0001").mkdir(parents=True)
+    refused(folder.parent, "train_all", folder)
+    noise(folder / "0001_c1.jpg")
+    refused(folder.parent, "train_all", folder, "0001_c1.jpg")
 
 
 def test_require_identities(archive: Path) -> None:
     listed = read_split(archive, "train_all")
     require_identities(listed)
-    with pytest.raises(UserError, match="bounding_box_train: 1 identity here"):
+    with pytest.raises(UserError, match="bounding_box_train.*0002"):
         require_identities(listed.select(listed.pids == 2))
 
 
@@ -210,29 +197,23 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
     return files
 
 
-def test_check_images_finds_the_damaged(damaged: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_images_agrees_with_loading(damaged: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     paths = list(damaged.values())
     assert check_images(paths, skip_bad=True) == [True] * 4 + [False] * 6
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
-    assert "6 of 10 images" in warning and "cut.jpg (damaged or cut short)" in warning and "3 more" in warning
-    with pytest.raises(UserError, match="skip_bad_images: true"):
+    assert warning.count("\n") == 1 and "6 of 10" in warning and "cut.jpg" in warning
+    with pytest.raises(UserError, match="skip_bad_images"):
         check_images(paths, skip_bad=False)
-    with pytest.raises(UserError, match="no image remains"):
+    with pytest.raises(UserError, match="6 of 6"):
         check_images(paths[4:], skip_bad=True)
     assert check_images(paths[:4], skip_bad=False) == [True] * 4
     assert not capsys.readouterr().err
-
-
-def test_check_agrees_with_loading(damaged: dict[str, Path]) -> None:
-    mask = check_images(list(damaged.values()), skip_bad=True)
-    for path, good in zip(damaged.values(), mask, strict=True):
-        if good:
-            assert resized(path, HEIGHT, WIDTH).shape == (3, HEIGHT, WIDTH)
-        else:
-            with pytest.raises(UserError, match=path.name) as error:
-                load_image(path)
-            assert "\n" not in str(error.value)
+    for path in paths[:4]:
+        assert resized(path, HEIGHT, WIDTH).shape == (3, HEIGHT, WIDTH)
+    for path in paths[4:]:
+        with pytest.raises(UserError, match=path.name) as error:
+            load_image(path)
+        assert "\n" not in str(error.value)
 
 
 def test_check_sees_through_thumbnails_and_trailing_bytes(tmp_path: Path) -> None:
@@ -250,26 +231,15 @@ def test_check_sees_through_thumbnails_and_trailing_bytes(tmp_path: Path) -> Non
 def test_check_refuses_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [noise(tmp_path / "a.png", (10, 10)), noise(tmp_path / "b.png", (40, 40))]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(UserError, match="b.png .*too many"):
-        check_images(paths, skip_bad=False)
-
-
-def test_check_is_fast(tmp_path: Path) -> None:
-    path = noise(tmp_path / "a.jpg", (64, 128))
-    start = time.perf_counter()
-    check_images([path] * 1000, skip_bad=False)
-    assert time.perf_counter() - start < 2  # 13,000 files in well under half a minute, on a busy machine
+    assert check_images(paths, skip_bad=True) == [True, False]
 
 
 def test_load_image_modes(tmp_path: Path) -> None:
-    for i, (mode, suffix) in enumerate(
-        [("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")]
-    ):
-        image = load_image(noise(tmp_path / f"{i}.{suffix}", mode=mode))
+    for mode, suffix in (("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")):
+        image = load_image(noise(tmp_path / f"{mode}.{suffix}", mode=mode))
         assert image.mode == "RGB" and image.size == (20, 44)
-    deep = np.full((4, 4), 0x80FF, dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.asarray(load_image(tmp_path / "deep.png")).tolist() == np.full((4, 4, 3), 0x80).tolist()
+    Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert (np.asarray(load_image(tmp_path / "deep.png")) == np.full((4, 4, 3), 0x80)).all()
 
 
 def test_load_image_turns_upright(tmp_path: Path) -> None:
@@ -317,14 +287,6 @@ def test_augment_repeats_the_edges_of_the_chosen_images(pad: int) -> None:
     assert torch.equal(augment_by_copies(pixels, chosen, flip, top - pad, left - pad), torch.stack(expected))
 
 
-def test_no_augmentation_draw_is_left_out(images: ImageList) -> None:
-    stream = loader(images, cache=True)
-    draws = [stream._draw_augmentation(np.random.default_rng(i)) for i in range(200)]
-    flip, top, left = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    assert 0.4 < flip.mean() < 0.6
-    assert set(top.tolist()) == set(left.tolist()) == set(range(9))
-
-
 def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     stream = loader(images, batch_size=5, cache=True)
     assert stream.batches_per_epoch == 2
@@ -333,25 +295,9 @@ def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     for order in orders:
         assert sorted(order) == list(range(10))
     assert orders[0] != orders[1] != orders[2]
-    dropped = take(loader(images, cache=True).batches(), 4)
-    assert all(len(set(torch.cat([a.index, b.index]).tolist())) == 8 for a, b in (dropped[:2], dropped[2:]))
-
-
-def test_different_seeds_are_independent(images: ImageList) -> None:
-    cached = loader(images, cache=True)
-    a, b = (loader(images, seed=seed, cache=cached.pixels) for seed in (0, 1))
-    assert a.pixels is b.pixels is cached.pixels
-    differing = [not torch.equal(a.batch(t).index, b.batch(t).index) for t in range(10)]
-    assert any(differing)
-
-
-def test_batch_contents(images: ImageList) -> None:
-    for batch in take(loader(images, cache=True).batches(), 6):
-        assert batch.x.shape == batch.xp.shape == (4, 3, HEIGHT, WIDTH)
-        assert batch.x.dtype == batch.xp.dtype == torch.float32
-        assert batch.y.dtype == batch.index.dtype == torch.int64
-        assert batch.y.tolist() == images.labels()[batch.index.numpy()].tolist()
-        assert batch.x.is_contiguous() and batch.x.abs().max() < 3
+    first, second = take(loader(images, cache=True).batches(), 2)
+    assert len(set(torch.cat([first.index, second.index]).tolist())) == 8  # two are dropped
+    assert not np.array_equal(loader(images, seed=0).order(0), loader(images, seed=1).order(0))
 
 
 def test_positive_has_the_same_identity_and_differs(images: ImageList) -> None:
@@ -374,6 +320,8 @@ def test_positive_pixels_are_those_of_the_drawn_image(images: ImageList) -> None
     labels = images.labels()
     for t in range(6):
         batch = stream.batch(t)
+        assert batch.x.shape == batch.xp.shape == (4, 3, HEIGHT, WIDTH)
+        assert batch.y.tolist() == labels[batch.index.numpy()].tolist()
         for x, xp, i in zip(batch.x, batch.xp, batch.index.tolist(), strict=True):
             assert torch.equal(x, plain[i]) or torch.equal(x.flip(2), plain[i])
             match = [j for j, p in enumerate(plain) if torch.equal(xp, p) or torch.equal(xp.flip(2), p)]
@@ -381,20 +329,24 @@ def test_positive_pixels_are_those_of_the_drawn_image(images: ImageList) -> None
             assert (match[0] == i) == ((labels == labels[i]).sum() == 1)
 
 
-def test_resume_equals_the_uninterrupted_stream(images: ImageList) -> None:
-    stream = loader(images, cache=True)
-    whole = take(stream.batches(), 9)
-    assert_same(whole[5:], take(stream.batches(5), 4))
-    assert_same(whole[5:], take(loader(images).batches(5), 4))
-
-
-def test_cache_and_workers_do_not_show(images: ImageList) -> None:
-    reference = take(loader(images, cache=True).batches(1), 5)
+def test_draws_depend_on_seed_and_iteration_alone(images: ImageList) -> None:
+    """A stream entered later, from files, a cache or workers, has the batches of an uninterrupted one."""
+    whole = take(loader(images, cache=True).batches(), 9)
     state = torch.random.get_rng_state()
-    too_small = {"cache": "auto", "cache_limit_mb": 0, "num_workers": 2}
+    too_small = {"cache": "auto", "limit_mb": 0, "num_workers": 2}
     for options in ({}, {"num_workers": 2}, {"num_workers": 1}, {"cache": "resized", "num_workers": 2}, too_small):
-        assert_same(reference, take(loader(images, **options).batches(1), 5))
+        assert_same(whole[5:], take(loader(images, **options).batches(5), 4))
     assert torch.equal(state, torch.random.get_rng_state())
+    assert_same([whole[7]], [loader(images).batch(7)])
+
+
+def test_the_draws_of_a_seed(images: ImageList) -> None:
+    """Runs can only be repeated and resumed as long as these numbers stay."""
+    index, (positives,), draws = loader(images, seed=7)._choose(11)
+    assert index.tolist() == [1, 7, 4, 3] and positives.tolist() == [3, 7, 5, 0]
+    (flip, top, left), of_positives = draws
+    assert (flip.tolist(), top.tolist(), left.tolist()) == ([False, True, True, True], [6, 0, 6, 3], [3, 1, 3, 4])
+    assert of_positives[1].tolist() == [1, 2, 8, 1]
 
 
 def test_without_positive(images: ImageList) -> None:
@@ -414,14 +366,20 @@ def test_an_undecodable_image_is_named_in_one_line(images: ImageList, num_worker
         loader(images, cache=True)
 
 
-def test_pair_loader_refuses(images: ImageList) -> None:
-    with pytest.raises(UserError, match="10 training images are fewer than batch_size 11"):
+def test_a_dead_worker_ends_the_stream_in_one_line(images: ImageList) -> None:
+    stream = loader(images, num_workers=1).batches()
+    next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    with pytest.raises(UserError, match="num_workers") as error:
+        take(stream, 9)
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+
+
+def test_more_images_in_a_batch_than_there_are(images: ImageList) -> None:
+    with pytest.raises(UserError, match="10 .*batch_size 11"):
         loader(images, batch_size=11)
-    for options in ({"batch_size": 0}, {"height": 0}, {"seed": -1}, {"pad": -1}, {"num_workers": -1}):
-        with pytest.raises(UserError, match="must be at least"):
-            loader(images, **options)
-    with pytest.raises(ValueError, match="cache is"):
-        loader(images, cache=torch.zeros(3, 3, HEIGHT, WIDTH, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
@@ -489,8 +447,8 @@ def test_a_cache_at_the_files_size_gives_the_batches_of_files(photos: ImageList)
 
 
 def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
-    def shape(cache: object, height: int, width: int, limit: int = 4096) -> tuple[int, ...] | None:
-        made = loader(photos, cache=cache, height=height, width=width, cache_limit_mb=limit)
+    def shape(cache: object, height: int, width: int, limit_mb: int = 4096) -> tuple[int, ...] | None:
+        made = loader(photos, cache=cache, height=height, width=width, limit_mb=limit_mb)
         if made.pixels is not None:
             assert made.resized_by == ("Pillow" if made.pixels.shape[2] == height else "PyTorch, cpu")
         return None if made.pixels is None else tuple(made.pixels.shape[2:])
@@ -506,9 +464,8 @@ def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
     # 8 images of 3 x 1024 x 512 are 12.6 MB, as files 0.2 MB.
     assert shape("resized", 1024, 512, 12) is None
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "13 MB at 1024 x 512 are more than cache_limit_mb 12" in said
-    assert said.endswith("images are read from their files\n")
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "13 MB" in note and "cache_limit_mb 12" in note
     assert shape("auto", 1024, 512, 12) == (128, 64)
     assert capsys.readouterr().err == ""
 
@@ -518,20 +475,41 @@ def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, capsys: p
     for cache in ("auto", "source"):
         made = loader(photos, cache=cache, height=256, width=128)
         assert torch.equal(made.pixels, torch.stack([resized(path, 256, 128) for path in photos.paths]))
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        assert f"{photos.paths[5].name} is 128 x 60, others 128 x 64, so all are kept at 256 x 128" in said
+        note = capsys.readouterr().err
+        assert note.count("\n") == 1 and photos.paths[5].name in note
 
 
-def test_no_memory_for_a_cache(
-    photos: ImageList, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["source", "resized"])
+def test_the_file_of_a_cache_for_several_processes(photos: ImageList, mode: str, tmp_path: Path) -> None:
+    """The first process decodes, the second maps the same file, and the file is gone when both have it."""
+    values: list[object] = []
+    files: list[bool] = []
+
+    def remember(value: object) -> object:
+        files.append(isinstance(value, Path) and value.is_file())
+        values.append(value)
+        if len(values) == 1:  # the second process opens the file now
+            second.append(cached_images([], mode, 256, 128, limit_mb=100, machine=Machine(False, lambda _: value)))
+        return value
+
+    second: list[torch.Tensor] = []
+    first = cached_images(photos.paths, mode, 256, 128, limit_mb=100, machine=Machine(True, remember))
+    assert torch.equal(first, cached_images(photos.paths, mode, 256, 128, limit_mb=100))
+    assert torch.equal(first, second[0])
+    assert files == [True, False] and not values[0].parent.exists()
+
+
+@pytest.mark.parametrize("machine", [None, Machine(True, lambda value: value)])
+def test_no_room_for_a_cache(
+    photos: ImageList, machine: Machine | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("data.cache.torch.empty", full)
-    assert loader(photos, cache="resized").pixels is None
-    assert "no room for 0 MB (DefaultCPUAllocator: can't allocate memory); images are read" in capsys.readouterr().err
+    monkeypatch.setattr("data.cache.os.posix_fallocate", full)
+    assert cached_images(photos.paths, "resized", HEIGHT, WIDTH, limit_mb=100, machine=machine) is None
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

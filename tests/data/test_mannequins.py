@@ -17,22 +17,9 @@ from PIL import Image
 
 from data.folders import UNFINISHED_MARK, read_split
 from mannequins import dataset
-from mannequins.dataset import (
-    BAGS,
-    GT,
-    HAIR_STYLES,
-    OCCLUDERS,
-    QUERY,
-    TEST,
-    TRAIN,
-    Factors,
-    load_factors,
-    make_dataset,
-    make_settings,
-    person_mask,
-    render,
-)
+from mannequins.dataset import GT, QUERY, TEST, TRAIN, Factors, load_factors, make_dataset, make_settings
 from mannequins.dataset import main as cli
+from mannequins.render import BAGS, HAIR_STYLES, OCCLUDERS, _paint, render
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,19 +72,21 @@ def test_folders_hold_the_named_images_and_the_counts_asked_for(folder: Path, fa
         assert image.size == (64, 128) and image.mode == "RGB"
 
 
+def views(names: list[str]) -> dict[str, set[str]]:
+    """The cameras that see each person, by the names of images."""
+    cameras = defaultdict(set)
+    for person, camera in (NAME.fullmatch(name).group(1, 2) for name in names):
+        cameras[person].add(camera)
+    return cameras
+
+
 @pytest.mark.parametrize("few", [1, 2])
 def test_training_identities_seen_by_few_cameras(factors: Factors, few: int) -> None:
-    plain, limited = factors, dataset._plan(make_settings(seed=3, preset="tiny", train_cameras=few))
-    seen, before = defaultdict(set), defaultdict(set)
-    for names, found in ((limited.names(TRAIN), seen), (plain.names(TRAIN), before)):
-        for person, camera in (NAME.fullmatch(file).group(1, 2) for file in names):
-            found[person].add(camera)
-    assert {len(cameras) for cameras in seen.values()} == {few} and set(seen) == set(before)
-    tested = defaultdict(set)  # by as many cameras as ever
-    for person, camera in (NAME.fullmatch(file).group(1, 2) for file in limited.names(QUERY)):
-        tested[person].add(camera)
-    assert min(map(len, tested.values())) >= limited.settings.min_cameras > few
-    assert limited.people == plain.people
+    limited = dataset._plan(make_settings(seed=3, preset="tiny", train_cameras=few))
+    seen = views(limited.names(TRAIN))
+    assert {len(cameras) for cameras in seen.values()} == {few} and set(seen) == set(views(factors.names(TRAIN)))
+    assert min(map(len, views(limited.names(QUERY)).values())) >= limited.settings.min_cameras > few
+    assert limited.people == factors.people
 
 
 def test_every_query_is_alone_in_its_camera_and_has_matches_elsewhere(factors: Factors) -> None:
@@ -125,13 +114,15 @@ def test_swap_with_itself_is_the_image(factors: Factors) -> None:
 def test_swap_changes_garments_and_leaves_the_background(factors: Factors) -> None:
     files = factors.names(TRAIN)
     for structure, clothes in zip(files[::7], files[::-7], strict=True):
-        own, body, shot = factors.factors_of(structure)
-        other = factors.factors_of(clothes)[0]
+        look, body, shot = factors.factors_of(structure)
+        worn = factors.factors_of(clothes)[0]
         changed = (factors.true_swap(clothes, structure) != factors.image(structure)).any(2)
-        background = (person_mask(own, body, shot) == 0) & (person_mask(other, body, shot) == 0)
+        alone = dataclasses.replace(shot, occluder="none")
+        covers = [_paint(appearance, body, alone, (128, 64))[1][..., 0] for appearance in (look, worn)]
+        background = (covers[0] == 0) & (covers[1] == 0)
         assert background.mean() > 0.5
         assert not changed[background].any()
-        if own.upper != other.upper:
+        if look.upper != worn.upper:
             assert changed[~background].mean() > 0.2
 
 
@@ -176,22 +167,27 @@ def test_knobs_reach_the_shots() -> None:
     assert {s.noise for s in shots(difficulty=2.0, noise=1.0)} == {1.0}
 
 
-def test_a_complete_folder_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_folder_is_left_alone(folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     make_dataset(folder, seed=3, preset="tiny", occluders=0.3)
-    assert "complete already" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_an_interrupted_folder_is_finished(folder: Path, tmp_path: Path) -> None:
-    import shutil
+def test_an_interrupted_folder_is_marked_and_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "half", dataset._write_images
 
-    out = tmp_path / "half"
-    shutil.copytree(folder, out)
-    (out / "factors.json").rename(out / UNFINISHED_MARK)
-    for file in load_factors(folder).names(TRAIN)[::2]:
-        (out / TRAIN / file).write_bytes(b"cut short")
-    with pytest.raises(UserError, match="half: its making was interrupted"):
+    def killed(out: Path, entries: list) -> int:
+        write(out, entries[:20])
+        (out / TRAIN / entries[20][1]).write_bytes(b"cut short")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset, "_write_images", killed)
+        make_dataset(out, seed=3, preset="tiny", occluders=0.3)
+    assert (out / UNFINISHED_MARK).exists()
+    with pytest.raises(UserError, match="half"):
         read_split(out, "train_all")
     with pytest.raises(UserError, match="half"):
         make_dataset(out, seed=4, preset="tiny", occluders=0.3)
@@ -199,28 +195,15 @@ def test_an_interrupted_folder_is_finished(folder: Path, tmp_path: Path) -> None
     assert contents(out) == contents(folder)
 
 
-def test_while_it_is_drawn_it_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(out: Path, entries: object) -> int:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dataset, "_write_images", killed)
-        make_dataset(tmp_path / "new", preset="tiny")
-    assert (tmp_path / "new" / UNFINISHED_MARK).exists()
-    make_dataset(tmp_path / "new", preset="tiny")
-    assert not (tmp_path / "new" / UNFINISHED_MARK).exists()
-
-
 def test_foreign_folders_are_refused_untouched(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "query").mkdir()
     (tmp_path / "query" / "mine.jpg").write_bytes(b"precious")
-    with pytest.raises(UserError, match="is not empty"):
-        make_dataset(tmp_path, preset="tiny")
+    for out in (tmp_path, tmp_path / "query" / "mine.jpg", tmp_path / "query" / "mine.jpg" / "new"):
+        with pytest.raises(UserError, match=re.escape(str(out))):
+            make_dataset(out, preset="tiny")
     assert contents(tmp_path) == {"query/mine.jpg": b"precious"}
-    with pytest.raises(UserError, match="seed=3, not 5"):
+    with pytest.raises(UserError, match="seed=3"):
         make_dataset(folder, seed=5, preset="tiny", occluders=0.3)
-    with pytest.raises(UserError, match="is not a folder"):
-        make_dataset(tmp_path / "query" / "mine.jpg", preset="tiny")
 
 
 @pytest.mark.parametrize(
@@ -256,40 +239,26 @@ def test_broken_factors_are_named(tmp_path: Path, text: str) -> None:
     "part, key, value",
     [
         ("appearance", "upper", [1, 2]),
-        ("appearance", "upper", "red"),
         ("appearance", "upper_kind", "tartan"),
         ("body", "height", "tall"),
-        ("body", "height", -5),
         ("body", "height", 1e300),
         ("body", "hair", "wig"),
         ("shot", "camera", 99),
         ("shot", "scale", 0),
         ("shot", "noise_seed", -1),
         ("shot", "light", float("nan")),
+        (None, "person", "4711"),
     ],
 )
-def test_factors_that_cannot_be_drawn_are_named(folder: Path, tmp_path: Path, part: str, key: str, value: Any) -> None:
+def test_factors_that_cannot_be_drawn_are_named(
+    folder: Path, tmp_path: Path, part: str | None, key: str, value: Any
+) -> None:
     table = json.loads((folder / "factors.json").read_text())
-    entries = table["images" if part == "shot" else "people"]
-    next(iter(entries.values()))[part][key] = value
+    name, entry = next(iter(table["people" if part in ("appearance", "body") else "images"].items()))
+    (entry if part is None else entry[part])[key] = value
     (tmp_path / "factors.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match=r"factors\.json: .*make (it|the data set) again"):
+    with pytest.raises(UserError, match=rf"factors\.json: .*{re.escape(name)}"):
         load_factors(tmp_path)
-
-
-def test_an_image_of_nobody_is_named(folder: Path, tmp_path: Path) -> None:
-    table = json.loads((folder / "factors.json").read_text())
-    name, entry = next(iter(table["images"].items()))
-    entry["person"] = "4711"
-    (tmp_path / "factors.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match=f"{name}: not what the renderer writes"):
-        load_factors(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/m: cannot be written .*; make room"):
-        make_dataset(tmp_path / "file" / "m", preset="tiny")
 
 
 def test_unknown_image_is_named(factors: Factors) -> None:
@@ -299,10 +268,8 @@ def test_unknown_image_is_named(factors: Factors) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "mannequins.dataset"]
-    started = subprocess.run([*script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert started.returncode == 0 and "--group-size" in started.stdout
     refused = subprocess.run([*script, "--out", "x", "--cameras", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: cameras=1")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: cameras=1") and refused.stderr.count("\n") == 1
     assert cli(["--out", str(tmp_path / "t"), "--preset", "tiny", "--train-ids", "2", "--tint", "0.2"]) == 0
     settings = load_factors(tmp_path / "t").settings
     assert (settings.train_ids, settings.test_ids, settings.tint) == (2, 6, 0.2)

@@ -29,9 +29,9 @@ from torch import nn
 
 from config import load_config, parse_config
 from data import archives
-from data.folders import ImageList, check_images, parse_name
-from data.generated import MANIFEST, Row, add_generated, read_manifest, write_manifest
-from data.images import load_image
+from data.folders import ImageList, parse_name
+from data.generated import MANIFEST, Row, add_generated, read_rows, write_rows
+from data.images import check_images, load_image
 from data.loader import PairLoader
 from reid_eval.features import Features, extract_features, load_features, save_features
 from reid_eval.index import open_index, to_vectors
@@ -162,7 +162,7 @@ def test_any_config_of_dgnet_takes_a_step_and_is_saved(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], t: int
 ) -> None:
     gen = changes.setdefault("gen", {})
-    gen["id_dim"] = 128 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
+    gen["id_dim"] = 256 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
     cfg = parsed(merged(TINY_DGNET, changes), least=2)
     teachers = [build_teacher(4, backbone="resnet10w8") for _ in cfg.teachers]
     trainer = tiny_trainer(cfg, teachers=teachers)
@@ -429,13 +429,13 @@ def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
     ]
     for row in rows:
         noise(tmp_path / row.file)
-    write_manifest(tmp_path, rows)
+    write_rows(tmp_path, rows)
     paths = [tmp_path / row.file for row in rows]
     real = ImageList(paths, np.array([1, 2]), np.zeros(2, np.int64))
     inside = tmp_path.resolve()
 
     def read() -> None:
-        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_manifest(tmp_path))
+        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_rows(tmp_path))
         images, labels = add_generated(real, tmp_path, "soft")
         q = labels.rows(np.arange(len(images)))
         assert np.abs(q.sum(axis=1) - 1).max() < 1e-3 and q.min() >= 0

@@ -38,7 +38,7 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from data.folders import list_images, read_split
-from data.generated import SETTINGS, Row, write_manifest
+from data.generated import SETTINGS, Row, write_rows
 from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
 from runs.folder import RunFolder, start_folder
@@ -255,7 +255,7 @@ def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: 
     outside, made = noise(place.folder / "outside.jpg"), place.folder / "made"
     made.mkdir()
     (made / SETTINGS).write_text("{}")
-    write_manifest(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
+    write_rows(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
     config = place.folder / "teacher.yaml"
     config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(made))))
     place.assert_refuses("leads out of the manifest's folder", "train", "--config", config)
@@ -506,7 +506,7 @@ def test_json_nested_too_deep(place: Place) -> None:
 
 @pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1", "1.0"], ids=len)
 def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
-    write_manifest(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
+    write_rows(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
     config = place.folder / "teacher.yaml"
     config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(place.folder))))
     outcome = place.run("train", "--config", config)
