@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, pick_device, run_cli
+from utils import (
+    UserError,
+    add_batch_argument,
+    add_net_arguments,
+    between,
+    check_net_arguments,
+    pick_device,
+    run_cli,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     add_net_arguments(parser)
     parser.add_argument("--gallery", required=True, metavar="DIR", help="folder to search, with its sub-folders")
     parser.add_argument("--query", required=True, nargs="+", metavar="IMG", help="images, or folders of images")
-    parser.add_argument("--top", type=int, default=10, help="images to show per query (default: 10)")
+    parser.add_argument("--top", type=between(1), default=10, help="images to show per query (default: 10)")
     parser.add_argument(
         "--index",
         metavar="DIR",
@@ -27,12 +34,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rebuild", action="store_true", help="make the index anew, also for another model")
     parser.add_argument(
         "--approximate-from",
-        type=int,
+        type=between(1),
         default=200_000,
         metavar="N",
         help="number of images from which on an approximate index is used (default: 200000)",
     )
-    parser.add_argument("--skip-bad-images", action="store_true", help="leave unreadable gallery images out")
+    parser.add_argument("--skip-bad-images", action="store_true", help="omit unreadable gallery images")
     parser.add_argument(
         "--page", metavar="FILE", help="HTML page of the results (default: results.html beside the index, replaced)"
     )
@@ -40,10 +47,6 @@ def parse_args() -> argparse.Namespace:
     add_batch_argument(parser, "--batchsize")
     args = parser.parse_args()
     check_net_arguments(args)
-    for option in ("top", "approximate_from", "batchsize"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
     if not Path(args.gallery).is_dir():
         raise UserError(f"--gallery {args.gallery}: no such folder")
     if args.page and Path(args.page).suffix.lower() not in (".html", ".htm"):
@@ -62,7 +65,7 @@ def main() -> None:
     from data.images import check_images
     from reid_eval.features import extract_features
     from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
-    from reid_eval.top import main_setting
+    from reid_eval.ranking import main_setting
     from runs.load import open_net
     from visual_tools.page import Hit, Result, write_page
 
@@ -73,15 +76,8 @@ def main() -> None:
     if args.threads:
         faiss.omp_set_num_threads(args.threads)
     height, width = tested.size
-    embed = partial(
-        extract_features,
-        tested.net,
-        height=height,
-        width=width,
-        batch_size=args.batchsize,
-        device=device,
-        progress=False,
-    )
+    how = dict(height=height, width=width, batch_size=args.batchsize, device=device, progress=False)
+    embed = partial(extract_features, tested.net, **how)
 
     gallery = Path(args.gallery)
     folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
@@ -93,44 +89,34 @@ def main() -> None:
 
     features = embed(queries)
     setting, _ = main_setting(features.shape[1])
-    # One more than wanted, as the query itself may lie in the gallery; it is left out.
-    found = index.search(to_vectors(features), args.top + 1)
     results = []
-    for query, answers in zip(queries, found, strict=True):
-        others = [(gallery / name, score) for name, score in answers if not same_file(query, gallery / name)]
-        hits = [(str(path), score) for path, score in others[: args.top]]
-        print_hits(query, hits)
-        results.append(
-            Result(
-                str(query),
-                str(query),
-                [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)],
-                {"best score": hits[0][1] if hits else None},
-            )
-        )
+    # One more than asked for, since the query itself may be in the gallery; it is left out.
+    for query, answers in zip(queries, index.search(to_vectors(features), args.top + 1), strict=True):
+        scores = {str(gallery / name): score for name, score in answers if not same_file(query, gallery / name)}
+        hits = list(scores.items())[: args.top]
+        print(f"\n{query}")
+        for rank, (path, score) in enumerate(hits, 1):
+            print(f"{rank:4}  {score:7.4f}  {path}")
+        cells = [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
+        results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
     page = Path(args.page) if args.page else folder / "results.html"
     notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
 
 
 def default_folder(base: Path, gallery: Path) -> Path:
-    """Where the index of a gallery is kept: in the model's folder, never among the user's images."""
+    """The folder of a gallery's index: inside the model's folder `base`, never among the user's images."""
     path = gallery.resolve()
     digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
     return base / "search" / f"{path.name or 'root'}-{digest[:8]}"
 
 
 def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file that exists."""
     try:
         return a.samefile(b)
     except OSError:
         return False
-
-
-def print_hits(query: Path, hits: Sequence[tuple[str, float]]) -> None:
-    print(f"\n{query}")
-    for rank, (path, score) in enumerate(hits, 1):
-        print(f"{rank:4}  {score:7.4f}  {path}")
 
 
 if __name__ == "__main__":

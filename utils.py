@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -12,13 +14,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import argparse
-
     import torch
 
+T = TypeVar("T")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ROOT = Path(__file__).resolve().parent
@@ -76,8 +77,8 @@ def in_words(error: Exception) -> UserError | None:
     """What to tell the user of an error; None for a defect, which needs its traceback."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}; fix this, or give another path")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return UserError(f"{error.filename or 'writing'}: {error.strerror}; fix this, or give another path")
     # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
     no_room = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_room or isinstance(error, MemoryError):
@@ -103,11 +104,44 @@ def evaluating(*nets: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def halve_until_it_fits(attempt: Callable[[int], T], size: int, least: int = 1) -> tuple[T, int]:
+    """`attempt(size)` and that size, halved for as long as the GPU's memory is too small.
+
+    Raises UserError if `least` images at a time are too many.
+    """
+    import torch
+
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError:
+            if size <= least:
+                raise UserError(
+                    f"{size} images at a time: the GPU's memory is too small; use a smaller batch, --precision bf16 or "
+                    "--device cpu"
+                ) from None
+        size //= 2
+        torch.cuda.empty_cache()
+
+
 def own_command() -> str:
     """The command line of this process, its script named from the project's folder."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return "python " + shlex.join([str(name), *sys.argv[1:]])
+
+
+def between(least: float, most: float | None = None, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` from `least` to `most`, both included; None is no upper bound."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= (value if most is None else most):
+            bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
+        return value
+
+    return number
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +170,7 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
     """The option `name`: images at a time, a number or `auto`, which is None."""
 
     def number(text: str) -> int | None:
-        return None if text == "auto" else min(int(text), 2**31)  # more images than there are is all of them
+        return None if text == "auto" else min(between(1)(text), 2**31)  # more images than there are means all of them
 
     parser.add_argument(
         name,

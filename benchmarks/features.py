@@ -32,7 +32,7 @@ from data.folders import read_split
 from mannequins.dataset import make_dataset
 from precision import has_bf16
 from reid_eval.features import extract_data_set, extract_features
-from reid_eval.report import report
+from reid_eval.report import evaluate_features, summary
 from reIDmodel import build_id_net
 from runs.folder import resolve_data_root
 from runs.load import open_net
@@ -124,7 +124,8 @@ def measure_precision(args: argparse.Namespace, device: torch.device) -> dict:
     for precision in precisions(device):
         how = dict(size=tested.size, batch_size=None, device=device, precision=precision, progress=False)
         sets = extract_data_set(tested.net, root, **how)
-        rows = report(sets.query, sets.gallery)["tables"]["single query"]
+        results = evaluate_features(sets.query, sets.gallery)
+        rows = summary(results, sets.query, sets.gallery)["tables"]["single query"]
         found[precision] = {
             row: {convention: {key: by[key] for key in ("mAP", "rank1")} for convention, by in values.items()}
             for row, values in rows.items()

@@ -1,6 +1,6 @@
 """FID, KID, SSIM and LPIPS of folders of images; docs/evaluation.md says exactly what is measured.
 
-The features come from a network that maps images (N, 3, H, W) uint8 to (N, D): Inception unless another is given.
+A `Network` maps images (N, 3, H, W) uint8 to features (N, D), a `PairMeasure` two such batches to (N,) values.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PairMeasure = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a score depends on besides the images and the networks."""
+    """What a score depends on besides the images and the networks."""
 
     size: tuple[int, int] = (128, 64)  # height and width that every image is resized to
-    count: int | None = None  # images of each folder, drawn at random; None: all
+    count: int | None = None  # images to draw from each folder; None: all
     pairs: int = 2000  # random pairs of images of one identity
     seed: int = 0
     batch_size: int = 32
@@ -44,7 +44,7 @@ class Protocol:
 
 # -------------------------------------------------------------------------------------------- networks
 def find_weights(url: str, folder: Path | None) -> Path:
-    """The file that `url` names, from `folder` or PyTorch's cache. Raises UserError that says what to put where."""
+    """The file that `url` names, in `folder` or PyTorch's cache. Raises UserError that says which file to put where."""
     name, cache = url.rsplit("/", 1)[1], Path(torch.hub.get_dir()) / "checkpoints"
     for place in (folder, cache):
         if place is not None and (place / name).is_file():
@@ -53,9 +53,9 @@ def find_weights(url: str, folder: Path | None) -> Path:
 
 
 def load_inception(folder: Path | None, device: torch.device) -> Network:
-    """Inception of published FIDs (TensorFlow's of 2015, its resizing included): images to (N, 2048)."""
+    """The Inception of published FIDs (TensorFlow's of 2015, with its resizing): images to (N, 2048)."""
     path = find_weights(URL_INCEPTION_V3, folder)
-    read_tensors(path)  # refuses whatever is more than tensors; the library would unpickle it
+    read_tensors(path)  # refuses anything but tensors, while the library would unpickle it
     try:
         net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (RuntimeError, TypeError, AttributeError):
@@ -65,11 +65,11 @@ def load_inception(folder: Path | None, device: torch.device) -> Network:
 
 
 def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
-    """LPIPS 0.1 on AlexNet: pairs of images (N, 3, H, W) uint8 to their mean distance (). Sides of 32 at least."""
+    """LPIPS 0.1 on AlexNet: pairs of images (N, 3, H, W) uint8, H and W at least 32, to distances (N,)."""
     path = find_weights(AlexNet_Weights.IMAGENET1K_V1.url, folder)
     read_tensors(path)
     cache = torch.hub.get_dir()
-    # The library takes AlexNet from PyTorch's cache only, so the folder of the file plays its part for a moment.
+    # The library reads AlexNet from PyTorch's cache only, so the cache points to the folder of the file for a moment.
     with tempfile.TemporaryDirectory() as stand_in:
         (Path(stand_in) / "checkpoints").symlink_to(path.parent.resolve(), target_is_directory=True)
         torch.hub.set_dir(stand_in)
@@ -84,7 +84,7 @@ def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
 
 # -------------------------------------------------------------------------------------------- measures
 def image_features(images: ImageList, network: Network, protocol: Protocol, device: torch.device) -> Tensor:
-    """Features (n, D) float64 on the CPU of all images, by `network`. Raises UserError for an undecodable file."""
+    """Features (n, D) float64 of all images, on the CPU. Raises UserError for a file that cannot be decoded."""
     parts = []
     with torch.inference_mode(), tqdm(total=len(images), desc="features", leave=False, disable=None) as bar:
         for x in _byte_batches(images.paths, protocol):
@@ -102,16 +102,14 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def kernel_distance(real: Tensor, fake: Tensor, seed: int) -> float:
     """KID: the unbiased MMD^2 of the kernel (x.y / D + 1)^3, mean over random subsets of equal size."""
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
-    found = kid_features_to_metric(
-        real, fake, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
-    return found[KEY_METRIC_KID_MEAN]
+    options = dict(kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False)
+    return kid_features_to_metric(real, fake, **options)[KEY_METRIC_KID_MEAN]
 
 
 def draw_pairs(pids: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(count, 2) indices of two different images of one identity; identities first, all equally likely.
+    """(count, 2) indices of two different images of one identity, drawn uniformly: first the identity, then the images.
 
-    Raises UserError when no identity has two images.
+    Raises UserError if no identity has two images.
     """
     order = np.argsort(pids, kind="stable")
     people, first, size = np.unique(pids[order], return_index=True, return_counts=True)
@@ -123,10 +121,10 @@ def draw_pairs(pids: np.ndarray, count: int, seed: int) -> np.ndarray:
         )
     rng = np.random.default_rng(seed)
     person = several[rng.integers(0, len(several), count)]
-    one = rng.integers(0, size[person])
-    other = rng.integers(0, size[person] - 1)
-    other += other >= one
-    return order[np.stack([first[person] + one, first[person] + other], axis=1)]
+    a = rng.integers(0, size[person])
+    b = rng.integers(0, size[person] - 1)
+    b += b >= a
+    return order[np.stack([first[person] + a, first[person] + b], axis=1)]
 
 
 def pair_scores(
@@ -136,7 +134,7 @@ def pair_scores(
     protocol: Protocol,
     device: torch.device,
 ) -> dict[str, float]:
-    """The mean of every measure over pairs (n, 2) of indices of images."""
+    """The mean of every measure over pairs (n, 2) of image indices."""
     values: dict[str, list[Tensor]] = {name: [] for name in measures}
     sides = [_byte_batches([images.paths[i] for i in side], protocol) for side in pairs.T]
     with torch.inference_mode(), tqdm(total=len(pairs), desc="pairs", leave=False, disable=None) as bar:
@@ -152,7 +150,7 @@ def _byte_batches(paths: list[Path], protocol: Protocol) -> Iterator[Tensor]:
         yield torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------- all of them
+# ------------------------------------------------------------------------------------------- all scores
 def score(
     real: ImageList,
     fake: ImageList | None,
@@ -164,20 +162,21 @@ def score(
     network: Network | None = None,
     lpips: PairMeasure | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Every score that can be computed, and why the others cannot.
+    """Compute every score whose weights and images are there.
 
     Args:
-        real, fake: the images; of each, `protocol.count` are drawn.
-        real_vs_real: also FID and KID between two random halves of the real images, the floor.
+        real, fake: the images, of which `protocol.count` are drawn from each side.
+        real_vs_real: also FID and KID between two random halves of the real images, which are the floor.
         weights: folder of weights, besides PyTorch's cache.
-        network, lpips: in the place of Inception and LPIPS.
+        network, lpips: replace Inception and LPIPS.
 
     Returns:
-        `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}`, names of scores that were not computed
-        being absent, and a line for each of those. FID and KID of "real" are those of its halves.
+        `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}` without the scores that were not computed, and a
+        line for each of those that says why. FID and KID of "real" are those between its halves.
 
     Raises:
-        UserError: fewer images than asked for or than two (four to be halved), an undecodable image, no score at all.
+        UserError: fewer images than `protocol.count` or two (four for halves), an image that cannot be decoded, or no
+            score at all.
     """
     sets = {"real": real} if fake is None else {"real": real, "fake": fake}
     sets = {name: draw_images(images, name, protocol) for name, images in sets.items()}
@@ -219,7 +218,7 @@ def score(
 
 
 def draw_images(images: ImageList, name: str, protocol: Protocol) -> ImageList:
-    """The images of one side that are scored. Raises UserError for fewer than asked for, or than two."""
+    """The images of one side to score. Raises UserError if there are fewer than `protocol.count` or two."""
     if len(images) < max(2, protocol.count or 0):
         asked = f"{protocol.count} asked for; lower --count or add images" if protocol.count else "two are needed"
         raise UserError(f"--{name} {images.paths[0].parent}: {len(images)} images, {asked}")

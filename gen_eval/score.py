@@ -1,4 +1,4 @@
-"""Scores of generated images beside the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
+"""Scores of generated images, next to the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files import write_json
-from utils import UserError, pick_device, run_cli, set_threads
+from utils import UserError, between, pick_device, run_cli, set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +29,9 @@ PUBLISHED = {
     "FD-GAN": (257.00, 0.247),
     "DG-Net": (18.24, 0.360),
 }
-PUBLISHED_NOTE = "published, Market-1501 (the DG-Net paper; its protocol is not known in every point)"
+PUBLISHED_NOTE = "published, Market-1501 (the DG-Net paper, which does not state its whole protocol)"
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
-FULL_RANK = 2049  # images from which the covariance of 2048 features can have full rank
+FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,23 +44,32 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fake", metavar="DIR", help="generated images, in any of these forms")
     parser.add_argument("--split", help="split of the real images' data set (default: query)")
     parser.add_argument("--real-vs-real", action="store_true", help="FID and KID between random halves of --real")
-    parser.add_argument("--count", type=int, help="images to draw from each folder (default: all)")
-    parser.add_argument("--pairs", type=int, default=2000, help="pairs for SSIM and LPIPS (default: 2000)")
+    parser.add_argument("--count", type=between(2), help="images to draw from each folder (default: all)")
+    parser.add_argument("--pairs", type=between(1), default=2000, help="pairs for SSIM and LPIPS (default: 2000)")
     parser.add_argument(
         "--size",
-        type=int,
+        type=between(32),
         nargs=2,
         default=(128, 64),
         metavar=("HEIGHT", "WIDTH"),
-        help="every image is resized to this first (default: 128 64)",
+        help="every image is first resized to this (default: 128 64)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of images, halves, pairs and KID's subsets (default: 0)")
+    parser.add_argument(
+        "--seed", type=between(0, 2**32 - 1), default=0, help="of images, halves, pairs and KID's subsets (default: 0)"
+    )
     parser.add_argument("--weights", metavar="DIR", help="folder with the weights, besides PyTorch's cache")
-    parser.add_argument("--batchsize", type=int, default=32, help="images per pass (default: 32)")
+    parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.fake is None and not args.real_vs_real:
+        raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
+    if args.weights and not Path(args.weights).expanduser().is_dir():
+        raise UserError(f"--weights {args.weights}: no such folder; give the folder that holds the weights")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: is a folder; give a file")
+    return args
 
 
 def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dic
     from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS
 
     sides = {"real": real} if fake is None else {"real": real, "fake": fake}
-    drawn = [protocol.count or len(images) for images in sides.values()]
+    subset = min(KID_SUBSET_SIZE, *(protocol.count or len(images) for images in sides.values()))
     return {
         name: {
             "images": len(images),
@@ -81,8 +90,8 @@ def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dic
         "preparation": f"decoded, upright, RGB, resized to {protocol.size[0]} x {protocol.size[1]} (bicubic, 8 bit), "
         "not cropped, not compressed again",
         "fid": "Inception of 2015 by torch-fidelity, 2048 features, float64",
-        "kid": f"same features, polynomial kernel of degree 3, {KID_SUBSETS} subsets of "
-        f"{min(KID_SUBSET_SIZE, *drawn)} images (half of a folder against the other: at most its size)",
+        "kid": f"same features, polynomial kernel of degree 3, {KID_SUBSETS} subsets of {subset} images (of the halves "
+        "of a folder: at most their size)",
         "ssim, lpips": f"mean over {protocol.pairs} random pairs of images of one identity; SSIM: window 11, sigma "
         "1.5, mean over RGB; LPIPS 0.1, AlexNet",
         "size": list(protocol.size),
@@ -91,22 +100,19 @@ def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dic
     }
 
 
-def format_scores(scores: dict[str, dict[str, float]], *, published: bool = True) -> str:
+def format_scores(scores: dict[str, dict[str, float]]) -> str:
     """Scores and published rows as a table for a terminal."""
-
-    def line(name: str, row: dict[str, float | None]) -> str:
-        return f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row))
-
+    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
     lines = [" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values())]
-    lines += [line(name, row) for name, row in scores.items()]
-    if published:
-        lines.append(f"{PUBLISHED_NOTE}:")
-        lines += [line(name, {"fid": fid, "ssim": ssim}) for name, (fid, ssim) in PUBLISHED.items()]
+    for rows in (scores, published):
+        if rows is published:
+            lines.append(f"{PUBLISHED_NOTE}:")
+        lines += [f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row)) for name, row in rows.items()]
     return "\n".join(lines)
 
 
 def score_cells(row: dict[str, float | None]) -> list[str]:
-    """A row of scores as cells in the order of COLUMNS, "-" where empty."""
+    """A row of scores as cells in the order of COLUMNS, "-" for a score that is missing."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
     scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items() if value is not None}
     return [formats[key].format(scaled[key]) if key in scaled else "-" for key in COLUMNS]
@@ -148,22 +154,6 @@ def print_scores(
 
 def main() -> None:
     args = parse_args()
-    least = {"count": 2, "pairs": 1, "seed": 0, "batchsize": 1}
-    for key, value in least.items():
-        given = getattr(args, key)
-        if given is not None and given < value:
-            raise UserError(f"--{key} {given}: must be at least {value}")
-    if args.seed >= 2**32:
-        raise UserError(f"--seed {args.seed}: must be below 2**32")
-    if min(args.size) < 32:
-        raise UserError(f"--size {args.size[0]} {args.size[1]}: both must be at least 32")
-    if args.fake is None and not args.real_vs_real:
-        raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
-    weights = Path(args.weights).expanduser() if args.weights else None
-    if weights is not None and not weights.is_dir():
-        raise UserError(f"--weights {weights}: no such folder; give the folder that holds the weights")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: is a folder; give a file")
 
     from data.folders import read_people
     from data.images import check_images
@@ -175,6 +165,7 @@ def main() -> None:
     fake = read_people(args.fake, option="--fake", generated=True) if args.fake else None
     check_images([*real.paths, *(fake.paths if fake else [])], skip_bad=False, remedy="remove them")
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
+    weights = Path(args.weights).expanduser() if args.weights else None
     result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=weights)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)

@@ -20,8 +20,8 @@ from data.images import iter_images, normalise, to_uint8
 from gen_eval.similarity import ssim
 from mannequins.dataset import Factors
 from reid_eval.features import Features, embed_images
-from reid_eval.report import report
-from reid_eval.top import main_setting
+from reid_eval.ranking import main_setting
+from reid_eval.report import evaluate_features
 from utils import UserError
 
 CHANGED = 8  # grey levels in any channel from which a pixel counts as changed
@@ -236,8 +236,9 @@ def recognise(
         batches = _inputs(pictures, size, device, batch_size)
         features = torch.cat([embed_images(net, x).float().cpu() for x in batches]).numpy()
         queries = Features(features, images.pids[source], images.camids[source])
-        table = report(queries, gallery)["tables"]["single query"]
-        result[row] = table[main_setting(features.shape[1])[0]]
+        setting, _ = main_setting(features.shape[1])
+        results = evaluate_features(queries, gallery)
+        result[row] = {part.convention: part.numbers for part in results if part.setting == setting}
     return result
 
 

@@ -1,16 +1,16 @@
-"""An index of a folder of images, for search without labels: one file that follows the folder's changes.
+"""An index of a folder of images, for search without labels: one file that follows the changes of the folder.
 
-The file keeps every image's relative path, size and modification time, the features as vectors of a faiss index,
-and the fingerprint of the net they came from. Small galleries are searched exactly; larger ones by an HNSW graph
-(Malkov and Yashunin, arXiv:1603.09320), whose recall against the exact search is measured on a sample.
+The file holds the relative path, size and modification time of every image, the features as vectors of a faiss index,
+and the fingerprint of the net that they come from. Small galleries are searched exactly, larger ones by an HNSW graph
+(Malkov and Yashunin, arXiv:1603.09320), whose recall compared with the exact search is measured on a sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -23,47 +23,50 @@ from tqdm import tqdm
 
 from data.folders import find_images
 from data.images import check_images, load_image
-from files import check_zip, make_folder, part_of, write_whole
-from reid_eval.top import main_setting
+from files import check_zip, is_part, make_folder, write_whole
+from reid_eval.ranking import main_setting
 from runs.weights import digest_weights
 from utils import UserError, one_line
 
 INDEX_FILE = "index.npz"
 FORMAT = 1
 KINDS = (b"IxFI", b"IHNf")  # how faiss marks exact indices and graphs
-# Of the graph: links per image, candidates while it is built, candidates of a search.
+# Of the graph: links per image, candidates during construction, candidates during a search.
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 100, 128
 RECALL_SAMPLE, RECALL_AT = 200, 10
-_BLOCK = 512  # images between two looks at the clock
+_BLOCK = 512  # images per call of the net, after which the index may be saved
 _SAVE_SECONDS = 300
 
 Embed = Callable[[Sequence[Path]], np.ndarray]
 
 
 def fingerprint(net: nn.Module, size: tuple[int, int]) -> str:
-    """A hash of all that the features depend on: the net's layers with strides and pooling, which no tensor tells, its
-    tensors, and the (height, width) of its images."""
+    """A hash of what the features depend on: the layers of the net, its tensors, the (height, width) of its images.
+
+    The layers are included because strides and pooling do not show in the tensors.
+    """
     return hashlib.sha256(f"{size} {net!r} {digest_weights(net)}".encode()).hexdigest()
 
 
 def to_vectors(features: np.ndarray) -> np.ndarray:
-    """Features (n, heads, dim) to vectors (n, heads * dim) whose dot products are the scores of `main_setting`."""
+    """Vectors (n, heads * dim) for features (n, heads, dim); their dot products are the scores of `main_setting`."""
     _, weights = main_setting(features.shape[1])
     scaled = features * np.sqrt(np.array(weights, np.float32))[:, None]
     return np.ascontiguousarray(scaled.reshape(len(features), -1), dtype=np.float32)
 
 
 class SearchIndex:
-    """The index of `gallery` in `folder`; `files` are its images, in the order of its vectors.
+    """The index of `gallery` in `folder`.
 
-    After `update` it is what the gallery holds; `recall` is None for an exact index, else the share of the true
-    ten nearest that the graph finds.
+    files    the images, in the order of the vectors: {relative path: (size in bytes, modification time in ns)}
+    vectors  the faiss index, exact or a graph
+    recall   the share of the true ten nearest images that the graph finds; None for an exact index
     """
 
     def __init__(self, folder: Path, gallery: Path, model: str, model_name: str) -> None:
         self.folder, self.gallery = folder, gallery
         self.model, self.model_name = model, model_name
-        self.files: dict[str, tuple[int, int]] = {}  # relative path: size in bytes, modification time in ns
+        self.files: dict[str, tuple[int, int]] = {}
         self.vectors: faiss.Index | None = None
         self.recall: float | None = None
 
@@ -74,37 +77,36 @@ class SearchIndex:
     def approximate(self) -> bool:
         return isinstance(self.vectors, faiss.IndexHNSW)
 
-    # ---------------------------------------------------------------------------------------- updating
     def update(self, embed: Embed, *, approximate_from: int, skip_bad: bool = False) -> dict[str, int]:
-        """Follow the gallery: embed new and changed images, forget the others, and write the index if it changed.
+        """Embed new and changed images, forget removed ones, and write the index if it has changed.
 
         Args:
             embed: image files to features (n, heads, dim).
             approximate_from: number of images from which on the index is a graph.
-            skip_bad: leave unreadable images out, with a warning, instead of stopping.
+            skip_bad: omit unreadable images with a warning, instead of stopping.
 
-        Returns how many images were "added", "changed", "removed" and "unreadable". A long update is written
-        every few minutes, so that an interrupted one goes on where it was.
+        Returns how many images were "added", "changed", "removed" and "unreadable". A long update is saved every few
+        minutes, so that an interrupted one continues from there.
 
         Raises:
             UserError: an empty gallery, unreadable images without `skip_bad`, a folder that cannot be written.
         """
-        found = {os.path.relpath(path, self.gallery): _stamp(path) for path in find_images(self.gallery, "--gallery")}
+        present = {os.path.relpath(path, self.gallery): _stamp(path) for path in find_images(self.gallery, "--gallery")}
         known = dict(self.files)
-        kept = [name for name in known if found.get(name) == known[name]]
-        new = [name for name in found if known.get(name) != found[name]]
+        new = [name for name in present if known.get(name) != present[name]]
+        kept = [row for row, name in enumerate(known) if present.get(name) == known[name]]
         usable = check_images(
-            self._paths(new),
+            [self.gallery / name for name in new],
             skip_bad=skip_bad,
             remedy="give --skip-bad-images",
             minimum=0 if kept else 1,
         )
         changed = len(kept) < len(known)
         if changed:
-            rows = [row for row, name in enumerate(known) if found.get(name) == known[name]]
-            self._replace(self._all_vectors()[rows])
-            self.files, self.recall = {name: known[name] for name in kept}, None
-        added = self._add([name for name, good in zip(new, usable, strict=True) if good], found, embed, skip_bad)
+            names = list(known)
+            self._replace(self._all_vectors()[kept])
+            self.files, self.recall = {names[row]: known[names[row]] for row in kept}, None
+        added = self._add([name for name, good in zip(new, usable, strict=True) if good], present, embed, skip_bad)
         if not self.files:
             raise UserError(f"--gallery {self.gallery}: no readable image in it or below")
         graph = len(self) >= approximate_from
@@ -120,50 +122,44 @@ class SearchIndex:
         return {
             "added": sum(name not in known for name in added),
             "changed": sum(name in known for name in added),
-            "removed": sum(name not in found for name in known),
+            "removed": sum(name not in present for name in known),
             "unreadable": len(new) - len(added),
         }
 
-    def _add(self, names: list[str], found: dict[str, tuple[int, int]], embed: Embed, skip_bad: bool) -> list[str]:
+    def _add(self, names: list[str], present: dict[str, tuple[int, int]], embed: Embed, skip_bad: bool) -> list[str]:
         added, saved = [], time.monotonic()
-        with tqdm(total=len(names), desc="features", unit="img", disable=None) as bar:
-            for start in range(0, len(names), _BLOCK):
-                block = names[start : start + _BLOCK]
-                bar.update(start - bar.n)
-                try:
-                    features = embed(self._paths(block))
-                except UserError:
-                    if not skip_bad:
-                        raise
-                    # Damage in the middle of a file that `check_images` cannot see.
-                    block = [name for name in block if _decodes(self.gallery / name)]
-                    if not block:
-                        continue
-                    features = embed(self._paths(block))
-                vectors = to_vectors(features)
-                if not np.isfinite(vectors).all():
-                    raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
-                if self.vectors is None:
-                    self._replace(vectors[:0])
-                self._require_width(vectors)
-                self.vectors.add(vectors)
-                self.files |= {name: found[name] for name in block}
-                self.recall = None
-                added += block
-                if time.monotonic() - saved > _SAVE_SECONDS:
-                    self.save()
-                    saved = time.monotonic()
-            bar.update(len(names) - bar.n)
+        for start in tqdm(range(0, len(names), _BLOCK), "features", unit=f"x {_BLOCK} img", disable=None):
+            block = names[start : start + _BLOCK]
+            try:
+                features = embed([self.gallery / name for name in block])
+            except UserError:
+                if not skip_bad:
+                    raise
+                # A file may be damaged in its middle, which `check_images` cannot see.
+                block = [name for name in block if _decodes(self.gallery / name)]
+                if not block:
+                    continue
+                features = embed([self.gallery / name for name in block])
+            vectors = to_vectors(features)
+            if not np.isfinite(vectors).all():
+                raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
+            if self.vectors is None:
+                self._replace(vectors[:0])
+            self._require_width(vectors)
+            self.vectors.add(vectors)
+            self.files |= {name: present[name] for name in block}
+            self.recall = None
+            added += block
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
         return added
-
-    def _paths(self, names: Sequence[str]) -> list[Path]:
-        return [self.gallery / name for name in names]
 
     def _all_vectors(self) -> np.ndarray:
         return self.vectors.reconstruct_n(0, self.vectors.ntotal)
 
     def _replace(self, vectors: np.ndarray, *, graph: bool | None = None) -> None:
-        """An index of these vectors alone, a graph or exact; by default of the kind it was. HNSW cannot delete."""
+        """Build the index anew from these vectors, by default of the same kind, since HNSW cannot delete."""
         graph = self.approximate if graph is None else graph
         if graph:
             self.vectors = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -175,7 +171,7 @@ class SearchIndex:
             self.vectors.add(vectors[start : start + _BLOCK])
 
     def _measure_recall(self) -> float:
-        """The share of a sampled image's ten nearest others, by score, that the graph finds."""
+        """The mean share of the ten nearest images that the graph finds, over a sample of the images."""
         chosen = np.random.default_rng(0).permutation(len(self))[:RECALL_SAMPLE]
         sample = np.stack([self.vectors.reconstruct(int(i)) for i in chosen])
         count = min(RECALL_AT + 1, len(self))
@@ -185,15 +181,14 @@ class SearchIndex:
         for i, itself in enumerate(chosen):
             true = exact[i][exact_rows[i] != itself][:RECALL_AT]
             got = close[i][(close_rows[i] != itself) & (close_rows[i] >= 0)][:RECALL_AT]
-            # By score, not by row: one of two equal images is as good as the other.
+            # Compare scores, not rows: either of two equal images will do.
             shares.append(np.count_nonzero(got >= true[-1] - 1e-6) / len(true) if len(true) else 1.0)
         return float(np.mean(shares))
 
-    # --------------------------------------------------------------------------------------- searching
     def search(self, vectors: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
-        """The best `top` images for each of the vectors (n, dim): relative paths and scores, highest first.
+        """The best `top` images for every vector (n, dim): relative paths and scores, highest first.
 
-        Equal scores are in the order of the index.
+        Images with equal scores keep the order of the index.
         """
         scores, rows = self._nearest(vectors, min(top, len(self)))
         names = list(self.files)
@@ -217,9 +212,8 @@ class SearchIndex:
             return self.vectors.search(vectors, count, params=wide)
         return self.vectors.search(vectors, count)
 
-    # ------------------------------------------------------------------------------------------- files
     def save(self) -> Path:
-        """Write the index; there is the old file or the new one, never a part."""
+        """Write the index, whole or not at all."""
         about = {
             "format": FORMAT,
             "model": self.model,
@@ -237,30 +231,29 @@ class SearchIndex:
 
 
 def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebuild: bool = False) -> SearchIndex:
-    """The index kept in `folder`, or an empty one if there is none, or if it shall be built anew.
+    """The index kept in `folder`; an empty one if there is none, or with `rebuild`.
 
-    Raises UserError for an index of another model or another gallery, a damaged one, and a folder of other files.
+    Raises UserError for an index of another model or gallery, a damaged index, and a folder with other files.
     """
     index, path = SearchIndex(folder, gallery, model, model_name), folder / INDEX_FILE
     if not path.exists():
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--index {folder}: not a folder; name one that holds an index or does not exist yet")
-        # A process that was killed while it wrote its first index leaves the temporary file.
-        if folder.is_dir() and any(file != part_of(path) for file in folder.iterdir()):
+        if folder.is_dir() and not all(map(is_part, folder.iterdir())):
             raise UserError(f"--index {folder}: holds other files and no index; name an empty or a new folder")
         return index
-    about, vectors = _read(path)  # also before it is rebuilt: what is no index is not ours to replace
+    about, vectors = _read(path)  # even for `rebuild`: a file that is not an index must not be replaced
     if rebuild:
         return index
     if about["model"] != model:
         raise UserError(
-            f"{path}: made with another model ({about['model_name']}), and features of two models cannot be "
-            "compared; give another --index, or --rebuild to make it anew"
+            f"{path}: made with another model ({about['model_name']}), whose features do not compare with these; give "
+            "another --index, or --rebuild to make it anew"
         )
     if about["gallery"] != str(gallery.resolve()):
         raise UserError(
-            f"{path}: the index of another gallery ({about['gallery']}); give another --index, or --rebuild to "
-            "make it anew"
+            f"{path}: the index of another gallery ({about['gallery']}); give another --index, or --rebuild to make it "
+            "anew"
         )
     index.files = {name: (size, mtime) for name, size, mtime in about["files"]}
     index.vectors, index.recall = vectors, about["recall"]
@@ -275,8 +268,8 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, not {FORMAT}")
         if blob[:4].tobytes() not in KINDS:
-            # Others read files that they name themselves.
-            raise ValueError("its vectors are of no kind that is written here")
+            # Other kinds of faiss index may open files whose names they hold.
+            raise ValueError("its vectors are of a kind that is not written here")
         vectors = faiss.deserialize_index(blob)
         if vectors.ntotal != len(about["files"]):
             raise ValueError("vectors and files differ in number")
@@ -287,7 +280,7 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
         if len({name for name, *_ in about["files"]}) < vectors.ntotal:
             raise ValueError("a file is listed twice")
         return about, vectors
-    except Exception as error:  # of zipfile, zlib, json, faiss, ...: each kind of damage has its own
+    except Exception as error:  # zipfile, zlib, json, faiss, ...: every kind of damage has its exception
         why = one_line(error)
         raise UserError(f"{path}: not a readable index ({why}); delete its folder or give another --index") from None
 
@@ -295,7 +288,7 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
-    except OSError:  # gone since it was listed; reading it will say so
+    except OSError:  # removed since it was listed, which reading it will report
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
@@ -304,6 +297,6 @@ def _decodes(path: Path) -> bool:
     try:
         load_image(path)
     except UserError as error:
-        print(f"warning: {error}; left out", file=sys.stderr)
+        logging.warning("%s; left out", error)
         return False
     return True

@@ -1,12 +1,12 @@
-"""Ranking: CMC, mAP and mINP under both conventions from the ranks of the matches (spec section 9).
+"""Ranking of a gallery for every query: CMC, mAP and mINP under both conventions, and the lists themselves.
 
-For every query these gallery entries are dropped: those of the query's identity seen by the query's camera,
-and all of identity -1 (junk). The rest is ranked by score, highest first; equal scores keep the gallery's
-order. Distractors (identity 0) are images that no query asks for, so they stay, as wrong answers.
+Every query leaves out the gallery images that show its identity under its own camera, and those of identity -1 (junk).
+The rest is ranked by score, highest first; images with equal scores keep the gallery's order. Distractors (identity 0)
+stay, as wrong answers.
 
-Every number here is a function of the ranks of a query's matches. They are counted, the row is not sorted (but
-for a query of very many matches), so the cost per query is a few passes over its row of scores; one product serves
-all score settings and conventions, and the next queries' product is computed while these queries' are counted.
+All numbers are functions of the ranks of a query's matches. These ranks are counted and the row of scores is not sorted
+(unless a query has very many matches), so a query costs a few passes over its row. One product serves all settings and
+conventions, and the product for the next queries is computed while the matches of these are counted.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from utils import UserError
+
+if TYPE_CHECKING:
+    from reid_eval.features import Features
 
 CONVENTIONS = {
     "official": "trapezoidal AP; AP and CMC divided by all queries (what DG-Net published)",
     "standard": "AP = mean precision at the hits; only queries that have a match (torchreid, fast-reid, TransReID)",
 }
-"""The conventions by name, each with its explanation. mINP is the same in both: the mean over valid queries."""
+"""The conventions and what they mean. mINP is the same in both: the mean over the queries that have a match."""
 
-BOTH = "both (beta 0.5)"  # what the paper compares by
+BOTH = "both (beta 0.5)"  # the setting that the paper compares by
 SETTINGS = {"primary": (1.0, 0.0), BOTH: (1.0, 0.5), "fine": (0.0, 1.0)}
-"""Score settings of the two-headed net: a name and the weight of each head's dot product."""
+"""Score settings of the two-headed net: the weight of the dot product of each head."""
 
 JUNK = -1
 _CHUNK_BYTES = 384 << 20  # of scores; two chunks exist at a time
 _CHUNK_QUERIES = 700
+_LIST_BYTES = 64 << 20  # of scores, for the lists
 _TILE = 32768  # gallery images in one product
 _COUNT_AT_MOST = 200  # matches of a query; with more, sorting the whole row costs less
 _SORT_AT_MOST = 1024  # entries from a query's first match in the gallery to its last
@@ -40,9 +46,9 @@ _COMPARE_BYTES = 1 << 18  # of comparisons at a time, to stay in the cache
 
 @dataclass(frozen=True)
 class Ranking:
-    """The result for one score setting under one convention. All values are fractions in 0..1.
+    """The result for one score setting under one convention; values are fractions in 0..1.
 
-    `ap`, `inp` and `first` have one entry per query; a query without a match has 0 in all three.
+    A query without a match has 0 in `ap`, `inp` and `first`.
     """
 
     convention: str
@@ -65,10 +71,15 @@ class MatchRanks:
 
 
 def default_settings(heads: int) -> dict[str, tuple[float, ...]]:
-    """The score settings to report for a net with that many heads (2: `SETTINGS`; else one, all weights 1)."""
-    if heads == 2:
-        return dict(SETTINGS)
-    return {"feature" if heads == 1 else "all parts": (1.0,) * heads}
+    """The score settings to report for a net with so many heads: `SETTINGS` for 2, otherwise one with weights of 1."""
+    return dict(SETTINGS) if heads == 2 else {"feature" if heads == 1 else "all parts": (1.0,) * heads}
+
+
+def main_setting(heads: int) -> tuple[str, tuple[float, ...]]:
+    """Name and weights of the setting that a net with so many heads is used with: `BOTH`, or all heads alike."""
+    settings = default_settings(heads)
+    name = BOTH if heads == 2 else next(iter(settings))
+    return name, settings[name]
 
 
 def rank(
@@ -86,26 +97,25 @@ def rank(
     max_rank: int = 50,
     progress: bool = True,
 ) -> dict[str, dict[str, Ranking]]:
-    """Rank the gallery for every query; the result is `[setting][convention]`.
+    """Rank the gallery for every query; returns `{setting: {convention: Ranking}}`.
 
     Args:
-        query: (nq, heads, dim) or (nq, dim) features; or, when `gallery` is None, the (nq, ng) scores
-            themselves, greater is better, and the one setting is called "scores".
+        query: (nq, heads, dim) or (nq, dim) features. If `gallery` is None: the (nq, ng) scores themselves, where
+            greater is better; the only setting is then called "scores".
         gallery: (ng, heads, dim) or (ng, dim) features.
         q_pids, g_pids: (nq,), (ng,) integer identities. A query of identity -1 has no match.
-        q_camids, g_camids: (nq,), (ng,) integer cameras of any size. Unused without `remove_same_camera`.
-        settings: name to weights (one per head); score = sum over h of weights[h] * query[:, h] . gallery[:, h].
-            `default_settings(heads)` when None.
-        remove_same_camera: False is for data without cameras: nothing is dropped but the query image itself,
-            and junk stays as wrong answers.
-        q_keys, g_keys: (nq,), (ng,) names of the images, read only without `remove_same_camera`: the query image
-            itself is the gallery entry that has its identity and its name. Without names nothing is dropped.
+        q_camids, g_camids: (nq,), (ng,) integer cameras. Not used without `remove_same_camera`.
+        settings: weights of the heads by name (default: `default_settings`). The score is the sum over h of
+            weights[h] * query[:, h] . gallery[:, h].
+        remove_same_camera: False is for data without cameras: only the query image itself is left out, and junk
+            counts as wrong.
+        q_keys, g_keys: (nq,), (ng,) names of the images. Without `remove_same_camera` they identify the query image in
+            the gallery: it has the query's identity and name. Without names nothing is left out.
         max_rank: length of the CMC.
-        progress: a progress bar on stderr when it takes more than a few seconds, where that is a terminal.
+        progress: show a progress bar on stderr if it is a terminal and ranking takes more than a few seconds.
 
     Raises:
-        UserError: arrays that do not fit together, an empty side, values that are not finite, or no query
-            with a match.
+        UserError: arrays that do not fit together, an empty side, values that are not finite, no query with a match.
     """
     q_pids, g_pids = np.asarray(q_pids), np.asarray(g_pids)
     if gallery is None:
@@ -115,14 +125,20 @@ def rank(
         query, gallery = _checked_features(query, gallery)
         heads = query.shape[1]
         settings = default_settings(heads) if settings is None else settings
-        _check_settings(settings, heads)
-    for what, labels, n in (("query", (q_pids, q_camids, q_keys), len(query)),) + (
-        () if gallery is None else (("gallery", (g_pids, g_camids, g_keys), len(gallery)),)
-    ):
+        for name, weights in settings.items():
+            if len(weights) != heads or not any(weights):
+                raise UserError(
+                    f"score setting {name!r}: weights {tuple(weights)} for {heads} heads; one must not be 0"
+                )
+    sides = {
+        "query": (len(query), q_pids, q_camids, q_keys),
+        "gallery": (len(g_pids if gallery is None else gallery), g_pids, g_camids, g_keys),
+    }
+    for side, (n, *labels) in sides.items():
         if any(values is not None and len(values) != n for values in labels):
-            raise UserError(f"{n} {what} features, but another number of {what} identities, cameras or names")
+            raise UserError(f"{n} {side} features, but a different number of {side} identities, cameras or names")
     if remove_same_camera and (q_camids is None or g_camids is None):
-        raise UserError("no camera of the images is given; use --no-cameras for data without cameras")
+        raise UserError("the images have no cameras; use --no-cameras for data without cameras")
 
     kept = np.flatnonzero(g_pids != JUNK) if remove_same_camera else np.arange(len(g_pids))
     g_pids = g_pids[kept]
@@ -134,7 +150,7 @@ def rank(
         lists = _QueryLists(q_pids, g_pids)
 
     def chunk_scores(rows: slice) -> list[np.ndarray | None]:
-        """Per head (None for one of no weight) the products (rows, kept)."""
+        """The products (rows, kept) for each head; None for a head that has no weight."""
         if gallery is None:
             return [scores[rows][:, kept]]
         return [
@@ -146,74 +162,82 @@ def rank(
     chunks = [slice(start, min(start + step, len(q_pids))) for start in range(0, len(q_pids), step)]
     ranks = _all_ranks(chunk_scores, chunks, lists, settings, progress)
     return {
-        name: {convention: summarise(found, convention, max_rank=max_rank) for convention in CONVENTIONS}
-        for name, found in ranks.items()
+        name: {convention: summarise(matches, convention, max_rank=max_rank) for convention in CONVENTIONS}
+        for name, matches in ranks.items()
     }
 
 
 def _checked_scores(scores: np.ndarray, q_pids: np.ndarray, g_pids: np.ndarray) -> np.ndarray:
-    scores = np.asarray(scores)
+    scores = _as_float(scores)
     if scores.shape != (len(q_pids), len(g_pids)):
-        raise UserError(f"scores have shape {scores.shape}, but the labels say {len(q_pids)} x {len(g_pids)}")
-    _check_sides(q_pids, g_pids)
-    scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
-    _check_finite(scores, "score matrix")
+        raise UserError(f"scores have shape {scores.shape}, but there are {len(q_pids)} x {len(g_pids)} labels")
+    _check_not_empty(q_pids, g_pids)
+    check_finite(scores, "scores")
     return scores
 
 
 def _checked_features(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    _check_sides(query, gallery)
-    query, gallery = _as_heads(query, "query"), _as_heads(gallery, "gallery")
-    if query.shape[1:] != gallery.shape[1:]:
+    _check_not_empty(query, gallery)
+    query, gallery = (side[:, None] if side.ndim == 2 else side for side in map(_as_float, (query, gallery)))
+    if query.ndim != 3 or query.shape[1:] != gallery.shape[1:]:
         raise UserError(
-            f"query features are {_shape(query)} but gallery features are {_shape(gallery)}; "
-            "extract both with the same model"
+            f"query features have shape {query.shape} and gallery features {gallery.shape}, expected (images, heads, "
+            "dim); extract both with the same model"
         )
-    _check_finite(query, "query features")
-    _check_finite(gallery, "gallery features")
-    # The products are summed in fp32; beyond its range they would be infinite, or NaN, and still be ranked.
+    check_finite(query, "query features")
+    check_finite(gallery, "gallery features")
+    # Products are summed in fp32. Beyond its range they would be infinite or NaN, and still be ranked.
     largest = [float(max(side.max(), -side.min())) for side in (query, gallery)]
     if query[0].size * largest[0] * largest[1] > float(np.finfo(np.float32).max):
-        raise UserError(f"features as large as {max(largest):.2g} have no products in fp32; divide them by their norm")
+        raise UserError(f"features as large as {max(largest):.2g} overflow in fp32; divide them by their norm")
     return query, gallery
 
 
-def _check_settings(settings: Mapping[str, Sequence[float]], heads: int) -> None:
-    for name, weights in settings.items():
-        if len(weights) != heads:
-            raise UserError(f"score setting {name!r} has {len(weights)} weights; the features have {heads} heads")
-        if not any(weights):
-            raise UserError(f"score setting {name!r} has only weights of 0, which rank nothing")
+def _as_float(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
 
 
-def summarise(found: MatchRanks, convention: str, *, max_rank: int = 50) -> Ranking:
-    """CMC, mAP, mINP and the per-query values from the ranks of the matches (section 9), by `CONVENTIONS` name.
+def _check_not_empty(query: np.ndarray, gallery: np.ndarray) -> None:
+    for name, side in (("query", query), ("gallery", gallery)):
+        if len(side) == 0:
+            raise UserError(f"the {name} is empty, so there is nothing to rank; check the {name} folder or file")
 
-    Raises:
-        UserError: no query has a match, so nothing is defined.
+
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Raise UserError, which names the first bad row, if `values` hold NaN or infinity."""
+    for start in range(0, len(values), 4096):  # in parts: half a million images fill gigabytes
+        finite = np.isfinite(values[start : start + 4096])
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
+            raise UserError(f"{name}: NaN or infinity in row {row}; extract the features again with a sound model")
+
+
+def summarise(matches: MatchRanks, convention: str, *, max_rank: int = 50) -> Ranking:
+    """CMC, mAP, mINP and the values per query from the ranks of the matches, under one of `CONVENTIONS`.
+
+    Raises UserError if no query has a match, since nothing is defined then.
     """
-    ranks, counts = found.ranks.astype(np.float64), np.diff(found.offsets)
+    ranks, counts = matches.ranks.astype(np.float64), np.diff(matches.offsets)
     nq, owner = len(counts), np.repeat(np.arange(len(counts)), counts)
     valid = counts > 0
     if not valid.any():
         raise UserError(
-            "no query has a match: no identity of the query is in the gallery under another camera; check that "
-            "both are of one data set, or use --no-cameras for data without cameras"
+            "no query has a match: the gallery shows no query identity under another camera; check that both belong to "
+            "one data set, or use --no-cameras for data without cameras"
         )
-    hit = np.arange(len(ranks)) - found.offsets[owner] + 1.0  # 1 for a query's first match, 2 for its second, ...
+    hit = np.arange(len(ranks)) - matches.offsets[owner] + 1.0  # 1 for a query's first match, 2 for its second, ...
     precision = hit / ranks
     if convention == "official":
         before = np.divide(hit - 1, ranks - 1, out=np.ones_like(ranks), where=ranks > 1)
         precision = (before + precision) / 2
         denominator = nq
-    elif convention == "standard":
-        denominator = int(valid.sum())
     else:
-        raise ValueError(f"unknown convention {convention!r}; one of {', '.join(CONVENTIONS)}")
+        denominator = int(valid.sum())
     ap = np.bincount(owner, weights=precision, minlength=nq) / np.maximum(counts, 1)
     first, inp = np.zeros(nq, np.int64), np.zeros(nq)
-    first[valid] = found.ranks[found.offsets[:-1][valid]]
-    inp[valid] = counts[valid] / found.ranks[found.offsets[1:][valid] - 1]
+    first[valid] = matches.ranks[matches.offsets[:-1][valid]]
+    inp[valid] = counts[valid] / matches.ranks[matches.offsets[1:][valid] - 1]
     hits_at = np.bincount(first[valid & (first <= max_rank)], minlength=max_rank + 1)[1:]
     return Ranking(
         convention=convention,
@@ -229,9 +253,9 @@ def summarise(found: MatchRanks, convention: str, *, max_rank: int = 50) -> Rank
 
 
 class _QueryLists:
-    """For a query, the gallery's indices (ascending) that are its matches and those that are dropped.
+    """For query i, the gallery indices (ascending) of its matches, and those of the entries that are left out.
 
-    Dropped are entries of the query's identity with the query's `mark`: its camera, or its name.
+    Left out are the entries of the query's identity that carry the query's mark: its camera, or its name.
     """
 
     def __init__(self, q_pids, g_pids, q_marks=None, g_marks=None):
@@ -249,7 +273,7 @@ class _QueryLists:
 
 
 def _products(query: np.ndarray, gallery: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """query @ gallery[kept].T for (n, dim), (ng, dim), kept ascending; no copy of more than a tile of the gallery."""
+    """query @ gallery[kept].T of (n, dim) and (ng, dim), kept ascending; copies at most a tile of the gallery."""
     scores = np.empty((len(query), len(kept)), np.result_type(query, gallery))
     for start in range(0, len(kept), _TILE):
         part = kept[start : start + _TILE]
@@ -266,9 +290,7 @@ def _all_ranks(
     settings: Mapping[str, Sequence[float]],
     progress: bool,
 ) -> dict[str, MatchRanks]:
-    from tqdm import tqdm
-
-    found: dict[str, list[np.ndarray]] = {name: [] for name in settings}
+    ranks: dict[str, list[np.ndarray]] = {name: [] for name in settings}
     bar = tqdm(total=chunks[-1].stop, desc="ranking", unit="query", delay=3, disable=None if progress else True)
     with bar, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(chunk_scores, chunks[0])
@@ -277,18 +299,18 @@ def _all_ranks(
             if rows is not chunks[-1]:
                 following = ahead.submit(chunk_scores, chunks[k + 1])
             for i in range(rows.start, rows.stop):
-                matches, dropped = lists(i)
+                matches, left_out = lists(i)
                 for name, weights in settings.items():
                     if len(matches) == 0:
-                        found[name].append(matches)
+                        ranks[name].append(matches)
                         continue
                     row = _weighted_sum([p if p is None else p[i - rows.start] for p in products], weights)
-                    row[dropped] = -np.inf
-                    found[name].append(match_ranks(row, matches))
+                    row[left_out] = -np.inf
+                    ranks[name].append(match_ranks(row, matches))
             bar.update(rows.stop - rows.start)
     return {
         name: MatchRanks(np.concatenate(parts), np.cumsum([0] + [len(part) for part in parts]))
-        for name, parts in found.items()
+        for name, parts in ranks.items()
     }
 
 
@@ -301,10 +323,10 @@ def _weighted_sum(rows: Sequence[np.ndarray | None], weights: Sequence[float]) -
 
 
 def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
-    """Ranks (int64, ascending, from 1) of the entries `matches` of a row of scores.
+    """Ranks (int64, ascending, from 1) of the entries `matches` in a row of scores.
 
-    The rank of a match is 1 + the entries with a greater score + those with an equal score and a smaller index.
-    `row` is (ng,) with -inf for dropped entries; `matches` is (m,), at least one, of ascending indices whose scores
+    The rank of a match is 1 + the number of entries with a greater score, or with an equal score and a smaller index.
+    `row` is (ng,) with -inf for entries that are left out; `matches` is (m,), m >= 1, of ascending indices whose scores
     are finite.
     """
     scores = row[matches]
@@ -316,8 +338,8 @@ def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
     position = np.empty(len(between), np.int64)
     position[np.argsort(-between, kind="stable")] = np.arange(1, len(between) + 1)
     ranks = position[matches - first]
-    # The entries before all matches precede them with an equal score, those behind all do not. In a gallery sorted
-    # by identity nearly every entry is one of these, and one call compares it with several matches.
+    # With an equal score, the entries before all matches precede them and the entries behind all matches do not. In a
+    # gallery sorted by identity nearly every entry is one of these, and one call compares it with several matches.
     outside = len(row) - len(between)
     step = max(1, _COMPARE_BYTES // max(1, outside))
     for start in range(0, len(matches) if outside else 0, step):
@@ -330,30 +352,61 @@ def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _as_heads(features: np.ndarray, what: str) -> np.ndarray:
-    features = np.asarray(features)
-    if features.dtype not in (np.float32, np.float64):
-        features = features.astype(np.float32)
-    if features.ndim == 2:
-        features = features[:, None]
-    if features.ndim != 3:
-        raise UserError(f"{what} features have shape {features.shape}; expected (images, heads, dim)")
-    return features
+@dataclass(frozen=True)
+class Entry:
+    """A gallery image in the list of a query."""
+
+    index: int  # in the gallery
+    score: float
+    mark: str  # "right", "wrong", or "junk", which the evaluation does not count
+    rank: int | None  # from 1 among the images that count; None for junk
 
 
-def _shape(features: np.ndarray) -> str:
-    return f"{features.shape[1]} x {features.shape[2]} (heads x dim)"
+def best_scores(
+    query: np.ndarray, gallery: np.ndarray, weights: Sequence[float], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gallery indices and scores, both (nq, min(count, ng)), of the highest scores for each query, highest first.
+
+    `query` is (nq, heads, dim), `gallery` (ng, heads, dim). Entries with equal scores keep the gallery's order.
+    """
+    count = min(count, len(gallery))
+    indices, best = np.empty((len(query), count), np.int64), np.empty((len(query), count), np.float32)
+    step = max(1, _LIST_BYTES // (4 * max(1, len(gallery))))
+    for start in range(0, len(query), step):
+        rows = slice(start, start + step)
+        scores = sum(np.float32(w) * (query[rows, h] @ gallery[:, h].T) for h, w in enumerate(weights) if w != 0)
+        for i, row in enumerate(scores, start):
+            least = np.partition(row, len(row) - count)[len(row) - count]
+            candidates = np.flatnonzero(row >= least)  # more than `count` if scores are equal
+            indices[i] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+            best[i] = row[indices[i]]
+    return indices, best
 
 
-def _check_sides(query: np.ndarray, gallery: np.ndarray) -> None:
-    for what, side in (("query", query), ("gallery", gallery)):
-        if len(side) == 0:
-            raise UserError(f"the {what} is empty; nothing can be ranked: check the {what} folder or file")
+def first_entries(
+    query: Features, gallery: Features, *, top: int = 10, remove_same_camera: bool = True
+) -> list[list[Entry]]:
+    """The list of every query down to the `top`-th image that counts, with the junk in between; at most 2 * `top` long.
 
-
-def _check_finite(values: np.ndarray, what: str) -> None:
-    for start in range(0, len(values), 4096):
-        finite = np.isfinite(values[start : start + 4096])
-        if not finite.all():
-            row = start + int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
-            raise UserError(f"{what}: NaN or infinity in row {row}; extract the features again with a sound model")
+    Junk is what `rank` leaves out: identity -1, and the query's identity under the query's camera; without
+    `remove_same_camera` only the query image itself. Scores are those of `main_setting`.
+    """
+    _, weights = main_setting(query.features.shape[1])
+    indices, scores = best_scores(query.features, gallery.features, weights, 2 * top)
+    same = (gallery.pids[indices] == query.pids[:, None]) & (query.pids[:, None] != JUNK)
+    junk = np.zeros_like(same)
+    if remove_same_camera:
+        junk = (gallery.pids[indices] == JUNK) | (same & (gallery.camids[indices] == query.camids[:, None]))
+    elif query.keys is not None and gallery.keys is not None:
+        junk = same & (gallery.keys[indices] == query.keys[:, None])
+    ranks = np.cumsum(~junk, axis=1)
+    # An entry is shown if fewer than `top` images that count precede it.
+    shown = (ranks - ~junk < top).sum(1)
+    marks = np.where(junk, "junk", np.where(same, "right", "wrong"))
+    return [
+        [
+            Entry(int(indices[i, j]), float(scores[i, j]), str(marks[i, j]), None if junk[i, j] else int(ranks[i, j]))
+            for j in range(shown[i])
+        ]
+        for i in range(len(indices))
+    ]

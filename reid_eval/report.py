@@ -1,184 +1,186 @@
-"""Report of a feature file under both conventions: `python -m reid_eval.report FILE`."""
+"""Rank-1/5/10, mAP and mINP of features under both conventions: `python -m reid_eval.report FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
 from files import write_json
+from reid_eval import ranking, reranking
 from utils import UserError, run_cli
 
 if TYPE_CHECKING:
     from reid_eval.features import Features
-    from reid_eval.ranking import Ranking
 
+SINGLE = "single query"  # the task that is always there
 ROW_LABELS = {"primary": "primary (beta 0)", "fine": "fine-grained only"}
 COLUMNS = {"rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
-def report(
-    query: Features,
-    gallery: Features,
-    *,
-    multi: Features | None = None,
-    rerank: bool = False,
-    remove_same_camera: bool = True,
-) -> dict[str, Any]:
-    """Rank and summarise: `summary` of `rankings`, which have the same arguments."""
-    results = rankings(query, gallery, multi=multi, rerank=rerank, remove_same_camera=remove_same_camera)
-    return summary(results, query, gallery, remove_same_camera=remove_same_camera)
+class ReidResult(NamedTuple):
+    """One row of a report.
 
-
-def summary(
-    results: dict[str, dict[str, dict[str, Ranking]]], query: Features, gallery: Features, *, remove_same_camera: bool
-) -> dict[str, Any]:
-    """Everything the table shows, ready for JSON; values are fractions in 0..1. `results` are those of `rankings`.
-
-    `{"queries", "without_match", "gallery", "remove_same_camera", "query_known_by_name", "conventions":
-    {name: explanation}, "tables": {title: {setting: {convention: {"rank1", "rank5", "rank10", "mAP", "mINP"}}}}}`,
-    where the titles are "single query" and, as asked for, "multi-query" and either with ", re-ranked" after it.
+    task        "single query" or "multi-query", either with ", re-ranked" after it
+    setting     a name of `ranking.default_settings`
+    convention  a name of `ranking.CONVENTIONS`
     """
-    from reid_eval.ranking import CONVENTIONS
 
-    some = next(iter(next(iter(results["single query"].values())).values()))
-    return {
-        "queries": some.queries,
-        "without_match": some.without_match,
-        "gallery": len(gallery),
-        "remove_same_camera": remove_same_camera,
-        "query_known_by_name": query.keys is not None and gallery.keys is not None,
-        "conventions": dict(CONVENTIONS),
-        "tables": {
-            title: {
-                setting: {name: _numbers(ranking) for name, ranking in by_convention.items()}
-                for setting, by_convention in by_setting.items()
-            }
-            for title, by_setting in results.items()
-        },
-    }
+    task: str
+    setting: str
+    convention: str
+    ranking: ranking.Ranking
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The columns of the table, as fractions in 0..1."""
+        at = {f"rank{k}": float(self.ranking.cmc[k - 1]) for k in (1, 5, 10)}
+        return at | {"mAP": self.ranking.mAP, "mINP": self.ranking.mINP}
 
 
-def rankings(
+def evaluate_features(
     query: Features,
     gallery: Features,
     *,
     multi: Features | None = None,
     rerank: bool = False,
     remove_same_camera: bool = True,
-) -> dict[str, dict[str, dict[str, Ranking]]]:
-    """The full results behind `report`, per-query values included, as `[title][setting][convention]`.
+) -> list[ReidResult]:
+    """Every task under every score setting and convention, in the order of the table.
 
-    Several processes share the rankings, each of which takes a process by itself, and all return all.
+    Several processes share the rankings, and each returns all results.
 
     Args:
         query, gallery: features and labels of both sides.
-        multi: multi-query images; adds the tables with their means in the queries' place.
-        rerank: adds the k-reciprocal re-ranked tables (k1 20, k2 6, lambda 0.3).
+        multi: multi-query images; adds the tasks in which their means replace the queries.
+        rerank: adds the k-reciprocal re-ranked tasks (k1 20, k2 6, lambda 0.3).
         remove_same_camera: False is for data without cameras (see `ranking.rank`).
 
     Raises:
         UserError: as `ranking.rank`, `reranking.multi_query` and `reranking.rerank`.
     """
     from parallel import collectives
-    from reid_eval import ranking, reranking
-    from reid_eval.features import without_junk
 
-    def rank(scores_or_query, gallery_features, side, settings=None):
+    queries = {SINGLE: query.features}
+    if multi is not None:
+        queries["multi-query"] = reranking.multi_query(
+            multi.features, multi.pids, multi.camids, query.pids, query.camids
+        )
+    settings = ranking.default_settings(query.features.shape[1])
+    # Junk would be among the neighbours. Without cameras it counts as wrong answers and takes part.
+    neighbours = gallery.select(gallery.pids != ranking.JUNK) if rerank and remove_same_camera else gallery
+
+    def rank(features: np.ndarray, side: Features, *, scores: bool = False) -> dict[str, dict[str, ranking.Ranking]]:
         return ranking.rank(
-            scores_or_query,
-            gallery_features,
+            features,
+            None if scores else side.features,
             query.pids,
             side.pids,
             query.camids,
             side.camids,
-            settings=settings,
             remove_same_camera=remove_same_camera,
             q_keys=query.keys,
             g_keys=side.keys,
         )
 
-    queries = {"single query": query.features}
-    if multi is not None:
-        queries["multi-query"] = reranking.multi_query(
-            multi.features, multi.pids, multi.camids, query.pids, query.camids
-        )
-    # What to rank, as (title, name of the setting or None for all of them at once).
-    tasks: list[tuple[str, str | None]] = [(title, None) for title in queries]
-    settings = ranking.default_settings(query.features.shape[1])
-    # Junk would be among the neighbours; without cameras it counts as wrong answers and so takes part.
-    side = without_junk(gallery) if rerank and remove_same_camera else gallery
-    if rerank:
-        tasks += [(title, name) for title in queries for name in settings]
-
-    own = {}
-    for title, name in tasks[collectives.rank() :: collectives.world_size()]:
-        features = queries[title]
-        if name is None:
-            own[title, name] = rank(features, gallery.features, gallery)
+    # What to rank: all settings of a task in one pass; re-ranked, one pass per setting.
+    passes: list[tuple[str, str | None]] = [(task, None) for task in queries]
+    passes += [(task, setting) for task in queries for setting in settings if rerank]
+    share = []
+    for task, setting in passes[collectives.rank() :: collectives.world_size()]:
+        if setting is None:
+            ranked = rank(queries[task], gallery)
         else:
-            scores = -reranking.rerank(features, side.features, weights=settings[name])
-            own[title, name] = {name: rank(scores, None, side)["scores"]}
-    done = {task: found for share in collectives.gather(own) for task, found in share.items()}
-    results: dict[str, dict[str, dict[str, Ranking]]] = {}
-    for title, name in tasks:
-        results.setdefault(title if name is None else f"{title}, re-ranked", {}).update(done[title, name])
-    return results
+            distances = reranking.rerank(queries[task], neighbours.features, weights=settings[setting])
+            task, ranked = f"{task}, re-ranked", {setting: rank(-distances, neighbours, scores=True)["scores"]}
+        share.append([ReidResult(task, s, c, result) for s, by in ranked.items() for c, result in by.items()])
+    shares = collectives.gather(share)
+    return [row for i in range(len(shares[0])) for rows in shares if i < len(rows) for row in rows[i]]
+
+
+def summary(
+    results: Sequence[ReidResult], query: Features, gallery: Features, *, remove_same_camera: bool = True
+) -> dict[str, Any]:
+    """The content of reid.json: everything that the table shows, as fractions in 0..1.
+
+    `{"queries", "without_match", "gallery", "remove_same_camera", "query_known_by_name", "conventions":
+    {name: explanation}, "tables": {task: {setting: {convention: {"rank1", "rank5", "rank10", "mAP", "mINP"}}}}}`
+    """
+    tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for row in results:
+        tables.setdefault(row.task, {}).setdefault(row.setting, {})[row.convention] = row.numbers
+    return {
+        "queries": results[0].ranking.queries,
+        "without_match": results[0].ranking.without_match,
+        "gallery": len(gallery),
+        "remove_same_camera": remove_same_camera,
+        "query_known_by_name": query.keys is not None and gallery.keys is not None,
+        "conventions": dict(ranking.CONVENTIONS),
+        "tables": tables,
+    }
+
+
+def per_query(results: Sequence[ReidResult]) -> dict[str, np.ndarray]:
+    """The results per query as arrays, a row per result.
+
+    "results"  (r, 3) strings: task, setting, convention
+    "ap"       (r, nq) float64, 0 for a query without a match
+    "first"    (r, nq) int64: rank of the first match, from 1; 0 for a query without a match
+    """
+    return {
+        "results": np.array([row[:3] for row in results]),
+        "ap": np.stack([row.ranking.ap for row in results]),
+        "first": np.stack([row.ranking.first for row in results]),
+    }
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """The report as lines for a terminal, values in percent; no line break at the end."""
+    """A `summary` as lines for a terminal, values in percent; no line break at the end."""
     missing = report["without_match"]
     lines = [f"{report['queries']} queries ({missing} without a match), {report['gallery']} gallery images"]
     if not report["remove_same_camera"]:
-        itself = " but the query image itself" if report["query_known_by_name"] else "; no names tell the query image"
+        itself = " but the query image itself" if report["query_known_by_name"] else "; no names identify the query"
         lines.append(f"no cameras: nothing is left out{itself}")
-    for title, rows in report["tables"].items():
-        labels = {setting: ROW_LABELS.get(setting, setting) for setting in rows}
-        wide = max(len(label) for label in labels.values())
-        for convention, explanation in report["conventions"].items():
-            lines += ["", f"{title}, {convention}: {explanation}"]
-            lines.append("  " + " " * wide + "".join(f"{column:>9}" for column in COLUMNS.values()))
-            for setting, label in labels.items():
-                lines.append(f"  {label:{wide}}{_cells(rows[setting][convention])}")
-    return "\n".join(lines)
+    return "\n".join(lines + _tables({"": report}))
 
 
 def format_comparison(reports: dict[str, dict[str, Any]]) -> str:
-    """Reports of one model by data set as lines for a terminal: a row per data set and head, in percent."""
-    first = next(iter(reports.values()))
+    """Summaries of one model by data set as lines for a terminal: a row per data set and setting, in percent."""
+    return "\n".join(_tables(reports))
+
+
+def _tables(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of all tables; data sets called "" have no column for their name."""
+    first, names = next(iter(reports.values())), max(map(len, reports))
     lines = []
-    for title, rows in first["tables"].items():
-        labels = {setting: ROW_LABELS.get(setting, setting) for setting in rows}
-        names, heads = max(map(len, reports)), max(map(len, labels.values()))
+    for task, settings in first["tables"].items():
+        labels = {
+            (data_set, setting): f"{data_set:{names + 2 if names else 0}}{ROW_LABELS.get(setting, setting)}"
+            for data_set in reports
+            for setting in settings
+        }
+        wide = max(map(len, labels.values()))
         for convention, explanation in first["conventions"].items():
-            lines += ["", f"{title}, {convention}: {explanation}"]
-            lines.append(" " * (names + heads + 4) + "".join(f"{column:>9}" for column in COLUMNS.values()))
-            for data_set, report in reports.items():
-                for setting, label in labels.items():
-                    cells = _cells(report["tables"][title][setting][convention])
-                    lines.append(f"  {data_set:{names}}  {label:{heads}}{cells}")
-    return "\n".join(lines)
-
-
-def _cells(values: dict[str, float]) -> str:
-    return "".join(f"{100 * values[key]:9.2f}" for key in COLUMNS)
-
-
-def _numbers(ranking: Ranking) -> dict[str, float]:
-    at = {f"rank{k}": float(ranking.cmc[k - 1]) for k in (1, 5, 10)}
-    return at | {"mAP": ranking.mAP, "mINP": ranking.mINP}
+            lines += ["", f"{task}, {convention}: {explanation}"]
+            lines.append("  " + " " * wide + "".join(f"{column:>9}" for column in COLUMNS.values()))
+            for (data_set, setting), label in labels.items():
+                numbers = reports[data_set]["tables"][task][setting][convention]
+                lines.append(f"  {label:{wide}}" + "".join(f"{100 * numbers[key]:9.2f}" for key in COLUMNS))
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="reid_eval.report", description="Rank-1/5/10, mAP and mINP of a feature file, under both conventions."
     )
-    parser.add_argument("file", metavar="FILE", help=".npz of test.py --save-features, or a pytorch_result.mat")
+    parser.add_argument("file", metavar="FILE", help="reid.npz of test.py, or a pytorch_result.mat")
     parser.add_argument("--multi", action="store_true", help="also multi-query (for a .mat: multi_query.mat beside it)")
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)")
     parser.add_argument(
@@ -191,20 +193,17 @@ def main() -> None:
 
     from reid_eval.features import load_features
 
-    file = load_features(args.file, multi=args.multi)
+    file, cameras = load_features(args.file, multi=args.multi), not args.no_cameras
     try:
-        result = report(
-            file.query,
-            file.gallery,
-            multi=file.multi,
-            rerank=args.rerank,
-            remove_same_camera=not args.no_cameras,
+        results = evaluate_features(
+            file.query, file.gallery, multi=file.multi, rerank=args.rerank, remove_same_camera=cameras
         )
     except UserError as error:
         raise UserError(f"{args.file}: {error}") from None
-    print(format_table(result))
+    report = summary(results, file.query, file.gallery, remove_same_camera=cameras)
+    print(format_table(report))
     if args.json:
-        write_json(Path(args.json), {"file": str(args.file)} | result)
+        write_json(Path(args.json), {"file": str(args.file)} | report)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from runs.load import find_teacher, load_teacher, pick_epoch
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
 from trainer import autocast
-from utils import UserError, set_threads
+from utils import UserError, halve_until_it_fits, set_threads
 
 # Images that the nets see at a time on a CPU, whose kernels round differently for another number of images.
 CPU_PASS = 8
@@ -92,10 +92,6 @@ class Speed:
     command: float
 
 
-class TooManyImages(UserError):
-    """A pass needs more memory than the GPU has."""
-
-
 # ------------------------------------------------------------------------------------- one process's share
 class Nets:
     """A run's generator and its teachers on one device. Raises UserError for what cannot be loaded.
@@ -124,14 +120,9 @@ class Nets:
     @torch.no_grad()
     def __call__(self, x_app: Tensor, x_str: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         """The clothes of `x_app` on the people of `x_str`: (N, H, W, 3) uint8 and the teachers' (N, K) label of it."""
-        try:
-            with autocast(self.device, self.precision):
-                pixels = denormalise(self.model.swap(x_app, x_str))
-                label = L.mean_prediction(self.teachers, normalise(pixels)) if self.teachers else None
-        except torch.OutOfMemoryError:
-            raise TooManyImages(
-                f"--batch_size {len(x_app)}: the GPU's memory is too small; use a smaller one"
-            ) from None
+        with autocast(self.device, self.precision):
+            pixels = denormalise(self.model.swap(x_app, x_str))
+            label = L.mean_prediction(self.teachers, normalise(pixels)) if self.teachers else None
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images, None if label is None else label.cpu().numpy()
 
@@ -215,22 +206,7 @@ def choose_batch_size(nets: Nets, out: Path) -> int:
             return begun
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a new generation, or a damaged one, which `compare_settings` refuses
-    size = GPU_BATCH
-    while not fits(nets, size):
-        if size == 1:
-            raise UserError("the GPU's memory is too small for one image; use --precision bf16 or --device cpu")
-        size //= 2
-        torch.cuda.empty_cache()
-    return size
-
-
-def fits(nets: Nets, size: int) -> bool:
-    """Whether `nets` can make so many images at a time."""
-    try:
-        nets(*torch.zeros(2, size, 3, *nets.size))
-    except TooManyImages:
-        return False
-    return True
+    return halve_until_it_fits(lambda size: nets(*torch.zeros(2, size, 3, *nets.size)), GPU_BATCH)[1]
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from networks import structure_input
 from parallel import collectives
 from precision import autocast
 from reid_eval.features import extract_data_set
-from reid_eval.report import report
-from reid_eval.top import main_setting
+from reid_eval.ranking import main_setting
+from reid_eval.report import evaluate_features
 from runs.folder import resolve_data_root
 from runs.swapper import Swapper
 from trainer import DGNetTrainer
@@ -48,9 +48,9 @@ def evaluate(s: Session, done: int) -> dict[str, float]:
         setting, _ = main_setting(sides.query.features.shape[1])
         found = {}
         cameras = have_cameras(sides.query, sides.gallery)
-        tables = report(sides.query, sides.gallery, remove_same_camera=cameras)["tables"]
-        for convention, values in tables["single query"][setting].items():
-            found |= {f"eval/reid_{key}_{convention}": values[key] for key in ("mAP", "rank1")}
+        for row in evaluate_features(sides.query, sides.gallery, remove_same_camera=cameras):
+            if row.setting == setting:
+                found |= {f"eval/reid_{key}_{row.convention}": row.numbers[key] for key in ("mAP", "rank1")}
         if not (collectives.is_main() and is_embedded(root)):
             return found
         from mannequins.truth import draw_swaps, measure_swaps  # seconds, which the other processes can do without

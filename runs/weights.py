@@ -1,4 +1,4 @@
-"""Weights: cached ones of ImageNet, strict loading, and what they are called."""
+"""Weights: found in a file or in torchvision's cache, and loaded strictly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torchvision.models
 from torch import Tensor
-from torchvision.models import get_model_weights, list_models
+from torchvision.models import VGG16_Weights, get_model_weights, list_models, vgg16
 from torchvision.models.resnet import ResNet
 
 from config import DGNetConfig
@@ -39,27 +39,27 @@ def digest_weights(*nets: nn.Module) -> str:
 
 
 def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Load a published or own state_dict strictly: nothing missing, nothing of another shape.
+    """Load a state_dict strictly, a published one or ours: nothing may be missing or of another shape.
 
     Let through, with one note: the trunk's unused `fc` (absent, present or of another size), and unused attention
     blocks inside residual blocks (`nonloc` in the name). Raises WrongNetwork, a UserError, in words otherwise.
     """
     if not isinstance(state, Mapping) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
         raise UserError(f"{source}: not a state_dict of tensors; replace the file")
-    own = net.state_dict()
-    extra = [name for name in state if name not in own]
+    wanted = net.state_dict()
+    extra = [name for name in state if name not in wanted]
     tolerated = [name for name in extra if name.startswith("model.fc.") or "nonloc" in name]
     unexpected = [name for name in extra if name not in tolerated]
-    missing = [name for name in own if name not in state and not name.startswith("model.fc.")]
+    missing = [name for name in wanted if name not in state and not name.startswith("model.fc.")]
     if missing or unexpected:
         listing = [f"missing {short(missing)}"] * bool(missing) + [f"unexpected {short(unexpected)}"] * bool(unexpected)
         raise WrongNetwork(f"{source}: belongs to another network ({'; '.join(listing)}); check the config beside it")
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape and not n.startswith("model.fc.")]
+    shapes = [n for n in wanted if n in state and wanted[n].shape != state[n].shape and not n.startswith("model.fc.")]
     if shapes:
-        raise WrongNetwork(describe_mismatch(source, shapes[0], state, own))
+        raise WrongNetwork(describe_mismatch(source, shapes[0], state, wanted))
     if tolerated:
         log.info("%s: unused tensors left out: %s", source, short(tolerated))
-    usable = {n: state[n] if n in state and state[n].shape == own[n].shape else own[n] for n in own}
+    usable = {n: state[n] if n in state and state[n].shape == wanted[n].shape else wanted[n] for n in wanted}
     net.load_state_dict(usable)
 
 
@@ -100,53 +100,52 @@ def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
 
 def load_vgg(cfg: DGNetConfig) -> nn.Module:
     """VGG-16 up to relu5_3 with ImageNet weights from `vgg_weights` or torchvision's cache, frozen."""
-    from torchvision.models import VGG16_Weights, vgg16
-
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
-    path = Path(cfg.vgg_weights) if cfg.vgg_weights else cached
-    if not path.is_file():
-        raise UserError(
-            f"vgg_w > 0 needs VGG-16 weights: put {cached.name} into {cached.parent}, or set vgg_weights: FILE"
-        )
+    path = find_weights(VGG16_Weights.IMAGENET1K_V1.url, cfg.vgg_weights, "vgg_weights: FILE, or vgg_w: 0")
     net = vgg16(weights=None)
     load_network(net, read_tensors(path), path)
     return net.features[:30].requires_grad_(False)
 
 
 def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
-    """Load ImageNet weights from `file`, or from torchvision's cache (downloading them where that is possible).
+    """Load ImageNet weights into a trunk called `name`, from `file` or torchvision's cache.
 
     Raises UserError that says which file to put where.
     """
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"--backbone-weights {file}: no such file")
-    else:
-        if name not in list_models(torchvision.models):
-            raise UserError(
-                f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
-            )
-        # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
-        url = next(iter(get_model_weights(name))).url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # The end of the name is the beginning of the file's SHA-256.
-                prefix = path.stem.rpartition("-")[2]
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-            except (OSError, RuntimeError):
-                raise UserError(
-                    f"ImageNet weights of {name} cannot be downloaded here; put {path.name} into {path.parent}, "
-                    "or give --backbone-weights FILE, or set pretrained: false"
-                ) from None
+    if file is None and name not in list_models(torchvision.models):
+        raise UserError(
+            f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
+        )
+    # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
+    url = "" if file else next(iter(get_model_weights(name))).url
+    path = find_weights(url, file, "--backbone-weights FILE, or pretrained: false")
     try:
         trunk.load_state_dict(read_tensors(path))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
+
+
+def find_weights(url: str, file: str | None, instead: str) -> Path:
+    """The given file of weights, or torchvision's cached one, downloaded if that is possible and checked by its hash.
+
+    Raises UserError that says what to put where, or to use `instead`.
+    """
+    if file is not None:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file of weights; give {instead}")
+        return Path(file)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The end of the name is the beginning of the file's SHA-256.
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError):
+            raise UserError(
+                f"{path.name} cannot be downloaded here; put it into {path.parent}, or use {instead}"
+            ) from None
+    return path
 
 
 def first_line(error: Exception) -> str:

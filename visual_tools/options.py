@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
-from utils import add_run_arguments
+from utils import add_run_arguments, between
 
 AT_MOST = 100  # images, pairs or steps of a figure: it has to be opened
-
-
-def between(least: float, most: float | None = None, kind: type = int) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` from `least` to `most`, both included; None is no upper bound."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value <= (value if most is None else most):
-            bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
-        return value
-
-    return number
 
 
 def figure_parser(

@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data.images import load_image
 from files import make_folder, write_json, write_whole
 from reid_eval.features import Features
-from reid_eval.ranking import Ranking
-from reid_eval.top import Entry, first_entries, main_setting
+from reid_eval.ranking import Entry, Ranking, first_entries, main_setting
 from runs.grid import INK, WHITE, paint_grid
 from utils import UserError
 from visual_tools.page import Hit, Result, write_page
@@ -55,7 +54,7 @@ def write_rank_figure(
                                [{"kind", "path", "caption", "hits": [{"path", "caption", "mark"}], "values"}]}`
 
     query, gallery  both sides with their `paths`
-    rankings        of these queries by convention, with the scores of `top.main_setting`
+    rankings        of these queries by convention, with the scores of `ranking.main_setting`
     suffix          names the data set if it is not the run's
 
     Raises UserError for images that are gone and a folder that cannot be written.

@@ -584,7 +584,7 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
         ([], ["--name", "a/b"], "--name 'a/b': must be a plain folder name"),
         ([], ["--name", ".."], "--name '..': must be a plain folder name"),
         (["batch_size"], [], "--set batch_size: write key=value"),
-        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "vgg16-397923af.pth"),
+        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "nowhere.pth: "),
         (["pretrained=true"], [], "backbone resnet10w8 has no ImageNet weights; set pretrained: false"),
         (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
     ],
@@ -604,8 +604,8 @@ def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
     arguments = ("--config", trained.config(), "--output_path", tmp_path / "out", "--set", *settings)
     proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     outcome = shell(tmp_path, "train", *arguments, TORCH_HOME=str(tmp_path / "cache"), **proxies)
-    assert "ImageNet weights of resnet18 cannot be downloaded here" in outcome.error
-    assert f"put resnet18-f37072fd.pth into {tmp_path / 'cache' / 'hub' / 'checkpoints'}" in outcome.error
+    assert "resnet18-" in outcome.error and "checkpoints" in outcome.error
+    assert str(tmp_path / "cache" / "hub" / "checkpoints") in outcome.error
     assert "--backbone-weights FILE" in outcome.error and "pretrained: false" in outcome.error
     assert not (tmp_path / "out").exists()
 

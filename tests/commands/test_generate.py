@@ -133,7 +133,7 @@ def test_the_batch_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
             tried.append(len(x_app))
             assert x_app.shape == x_str.shape == (len(x_app), 3, 8, 4)
             if len(x_app) > most:
-                raise swap_set.TooManyImages("--batch_size: too large")
+                raise torch.OutOfMemoryError("too large")
 
     most = 40
     assert swap_set.choose_batch_size(Nets(), tmp_path) == 32 and tried == [256, 128, 64, 32]

@@ -8,12 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -26,10 +25,9 @@ import reid_eval.index as index_module
 from data.folders import find_images, read_split
 from data.images import decode_images, normalise
 from files import write_tensors
-from reid_eval.features import Features, load_features
+from reid_eval.features import load_features
 from reid_eval.index import SearchIndex, fingerprint, open_index
-from reid_eval.ranking import Ranking, rank
-from reid_eval.top import best_scores, first_entries
+from reid_eval.ranking import Ranking
 from reIDmodel import IdNet, build_id_net, build_teacher
 from utils import ROOT, UserError
 from visual_tools.activation import activation_maps
@@ -144,81 +142,12 @@ class PageReader(HTMLParser):
 
 
 # ------------------------------------------------------------------------------------- ranked lists
-def side(pids: list[int], camids: list[int], keys: list[str] | None = None, features: np.ndarray | None = None):
-    features = np.ones((len(pids), 1, 1), np.float32) if features is None else features
-    return Features(features, np.array(pids), np.array(camids), None if keys is None else np.array(keys))
-
-
-def test_best_scores_are_those_of_a_full_stable_sort() -> None:
-    rng = np.random.default_rng(0)
-    # Small whole numbers, so that many scores are equal, and exactly so.
-    query, gallery = (rng.integers(-2, 3, (n, 2, 4)).astype(np.float32) for n in (9, 50))
-    indices, scores = best_scores(query, gallery, (1.0, 0.5), 7)
-    full = np.einsum("qd,gd->qg", query[:, 0], gallery[:, 0]) + 0.5 * np.einsum("qd,gd->qg", query[:, 1], gallery[:, 1])
-    order = np.argsort(-full, axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(indices, order)
-    np.testing.assert_array_equal(scores, np.take_along_axis(full, order, 1))
-    assert best_scores(query, gallery[:3], (1.0, 0.5), 7)[0].shape == (9, 3)
-
-
-def test_marks_worked_by_hand() -> None:
-    scores = np.array([9, 8, 7, 6, 5, 4], np.float32).reshape(-1, 1, 1)
-    gallery = side([5, -1, 7, 5, 0, 5], [1, 2, 2, 2, 1, 3], ["q", "b", "c", "d", "e", "f"], scores)
-    query = side([5], [1], ["q"])
-    entries = first_entries(query, gallery)[0]
-    assert [(e.index, e.mark, e.rank) for e in entries] == [
-        (0, "junk", None),  # identity and camera of the query
-        (1, "junk", None),  # identity -1
-        (2, "wrong", 1),
-        (3, "right", 2),
-        (4, "wrong", 3),  # a distractor
-        (5, "right", 4),
-    ]
-    assert [e.score for e in entries] == [9, 8, 7, 6, 5, 4]
-    assert [e.index for e in first_entries(query, gallery, top=2)[0]] == [0, 1, 2, 3]
-    no_cameras = first_entries(query, gallery, remove_same_camera=False)[0]
-    assert [(e.mark, e.rank) for e in no_cameras] == [
-        ("junk", None),  # the query image itself
-        ("wrong", 1),
-        ("wrong", 2),
-        ("right", 3),
-        ("wrong", 4),
-        ("right", 5),
-    ]
-
-
-@pytest.mark.parametrize("remove_same_camera", [True, False])
-def test_lists_agree_with_the_ranking(remove_same_camera: bool) -> None:
-    rng = np.random.default_rng(1)
-    sides = []
-    for n in (40, 30):
-        features = rng.standard_normal((n, 2, 8)).astype(np.float32)
-        sides.append(side(rng.integers(-1, 5, n), rng.integers(1, 4, n), rng.integers(0, 20, n).astype(str), features))
-    query, gallery = sides
-    lists = first_entries(query, gallery, top=15, remove_same_camera=remove_same_camera)
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
-    ranking = rank(
-        query.features,
-        gallery.features,
-        *labels,
-        remove_same_camera=remove_same_camera,
-        q_keys=query.keys,
-        g_keys=gallery.keys,
-    )["both (beta 0.5)"]["standard"]
-    for entries, first, ap in zip(lists, ranking.first, ranking.ap, strict=True):
-        ranks = [e.rank for e in entries if e.mark == "right"]
-        assert [e.rank for e in entries if e.rank] == list(range(1, 1 + sum(e.rank is not None for e in entries)))
-        assert (ranks[0] if ranks else 0) == (first if first <= (entries[-1].rank or 0) or ranks else 0)
-        if len(entries) == len(gallery) and ranks:  # the whole list is there: so is its AP
-            assert ap == pytest.approx(np.mean([(i + 1) / r for i, r in enumerate(ranks)]))
-
-
-def test_worst_best_and_other_queries() -> None:
+def test_worst_best_and_random_queries() -> None:
     ap, first = np.array([0.5, 0, 0.1, 1, 0.7, 0.2, 0.9]), np.array([2, 0, 9, 1, 1, 8, 1])
     ranking = Ranking("standard", np.ones(1), 0.5, 0.5, ap, ap, first, 7, 1)
     assert choose_queries(ranking, 1)[:2] == [("worst", 2), ("best", 3)]
-    kind, other = choose_queries(ranking, 1)[2]
-    assert kind == "random" and other in (0, 4, 5, 6)
+    kind, query = choose_queries(ranking, 1)[2]
+    assert kind == "random" and query in (0, 4, 5, 6)
     two = choose_queries(ranking, 2)
     assert two == [("worst", 2), ("worst", 5), ("best", 3), ("best", 6), ("random", 0), ("random", 4)]
     # Fewer queries than asked for: none twice, and never the one without a match.
@@ -246,10 +175,6 @@ def test_a_page_links_any_file_and_trusts_no_name(tmp_path: Path) -> None:
     text = out.read_text()
     assert "http://" not in text and "https://" not in text and 'src="/' not in text
     assert [path.name for path in out.parent.iterdir()] == ["one.html"]
-    # The folder can be moved as a whole.
-    moved = tmp_path.parent / f"{tmp_path.name} moved"
-    shutil.copytree(tmp_path, moved)
-    assert all(path.is_file() and moved in path.parents for path in PageReader(moved / "pages" / "one.html").files(0))
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
@@ -290,8 +215,7 @@ def test_rank_figure_of_an_evaluation(runs: Runs, script: Script, model: str) ->
     which, folder = (
         (("--name", "tiny"), runs.run) if model == "run" else (("--teacher", "tutor"), runs.folder / "models" / "tutor")
     )
-    printed = clean(script("test", *which, *runs.where, "--rank-figure", 2))
-    assert f"written to {folder / 'rank_figure.png'}" in printed
+    clean(script("test", *which, *runs.where, "--rank-figure", 2))
     queries = read_split(runs.data, "query")
     page = PageReader(folder / "rank_page.html")
     assert len(page.sections) == len(queries)
@@ -300,6 +224,13 @@ def test_rank_figure_of_an_evaluation(runs: Runs, script: Script, model: str) ->
     row = report["tables"]["single query"]["both (beta 0.5)" if model == "run" else "feature"]
     aps = np.array([section["values"][:2] for section in page.sections])
     assert aps.mean(0) == pytest.approx([row["standard"]["mAP"], row["official"]["mAP"]])
+    with np.load(folder / "reid.npz") as kept:
+        tasks = [list(row) for row in kept["results"]]
+        main = tasks.index(["single query", "both (beta 0.5)" if model == "run" else "feature", "standard"])
+        np.testing.assert_allclose(kept["ap"][main], aps[:, 0])
+        assert kept["first"][main].tolist() == [section["values"][2] for section in page.sections]
+        assert kept["query_path"].tolist() == [str(path) for path in queries.paths]
+    assert len(load_features(folder / "reid.npz").gallery.paths) == report["gallery"]
     for i, path in enumerate(queries.paths):
         files, marks = page.files(i), page.sections[i]["marks"]
         assert files[0] == path and all(file.is_file() for file in files)
@@ -342,7 +273,7 @@ def test_rank_figure_of_another_data_set(runs: Runs, script: Script, tmp_path: P
 
 def test_rank_figure_of_an_impossible_size(runs: Runs, script: Script) -> None:
     for count in (0, 101):
-        assert f"--rank-figure {count}: must be" in script("test", "--name", "nobody", "--rank-figure", count).error
+        assert "--rank-figure" in script("test", "--name", "nobody", "--rank-figure", count).error
 
 
 # ------------------------------------------------------------------------------------ activation maps
@@ -396,10 +327,9 @@ def first_only(share: torch.Tensor) -> torch.Tensor:
 
 def test_show_activation(runs: Runs, script: Script, tmp_path: Path) -> None:
     show = "visual_tools/show_activation"
-    out, images = tmp_path / "new" / "maps.png", find_images(runs.data / "query", "--input")
-    arguments = ("--name", "tiny", *runs.where, "--input", images[0], runs.data / "query", "--count", 3, "--out", out)
-    printed = clean(script(show, *arguments))
-    assert f"the first 3 of {len(images) + 1} images" in printed and f"written to {out}" in printed
+    out, image = tmp_path / "new" / "maps.png", find_images(runs.data / "query", "--input")[0]
+    arguments = ("--name", "tiny", *runs.where, "--input", image, runs.data / "query", "--count", 3, "--out", out)
+    clean(script(show, *arguments))
     with Image.open(out) as figure:
         pixels = np.asarray(figure).astype(int)
     cells = pixels[-3 * 196 :, 4:].reshape(3, 196, 3, 100, 3)[:, :192, :, :96]  # image, primary, fine-grained
@@ -408,23 +338,23 @@ def test_show_activation(runs: Runs, script: Script, tmp_path: Path) -> None:
     assert colourful[1] > 10 and colourful[2] > 10
     assert np.abs(cells[:, :, 1] - cells[:, :, 2]).max() > 3  # the heads look at different places
     before = out.read_bytes()
-    assert f"{out} exists" in script(show, *arguments).error and out.read_bytes() == before
+    assert str(out) in script(show, *arguments).error and out.read_bytes() == before
     clean(script(show, *arguments, "--which_epoch", 1, "--force"))
     assert out.read_bytes() != before
-    teacher = clean(script(show, "--teacher", "tutor", *runs.where, "--input", images[0]))
-    assert f"written to {runs.folder / 'models' / 'tutor' / 'activation.png'}" in teacher
-    default = clean(script(show, "--name", "tiny", *runs.where, "--input", images[0]))
-    assert f"written to {runs.run / 'images' / 'activation_00000002.png'}" in default
+    clean(script(show, "--teacher", "tutor", *runs.where, "--input", image))
+    assert (runs.folder / "models" / "tutor" / "activation.png").is_file()
+    clean(script(show, "--name", "tiny", *runs.where, "--input", image))
+    assert (runs.run / "images" / "activation_00000002.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--input", "nowhere"], "--input nowhere: no such file or folder"),
-        (["--input", "empty"], "--input empty: no images in it or below"),
-        (["--input", "notes.txt"], "notes.txt: cannot be decoded"),
+        (["--input", "nowhere"], "--input nowhere"),
+        (["--input", "empty"], "--input empty"),
+        (["--input", "notes.txt"], "notes.txt"),
         (["--input", "notes.txt", "--count", "0"], "--count"),
-        (["--input", "notes.txt", "--teacher", "tutor"], "--name and --teacher"),
+        (["--input", "notes.txt", "--teacher", "tutor"], "--teacher"),
     ],
 )
 def test_bad_input_of_show_activation(
@@ -460,6 +390,13 @@ def snapshot(folder: Path) -> dict[bytes, tuple[bytes, int]]:
     return {os.fsencode(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
+def index_of(folder: Path) -> SearchIndex:
+    """The index that search.py keeps in `folder` / index, whatever it was made of."""
+    with np.load(folder / "index" / "index.npz") as file:
+        about = json.loads(file["about"].tobytes())
+    return open_index(folder / "index", Path(about["gallery"]), about["model"], "")
+
+
 @pytest.mark.parametrize("approximate_from", [1, 1000])
 def test_search_scores_are_those_of_the_evaluation(
     runs: Runs, script: Script, search: Script, tmp_path: Path, approximate_from: int
@@ -471,7 +408,7 @@ def test_search_scores_are_those_of_the_evaluation(
     where = ("--gallery", runs.data / "bounding_box_test", "--query", runs.data / "query", "--top", 5)
     before = snapshot(runs.data)
     printed = clean(search(*where, "--approximate-from", approximate_from))
-    assert ("approximate, recall@10 1.000" if approximate_from == 1 else ", exact;") in printed
+    assert index_of(tmp_path).approximate == (approximate_from == 1)
     found = answers(printed)
     assert len(found) == len(file.query)
     for row, hits in zip(scores, found, strict=True):
@@ -495,14 +432,14 @@ def test_search_of_a_folder_that_changes(
     index = tmp_path / "index" / "index.npz"
     before = index.read_bytes(), index.stat().st_mtime_ns
     again = clean(search("--top", 50))
-    assert "12 images (no changes), exact" in again and answers(again)[0] == everything
+    assert answers(again)[0] == everything
     assert (index.read_bytes(), index.stat().st_mtime_ns) == before
 
     (gallery / "0.jpg").unlink()
     shutil.copyfile(gallery / "1.jpg", gallery / "new.jpg")
     shutil.copyfile(gallery / "3.jpg", gallery / "2.jpg")  # another image under the same name
     changed = clean(search("--top", 50))
-    assert "12 images (1 added, 1 changed, 1 removed)" in changed
+    assert all(f"1 {change}" in changed for change in ("added", "changed", "removed"))
     incremental = answers(changed)[0]
     score = {Path(path).name: score for score, path in incremental}
     assert score["new.jpg"] == score["1.jpg"] and score["2.jpg"] == score["3.jpg"] and "0.jpg" not in score
@@ -510,18 +447,16 @@ def test_search_of_a_folder_that_changes(
     assert sorted(incremental) == sorted(fresh)
 
 
-def test_an_index_becomes_a_graph_and_back(search: Script, gallery: Path) -> None:
-    exact = clean(search("--top", 12, "--approximate-from", 13))
-    assert ", exact;" in exact
-    graph = clean(search("--top", 12, "--approximate-from", 12))
-    assert "(no changes), approximate, recall@10 1.000" in graph and answers(graph) == answers(exact)
+def test_an_index_becomes_a_graph_and_back(search: Script, gallery: Path, tmp_path: Path) -> None:
+    exact = answers(clean(search("--top", 12, "--approximate-from", 13)))
+    assert not index_of(tmp_path).approximate
+    assert answers(clean(search("--top", 12, "--approximate-from", 12))) == exact
+    assert index_of(tmp_path).approximate and index_of(tmp_path).recall == 1
     (gallery / "0.jpg").unlink()
-    smaller = clean(search("--top", 12, "--approximate-from", 11))
-    assert "11 images (1 removed), approximate" in smaller
-    assert answers(smaller)[0] == [hit for hit in answers(exact)[0] if not hit[1].endswith("/0.jpg")]
-    shutil.copyfile(gallery / "1.jpg", gallery / "0.jpg")
-    assert "12 images (1 added), approximate" in clean(search("--approximate-from", 11))
-    assert ", exact;" in clean(search("--approximate-from", 1000))
+    smaller = answers(clean(search("--top", 12, "--approximate-from", 11)))[0]
+    assert index_of(tmp_path).approximate and smaller == [hit for hit in exact[0] if not hit[1].endswith("/0.jpg")]
+    clean(search("--approximate-from", 1000))
+    assert not index_of(tmp_path).approximate
 
 
 def test_the_query_itself_is_no_answer(search: Script, gallery: Path) -> None:
@@ -546,70 +481,65 @@ def test_an_index_of_something_else_is_refused(
     clean(search())
     index = tmp_path / "index" / "index.npz"
     before = index.read_bytes()
-    other = search("--which_epoch", 1)
-    assert f"{index}: made with another model (tiny after 2 steps)" in other.error and "--rebuild" in other.error
     teacher = ("--teacher", "tutor", "--gallery", gallery, "--query", query, "--index", tmp_path / "index", *runs.where)
-    assert "made with another model" in script("search", *teacher).error
-    assert "the index of another gallery" in search("--gallery", runs.data / "query").error
+    for refused in (search("--which_epoch", 1), script("search", *teacher), search("--gallery", runs.data / "query")):
+        assert str(index) in refused.error and "--rebuild" in refused.error
     assert index.read_bytes() == before
-    assert "tiny after 1 steps: 12 images (12 added)" in clean(search("--which_epoch", 1, "--rebuild"))
-    assert "made with another model (tiny after 1 steps)" in search().error
+    clean(search("--which_epoch", 1, "--rebuild"))
+    assert str(index) in search().error
 
     index.write_bytes(before[: len(before) // 2])
-    assert f"{index}: not a readable index" in search("--rebuild").error
+    assert str(index) in search("--rebuild").error
     index.unlink()
     (tmp_path / "index" / "results.html").write_text("mine")
-    assert "holds other files and no index" in search().error
+    assert "--index" in search().error
     assert (tmp_path / "index" / "results.html").read_text() == "mine"
-    # What a killed process leaves is no hindrance.
+    # The temporary file of a killed process is no hindrance.
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / ".index.npz.part").write_text("half")
+    (tmp_path / "killed" / ".index.npz.00aa11bb.part").write_text("half")
     clean(search("--index", tmp_path / "killed"))
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["index.npz", "results.html"]
+    assert {"index.npz", "results.html"} <= {path.name for path in (tmp_path / "killed").iterdir()}
 
 
 def test_unreadable_images_of_a_gallery(search: Script, gallery: Path, tmp_path: Path) -> None:
     (gallery / "0.jpg").write_bytes((gallery / "0.jpg").read_bytes()[:300])
     (gallery / "empty.png").touch()
-    refused = search()
-    assert "2 of 13 images cannot be read" in refused.error and "0.jpg (damaged or cut short)" in refused.error
-    assert "--skip-bad-images" in refused.error and not (tmp_path / "index").exists()
-    for known in ("11 added, 2 unreadable", "2 unreadable"):
-        left_out = search("--skip-bad-images", "--top", 50)
-        assert f"11 images ({known})" in clean(left_out) and len(answers(left_out.out)[0]) == 11
-        assert "empty.png (empty file)" in left_out.err
+    assert "--skip-bad-images" in search().error and not (tmp_path / "index").exists()
+    for _ in range(2):
+        assert len(answers(clean(search("--skip-bad-images", "--top", 50)))[0]) == 11
     shutil.copyfile(gallery / "1.jpg", gallery / "0.jpg")
-    assert "12 images (1 added, 1 unreadable)" in clean(search("--skip-bad-images"))
+    clean(search("--skip-bad-images"))
+    assert len(index_of(tmp_path)) == 12
 
 
-def test_damage_that_only_decoding_finds(search: Script, gallery: Path) -> None:
+def test_damage_that_only_decoding_finds(search: Script, gallery: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 32, 3), np.uint8)).save(gallery / "x.png")
     data = bytearray((gallery / "x.png").read_bytes())
     data[60:90] = bytes(30)  # in the compressed pixels; header and end stay
     (gallery / "x.png").write_bytes(data)
-    assert "x.png: cannot be decoded" in search().error
-    done = search("--skip-bad-images")
-    assert "12 images (12 added, 1 unreadable)" in clean(done) and "x.png: cannot be decoded" in done.err
+    assert "x.png" in search().error
+    clean(search("--skip-bad-images"))
+    assert len(index_of(tmp_path)) == 12 and "x.png" not in index_of(tmp_path).files
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gallery", "nowhere"], "--gallery nowhere: no such folder"),
-        (["--gallery", "empty"], "--gallery empty: no images in it or below"),
-        (["--query", "nowhere.jpg"], "--query nowhere.jpg: no such file or folder"),
-        (["--query", "notes.txt"], "1 of 1 images cannot be read: notes.txt (not an image)"),
-        (["--top", "0"], "--top 0: must be at least 1"),
-        (["--approximate-from", "0"], "--approximate-from 0: must be at least 1"),
-        (["--batchsize", "0"], "--batchsize 0: must be at least 1"),
-        (["--page", "notes.txt"], "--page notes.txt: must end in .html"),
-        (["--index", "notes.txt"], "--index notes.txt: not a folder"),
-        (["--index", "full"], "--index full: holds other files and no index"),
-        (["--index", "notes.txt/below"], "notes.txt/below: cannot be made"),
-        (["--name", "nobody"], "config.yaml: no such run"),
-        (["--teacher", "tutor"], "--name and --teacher"),
-        (["--which_epoch", "7"], "--which_epoch 7: no such snapshot"),
+        (["--gallery", "nowhere"], "--gallery nowhere"),
+        (["--gallery", "empty"], "--gallery empty"),
+        (["--query", "nowhere.jpg"], "--query nowhere.jpg"),
+        (["--query", "notes.txt"], "notes.txt"),
+        (["--top", "0"], "--top"),
+        (["--approximate-from", "0"], "--approximate-from"),
+        (["--batchsize", "0"], "--batchsize"),
+        (["--page", "notes.txt"], "--page notes.txt"),
+        (["--index", "notes.txt"], "--index notes.txt"),
+        (["--index", "full"], "--index full"),
+        (["--index", "notes.txt/below"], "notes.txt/below"),
+        (["--name", "nobody"], "config.yaml"),
+        (["--teacher", "tutor"], "--teacher"),
+        (["--which_epoch", "7"], "--which_epoch 7"),
     ],
 )
 def test_bad_input_of_search(
@@ -639,7 +569,7 @@ def test_a_named_page_is_kept_unless_forced(search: Script, tmp_path: Path) -> N
     page = tmp_path / "page.html"
     clean(search("--page", page, "--top", 1))
     before = page.read_bytes()
-    assert f"--page {page} exists" in search("--page", page).error and page.read_bytes() == before
+    assert f"--page {page}" in search("--page", page).error and page.read_bytes() == before
     clean(search("--page", page, "--force"))
     assert len(PageReader(page).files(0)) == 11 and not (tmp_path / "index" / "results.html").exists()
 
@@ -651,7 +581,7 @@ def toy_embed(paths: list[Path]) -> np.ndarray:
     return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def test_an_interrupted_update_goes_on_where_it_was(
+def test_an_interrupted_update_continues_where_it_was(
     gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_module, "_BLOCK", 2)
@@ -703,7 +633,7 @@ def test_recall_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_features_that_are_not_numbers(gallery: Path, tmp_path: Path) -> None:
     index = open_index(tmp_path / "index", gallery, "model", "a model")
-    with pytest.raises(UserError, match="a model: its features hold NaN"):
+    with pytest.raises(UserError, match="a model"):
         index.update(lambda paths: toy_embed(paths) * np.nan, approximate_from=100)
     assert not (tmp_path / "index").exists()
 
@@ -721,17 +651,8 @@ def test_names_that_are_no_text(runs: Runs, gallery: Path, query: Path, tmp_path
         assert sum(index.update(toy_embed, approximate_from=100).values()) == changes
 
 
-def test_links_lead_to_the_query_from_anywhere(search: Script, tmp_path: Path) -> None:
-    clean(search("--top", 2))
-    page = PageReader(tmp_path / "index" / "results.html")
-    assert all(unquote(src).startswith("../") for src in page.sections[0]["images"])
-    assert page.sections[0]["text"][1:] == ["query", *(text for text in page.sections[0]["text"][2:])]
-    assert re.fullmatch(r"1, -?\d\.\d{3}", page.sections[0]["text"][2])
-
-
 @pytest.mark.parametrize("name", ["search", "visual_tools/show_activation"])
-def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path, name: str) -> None:
-    start = time.perf_counter()
+def test_help_imports_nothing_heavy(tmp_path: Path, name: str) -> None:
     program = (
         f"import runpy, sys\nsys.argv = ['{name}.py', '--help']\nsys.path.insert(0, {str(ROOT)!r})\n"
         f"try:\n    runpy.run_path({str(ROOT / f'{name}.py')!r}, run_name='__main__')\n"
@@ -739,4 +660,3 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path, name: str) -> N
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy []\n") and "--teacher" in done.stdout
-    assert time.perf_counter() - start < 2

@@ -39,7 +39,7 @@ from networks import Discriminator
 from parallel import collectives, launch
 from parallel.layers import act_on_whole_batch
 from reid_eval.features import Features, extract_features
-from reid_eval.report import report
+from reid_eval.report import evaluate_features, summary
 from reIDmodel import build_id_net, build_teacher
 from runs.snapshot import snapshots
 from trainer import TeacherTrainer
@@ -174,7 +174,8 @@ def report_of() -> dict[str, Any]:
         values = rng.standard_normal((n, 2, 8)).astype(np.float32)
         pids = np.arange(n) % 6
         sides.append(Features(values, pids, rng.integers(1, 4, n) if n == 60 else pids % 3))
-    return report(sides[0], sides[1], multi=sides[2], rerank=True)
+    results = evaluate_features(sides[0], sides[1], multi=sides[2], rerank=True)
+    return summary(results, sides[0], sides[1])
 
 
 def everything(data: Path) -> dict[str, Any]:

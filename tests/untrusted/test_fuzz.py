@@ -283,7 +283,7 @@ def test_mat_files_are_read_as_scipy_does(tmp_path_factory: pytest.TempPathFacto
     for name in ("query_f", "one", "words"):
         assert np.array_equal(found[name], expected[name]), name
         assert found[name].dtype.kind == expected[name].dtype.kind
-    assert found["x"].dtype == found["cell"].dtype == object
+    assert not {"x", "cell"} & set(found)
 
 
 # --------------------------------------------------------------------------------------------- damages
