@@ -100,7 +100,7 @@ class Preset:
     generated: float = 1.0
 
 
-DIFFICULTY = dict(tint=0.05, light=0.08, noise=3.0, occluders=0.08)
+DIFFICULTY = dict(tint=0.05, light=0.08, noise=3.0, occluders=0.08, vivid=0)
 TINY_DATA = DIFFICULTY | dict(
     seed=7,
     train_ids=12,
