@@ -78,8 +78,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     status = command(out, "--cells", "teacher", "both")
     patch.undo()
     there = {path.parent.name for path in out.glob("outputs/*/result-val.json")}
-    kept = {path.name for path in (out / "outputs/both-0/checkpoints").glob("snapshot_*.json")}
-    assert status == 128 + signal.SIGTERM and there == {"teacher-0"} and "snapshot_00000005.json" in kept
+    kept = {path.name for path in (out / "outputs/both-0/checkpoints").iterdir()}
+    assert status == 128 + signal.SIGTERM and there == {"teacher-0"} and "00000005" in kept
     assert "1 of 2 runs" in (out / "table-val.md").read_text()
     return out
 
@@ -343,7 +343,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     run = (cell, 0)
     assert train(study, run) == 0
     assert [t for _, t in steps] == [4, 5, 6, 7]
-    weights = study.run(*run).checkpoints / "id_00000008.pt"
+    weights = study.run(*run).checkpoints / "00000008" / "id.pt"
     begun_as_both = torch.load(weights)["a"]
     shutil.rmtree(study.run(*run).path)
     steps.clear()
@@ -352,7 +352,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     assert [t for _, t in steps] == list(range(8))
     whole = torch.load(weights)["a"]
     assert all(torch.equal(begun_as_both[name], value) for name, value in whole.items())
-    both = torch.load(study.run("both", 0).checkpoints / "id_00000008.pt")["a"]
+    both = torch.load(study.run("both", 0).checkpoints / "00000008" / "id.pt")["a"]
     assert any(not torch.equal(both[name], value) for name, value in whole.items())
 
 
