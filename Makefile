@@ -5,7 +5,7 @@ THREADS ?=
 JOBS ?= 2
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,5 +20,8 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-test: lint  ## the whole suite, file by file in JOBS processes; the longest file first
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: lint  ## all tests but those marked slow, in JOBS processes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
+
+test-all: lint  ## every test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup

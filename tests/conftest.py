@@ -83,8 +83,11 @@ def random_batches(cfg: DGNetConfig, *, classes: int = 4, dtype: torch.dtype = t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The golden cases first: they take as long as half of the others, which another process runs meanwhile."""
+    """The golden cases first, shared out among the processes; other files stay together, as they share fixtures."""
     items.sort(key=lambda item: "test_golden" not in item.nodeid)
+    for item in items:
+        if item.path.stem != "test_golden":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

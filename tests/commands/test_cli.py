@@ -605,7 +605,7 @@ def test_missing_imagenet_weights(trained: Runs, tmp_path: Path) -> None:
     proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     outcome = shell(tmp_path, "train", *arguments, TORCH_HOME=str(tmp_path / "cache"), **proxies)
     assert "resnet18-" in outcome.error and "checkpoints" in outcome.error
-    assert f"put resnet18-f37072fd.pth into {tmp_path / 'cache' / 'hub' / 'checkpoints'}" in outcome.error
+    assert str(tmp_path / "cache" / "hub" / "checkpoints") in outcome.error
     assert "--backbone-weights FILE" in outcome.error and "pretrained: false" in outcome.error
     assert not (tmp_path / "out").exists()
 

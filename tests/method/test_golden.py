@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import (
+    GOLDEN,
     SmallConvolutions,
     golden_batches,
     golden_images,
@@ -104,7 +105,11 @@ def check_gradients(trainer: Any, golden: dict[str, dict[str, float]]) -> None:
         assert compared > len(expected) // 2
 
 
-CASES = [pytest.param(p, c, id=p.stem) for p, c in read_cases("steps")]
+SLOW = {"frozen_encoder", "wgan", "parallel", "nonlocal"}  # for `make test-all`; cases of GOLDEN_DIR always run
+CASES = [
+    pytest.param(p, c, id=p.stem, marks=pytest.mark.slow if p.parent == GOLDEN and p.stem in SLOW else ())
+    for p, c in read_cases("steps")
+]
 
 
 @pytest.mark.parametrize("path,case", CASES)
@@ -113,6 +118,7 @@ def test_step_case(path: Any, case: dict[str, Any]) -> None:
 
 
 # One case by default, since they take long: test_plain.py compares the two steps in every other respect.
+@pytest.mark.slow
 @pytest.mark.parametrize("path,case", [c for c in CASES if c.id == "full" or os.environ.get("GOLDEN_PLAIN")])
 def test_the_plain_step_of_the_benchmarks(path: Any, case: dict[str, Any]) -> None:
     check_case(golden_trainer(case, PlainTrainer), case)
