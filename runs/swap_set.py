@@ -6,7 +6,9 @@ them, so that the manifest agrees with the files whatever happens.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -25,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import losses as L
-from data.folders import UNFINISHED_MARK, ImageList
+from config import DGNetConfig
+from data.folders import UNFINISHED_MARK, ImageList, is_data_set, read_people, read_split
 from data.generated import (
     SETTINGS,
     ManifestFile,
@@ -38,15 +41,16 @@ from data.generated import (
     recover_rows,
     write_rows,
 )
-from data.images import denormalise, iter_images, normalise
+from data.images import check_images, denormalise, iter_images, normalise
 from files import make_folder, part_of, write_json
 from parallel.collectives import gather, is_main, rank, world_size
-from runs.folder import RunFolder
-from runs.load import load_teacher
+from precision import pick_precision
+from runs.folder import RunFolder, generator_config, open_run, resolve_data_root
+from runs.load import find_teacher, load_teacher, pick_epoch
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
 from trainer import autocast
-from utils import UserError, halve_until_it_fits
+from utils import UserError, halve_until_it_fits, set_threads
 
 # Images that the nets see at a time on a CPU, whose kernels round differently for another number of images.
 CPU_PASS = 8
@@ -349,9 +353,9 @@ def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str], star
 def plan(
     images: ImageList, root: Path, *, count: int, seed: int, labelled: bool, suffix: str
 ) -> tuple[list[Row], list[tuple[Path, Path]]]:
-    """The rows and the two source files of each of `count` images from `images`, which lie under `root`.
+    """The rows of `count` images, and the two source files of every image, from `images` under `root`.
 
-    Raises UserError where `images` do not give as many different pairs.
+    Raises UserError if `images` give fewer different pairs.
     """
     labels = images.labels()
     possible = count_pairs(labels)
@@ -367,3 +371,67 @@ def plan(
     pairs = draw_swap_pairs(labels, count, seed)
     rows = plan_rows(images, root, pairs, labelled=labelled, suffix=suffix)
     return rows, [(images.paths[a], images.paths[s]) for a, s in pairs.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def make_data_set(args: argparse.Namespace, device: torch.device, started: float) -> str:
+    """What generate.py does, in every process: read, plan, make; returns the report of process 0.
+
+    started  `time.perf_counter()` at the start of the command
+    """
+    pick_precision(device, args.precision)  # refuses what it cannot do
+    set_threads(args.threads)
+    run = open_run(args.output_path, args.name)
+    cfg = generator_config(run)
+    iteration = pick_epoch(run, args.which_epoch)
+    root, images = read_input(args, cfg)
+    labelled = args.labels == "appearance"
+    rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
+    teachers, classes = choose_teachers(args, cfg)
+    nets = Nets(run, iteration, teachers, classes, args.precision, device)
+    batch_size = args.batch_size or min(gather(choose_batch_size(nets, Path(args.out))))
+    same = ("count", "seed", "labels", "format", "quality", "top", "precision")
+    settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
+    settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}
+    settings |= {"device": device.type, "images_per_pass": pass_size(device, batch_size)}
+    # On a CPU rounding depends on the number of threads, too.
+    settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
+    settings |= {option: getattr(args, option) for option in same}
+    job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
+    speed = generate(job, nets, settings, started)
+    report = f"{len(rows)} images in {args.out}, {speed.images} of them made now"
+    if speed.images:
+        report += (
+            f"\nimages/s: {speed.nets:.2f} by the nets alone, {speed.command:.2f} by the whole command "
+            f"({speed.command / speed.nets:.2f} of it)"
+        )
+    return report
+
+
+def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
+    """The folder of the images to combine, and the checked images."""
+    root = resolve_data_root(args.input or cfg.data_root)
+    images = read_people(root, cfg.train_split if is_data_set(root) else None)
+    return root, images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
+
+
+def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[str], list[str]]:
+    """The teachers' names and the identities of their classes; both empty without soft labels."""
+    if args.no_soft_labels:
+        return [], []
+    teachers = [name.strip() for name in (args.teacher or cfg.teacher).split(",") if name.strip()]
+    try:
+        for name in teachers:
+            find_teacher(name, open_run(args.output_path, args.name).output_path)
+    except UserError as error:
+        raise UserError(f"{error}; or name another --teacher, or go without: --no-soft-labels") from None
+    try:
+        root = resolve_data_root(args.data_root or cfg.data_root)
+        return teachers, read_split(root, cfg.train_split, need_names=False).classes
+    except UserError as error:
+        raise UserError(f"{error}; soft labels need it: --data_root DIR, or --no-soft-labels") from None
+
+
+def name_images(images: ImageList, root: Path) -> str:
+    """A name for a list of images, made from their paths in order."""
+    return hashlib.sha256(b"\n".join(os.fsencode(path.relative_to(root)) for path in images.paths)).hexdigest()[:16]

@@ -20,7 +20,8 @@ import precision
 from data.folders import read_split
 from data.images import denormalise
 from data.loader import Batch
-from mannequins.dataset import load_factors
+from mannequins import dataset
+from mannequins.dataset import Settings, load_factors, make_settings
 from mannequins.truth import shrink
 from reIDmodel import build_teacher
 from studies.ablation import __main__ as ablation
@@ -222,6 +223,27 @@ def test_held_out_identities_are_whole_groups_that_no_run_trains_on(study):
     assert len(views) == len(set(views))
     first = min(path.name for path in everyone.paths if path.name.startswith(f"{views[0][0]:04d}_c{views[0][1]}s"))
     assert first in {path.name for path in query.paths}
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("tiny", dict(seed=7, train_ids=12, test_ids=6, distractors=4, junk=4, test_group_size=6)),
+        ("small", dict(seed=7, train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)),
+        ("scratch", dict(seed=8, train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)),
+    ],
+)
+def test_presets_draw_the_data_of_the_results(tmp_path, monkeypatch, name, settings):
+    """Whatever the renderer's presets are by now."""
+    common = dict(cameras=6, min_cameras=3, train_cameras=8, images_per_camera=2, group_size=3)
+    common |= dict(tint=0.05, light=0.08, noise=3.0, occluders=0.08)
+    drawn = []
+    monkeypatch.setattr(ablation_runs, "make_dataset", lambda out, **how: drawn.append(make_settings(**how)))
+    monkeypatch.setattr(ablation_runs, "is_embedded", lambda data: False)
+    monkeypatch.setattr(ablation_runs, "hold_out", lambda *_: None)
+    monkeypatch.setitem(dataset.PRESETS, "demo", dict(train_ids=9, tint=0.9))
+    prepare_data(PRESETS[name], None, tmp_path)
+    assert drawn == [Settings(**common, **settings)]
 
 
 def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):

@@ -865,7 +865,7 @@ def test_the_demo_goes_on_with_the_threads_it_had(copied: Runs) -> None:
     [
         (["--name", "a/b"], "must be a plain folder name"),
         (["--teacher", "a/b"], "must be a plain folder name"),
-        (["--teacher", "demo"], "the two runs need names of their own"),
+        (["--teacher", "demo"], "--name and --teacher"),
         (["--seed", "-1"], "seed: "),
         (["--threads", "0"], "--threads 0"),
         (["--device", "tpu"], "--device tpu"),
