@@ -1,22 +1,19 @@
 """Images per second of test-time features, against a plain loop: `python -m benchmarks.features`.
 
-plain   as such scripts are usually written: one image decoded at a time by a DataLoader without workers, a pass for the
-        image and one for its mirror, fp32
-ours    what test.py does: decoding in threads while the net works, image and mirror in one pass, fp32 and bf16 (on a
-        GPU also fp16), a batch that is chosen by itself
-(per second of processor time where the device is a CPU)
+plain  as such scripts are usually written: one image at a time from a DataLoader without workers, a pass for the image
+       and one for its mirror, fp32
+ours   what test.py does: threads decode while the net works, image and mirror in one pass; fp32 and bf16, on a GPU also
+       fp16; the batch size chooses itself
+(per second of processor time on a CPU)
 
-The nets are that of configs/latest.yaml (ResNet-50, 256 x 128) and the demo's, with random weights, on images that the
-embedded renderer draws. With `--teacher NAME`, or `--name RUN`, also what the precision does to that net's mAP.
+The nets are that of configs/latest.yaml (ResNet-50, 256 x 128) and the demo's, with random weights, on drawn images.
+With `--teacher NAME` or `--name RUN`, also the mAP of that net in every precision.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import statistics
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
-from data.folders import read_split
-from mannequins.dataset import make_dataset
+from benchmarks.machine import benchmark_parser, compare, describe_machine, draw_images, finish, write_result
 from precision import has_bf16
 from reid_eval.features import extract_data_set, extract_features
 from reid_eval.report import evaluate_features, summary
@@ -41,6 +36,7 @@ from utils import (
     IMAGENET_STD,
     UserError,
     add_net_arguments,
+    between,
     check_net_arguments,
     pick_device,
     run_cli,
@@ -48,7 +44,7 @@ from utils import (
 )
 
 PLAIN_BATCH = 32
-# By name: backbone, height, width, and images of a round on a CPU and on a GPU.
+# By name: backbone, height, width, and the images of a round on a CPU and on a GPU.
 NETS = {"latest": ("resnet50", 256, 128, 16, 2048), "demo": ("resnet10w16", 64, 32, 256, 2048)}
 
 
@@ -81,8 +77,7 @@ def plain_features(net, paths: list[Path], height: int, width: int, device: torc
     for x in DataLoader(PlainImages(paths, height, width), batch_size=PLAIN_BATCH):
         total = 0
         for view in (x, torch.flip(x, [3])):
-            found = torch.stack(net.embed(view.to(device)), dim=1)
-            total = total + F.normalize(found, dim=2)
+            total = total + F.normalize(torch.stack(net.embed(view.to(device)), dim=1), dim=2)
         parts.append(F.normalize(total, dim=2).cpu())
     return torch.cat(parts).numpy()
 
@@ -95,63 +90,46 @@ def measure_speed(name: str, images: list[Path], device: torch.device, *, count:
     torch.manual_seed(0)
     net = build_id_net("AB", 751, backbone=backbone).eval().to(device)
     ours = partial(extract_features, net, paths, height=height, width=width, device=device, progress=False)
-    ways: dict[str, Callable[[], object]] = {"plain": lambda: plain_features(net, paths, height, width, device)}
+    ways = {"plain": partial(plain_features, net, paths, height, width, device)}
     ways |= {precision: partial(ours, batch_size=None, precision=precision) for precision in precisions(device)}
-    first = {way: extract() for way, extract in ways.items()}  # sets things up
+    first = {way: extract() for way, extract in ways.items()}
     finish(device)
-    seconds = alternate(ways, repeats, clock_of(device))
     # Of unit vectors: 1 where they are the same.
     agreement = {way: float((f * first["plain"]).sum(-1).min()) for way, f in first.items() if way != "plain"}
-    return {
-        "images/s": {way: count / statistics.median(values) for way, values in seconds.items()},
-        "times plain": {way: median_ratio(seconds["plain"], values) for way, values in seconds.items()},
-        "least cosine to plain": agreement,
-        "seconds": seconds,
-        "images": count,
-    }
+    return compare(ways, repeats, count, device) | {"least cosine to plain": agreement, "images": count}
 
 
 def precisions(device: torch.device) -> list[str]:
-    """Those that the device computes in; bf16 is slow where it is only imitated."""
+    """The precisions that the device computes in. Where bf16 is imitated, it is slow and left out."""
     return ["fp32", *["bf16"] * has_bf16(device), *["fp16"] * (device.type == "cuda")]
 
 
 def measure_precision(args: argparse.Namespace, device: torch.device) -> dict:
-    """mAP and Rank-1 of a trained net in every precision that the device has, on its own data set."""
+    """mAP and Rank-1 of a trained net in every precision of the device, on the net's data set or `--data`."""
     tested = open_net(args, device)
     root = resolve_data_root(args.data or tested.data_root)
-    found = {}
+    scores = {}
     for precision in precisions(device):
         how = dict(size=tested.size, batch_size=None, device=device, precision=precision, progress=False)
         sets = extract_data_set(tested.net, root, **how)
-        results = evaluate_features(sets.query, sets.gallery)
-        rows = summary(results, sets.query, sets.gallery)["tables"]["single query"]
-        found[precision] = {
+        rows = summary(evaluate_features(sets.query, sets.gallery), sets.query, sets.gallery)["tables"]["single query"]
+        scores[precision] = {
             row: {convention: {key: by[key] for key in ("mAP", "rank1")} for convention, by in values.items()}
             for row, values in rows.items()
         }
-    return {"net": tested.title, "precision": found}
+    return {"net": tested.title, "precision": scores}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("features", __doc__, device=False)
     parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS), help="of the speed part (default: both)")
-    parser.add_argument("--images", type=int, help="images in a round (default: 16 or 256 on a CPU, 2048 on a GPU)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--images", type=between(1), help="images in a round (default: 16 or 256 on a CPU, else 2048)")
+    parser.add_argument("--repeats", type=between(1), default=3, help="rounds (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the demo's net alone, a few images")
-    parser.add_argument("--data", metavar="DIR", help="data set of the trained net (default: its own)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the JSON file (default: the project's)"
-    )
+    parser.add_argument("--data", metavar="DIR", help="data set of the trained net (default: that of its run)")
     add_net_arguments(parser)
     args = parser.parse_args()
     check_net_arguments(args)
-    for name in ("images", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
     if not (args.nets or args.quick or args.name or args.teacher):
         raise UserError("--nets: name a net, or a trained one by --name or --teacher; there is nothing to measure")
     if args.quick:
@@ -162,19 +140,14 @@ def main() -> None:
     device = pick_device(args.device)
     result = {"machine": describe_machine(), "device": str(device), "threads": args.threads, "speed": {}}
     print(f"on {device}, {result['machine']}", flush=True)
-    if args.nets:
-        with tempfile.TemporaryDirectory() as folder:
-            with contextlib.redirect_stdout(None):
-                make_dataset(Path(folder) / "mannequins", train_ids=8, test_ids=2)
-            images = read_split(Path(folder) / "mannequins", "train_all", need_names=False).paths
-            for name in args.nets:
-                found = measure_speed(name, images, device, count=args.images, repeats=args.repeats)
-                result["speed"][name] = found
-                print(f"{name}: {found['images']} images{'':10}images/s  times plain  least cosine to plain")
-                for way, rate in found["images/s"].items():
-                    cosine = found["least cosine to plain"].get(way)
-                    agrees = "" if cosine is None else f"{cosine:18.5f}"
-                    print(f"  {way:24}{rate:12.1f}{found['times plain'][way]:11.2f}{agrees}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        images = draw_images(Path(folder), 8).paths if args.nets else []
+        for name in args.nets:
+            speed = result["speed"][name] = measure_speed(name, images, device, count=args.images, repeats=args.repeats)
+            print(f"{name}: {speed['images']} images{'':10}images/s  times plain  least cosine to plain")
+            for way, rate in speed["images/s"].items():
+                cosine = speed["least cosine to plain"].get(way, 1.0)
+                print(f"  {way:24}{rate:12.1f}{speed['times plain'][way]:11.2f}{cosine:18.5f}", flush=True)
     if args.name or args.teacher:
         result |= {"trained": measure_precision(args, device)}
         print(f"{result['trained']['net']}{'':20}mAP, official   mAP, standard   Rank-1")

@@ -1,8 +1,8 @@
-"""Does a run that is killed again and again end as the run that never was? `python -m benchmarks.kill_test --kills 30`
+"""Does a run that is killed again and again end as an undisturbed one? `python -m benchmarks.kill_test --kills 30`
 
 Trains a tiny DG-Net once undisturbed, and once killed (SIGKILL) at random moments: during steps, while a snapshot or an
-image is being written, during start-up; each time continued with `--resume auto`. Then every file of the last snapshots
-and every image must be the same, bit for bit.
+image is being written, during start-up. Each time it continues with `--resume auto`. In the end every file of the last
+snapshots and every image must be the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.machine import RESULTS, describe_machine, write_result
-from utils import ROOT, UserError, run_cli
+from benchmarks.machine import benchmark_parser, describe_machine, write_result
+from mannequins.dataset import make_dataset
+from utils import ROOT, UserError, between, run_cli
 
-STEPS_PER_KILL = 6  # about as many as a killed process gets on by
+STEPS_PER_KILL = 6  # about as many as a killed process makes
 SETTINGS = dict(
     backbone="resnet10w8",
     pretrained=False,
@@ -64,19 +64,19 @@ class Trial:
         with open(self.folder / "out.txt", "w") as out:
             return subprocess.Popen(command, stdout=out, stderr=out)
 
-    def finish(self) -> str:
-        """Run to the end; returns what was printed."""
-        status = self.start().wait()
-        out = (self.folder / "out.txt").read_text()
-        if status:
-            raise UserError(f"{self.folder}: the run ended with status {status}: {out[-2000:]}")
-        return out
+    def finish(self) -> None:
+        """Run to the end. Raises UserError with the end of the output if the run fails."""
+        if status := self.start().wait():
+            raise UserError(f"{self.folder}: the run ended with status {status}: {self.output()}")
+
+    def output(self) -> str:
+        return (self.folder / "out.txt").read_text()[-2000:]
 
     def snapshots(self) -> set[str]:
         return {name for name in names(self.checkpoints) if name.isdecimal()}
 
     def writing(self) -> str | None:
-        """What is being written at this moment, as the folders show it."""
+        """What is being written at this moment: `snapshot`, `image` or None."""
         if any(name.endswith(".part") for name in names(self.checkpoints)):
             return "snapshot"
         return "image" if any(name.endswith(".part") for name in names(self.images)) else None
@@ -90,13 +90,17 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of the files but for the manifests, which name the number of workers too."""
+    """Hashes of the files, without the manifests, which also hold the number of workers."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".json"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) -> str:
-    """Start the run, kill it at a random moment; returns during what, or 'nothing' where the run ended before."""
+    """Start the run and kill it at a random moment.
+
+    start_up, step  seconds of the undisturbed run's start-up and of a step
+    Returns what it was doing: start-up, step, snapshot or image; `nothing` if the run ended before.
+    """
     aim = rng.choice(["start-up", "step", "step", "snapshot", "snapshot", "snapshot", "image", "image"])
     before = trial.snapshots()
     process = trial.start(workers=rng.choice([0, 0, 2]))
@@ -117,28 +121,21 @@ def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) ->
             time.sleep(0.0003 if progress else 0.005)
         if process.poll() is not None:
             if process.returncode:
-                raise UserError(f"the run ended by itself: {(trial.folder / 'out.txt').read_text()[-2000:]}")
+                raise UserError(f"the run ended by itself: {trial.output()}")
             return "nothing"
     finally:
         process.kill()
         process.wait()
-    # Before the first new snapshot, what looks half written may be the killed process's before.
+    # Before the first new snapshot, a half-written file may be from the kill before this one.
     return trial.writing() or "step" if trial.snapshots() - before else "start-up"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=30, help="how often the run is killed (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--data", help="data set (default: the embedded one in its smallest size, drawn for this)")
-    parser.add_argument("--results", default=str(RESULTS), help="folder of kill_test.json (default: the project's)")
-    return parser.parse_args()
-
-
 def main() -> int:
-    args = parse_args()
-    if args.kills < 1:
-        raise UserError(f"--kills {args.kills}: must be at least 1")
+    parser = benchmark_parser("kill_test", __doc__, device=False)
+    parser.add_argument("--kills", type=between(1), default=30, help="how often the run is killed (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--data", type=Path, help="data set (default: the smallest embedded one)")
+    args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
@@ -148,10 +145,9 @@ def main() -> int:
 
 
 def run(scratch: Path, args: argparse.Namespace) -> dict:
-    from mannequins.dataset import make_dataset
-
+    """Train both runs in `scratch`; returns the result for JSON."""
     machine = describe_machine()
-    data = Path(args.data) if args.data else scratch / "data"
+    data = args.data or scratch / "data"
     if not args.data:
         make_dataset(data, preset="tiny")
     config = scratch / "run.yaml"
@@ -162,8 +158,8 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         trial.folder.mkdir()
 
     start = time.time()
-    out = whole.finish()
-    # The first file of the run's folder says when the steps began, near enough.
+    whole.finish()
+    # The first file in the run's folder shows when the steps began, near enough.
     steps_began = (whole.folder / "outputs" / "run" / "config.yaml").stat().st_mtime
     step, start_up = (time.time() - steps_began) / max_iter, steps_began - start
     print(f"undisturbed: {max_iter} steps of {1000 * step:.0f} ms after {start_up:.1f} s of start-up", flush=True)
@@ -177,16 +173,11 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         moments[moment] += 1
         newest = max(killed.snapshots(), default="none yet")
         print(f"kill {k + 1}: {moment}; newest snapshot {newest}", flush=True)
-    out = killed.finish()
-    last = re.search(r"resumed run after (\d+)", out)
-    same = {
-        what: contents(getattr(whole, what)) == contents(getattr(killed, what)) for what in ("checkpoints", "images")
-    }
-    print(
-        f"{moments.total()} kills ({', '.join(f'{n} {name}' for name, n in moments.items())}), last resumed after "
-        f"{last[1] if last else 0} of {max_iter} steps; final snapshots "
-        f"{'the same' if same['checkpoints'] else 'DIFFERENT'}, images {'the same' if same['images'] else 'DIFFERENT'}"
-    )
+    killed.finish()
+    files = {what: [contents(getattr(t, what)) for t in (whole, killed)] for what in ("checkpoints", "images")}
+    same = {what: expected == got for what, (expected, got) in files.items()}
+    kinds = ", ".join(f"{n} {name}" for name, n in moments.items())
+    print(f"{moments.total()} kills ({kinds}); the same as undisturbed: {same}")
     return {
         "kills": moments.total(),
         "moments": dict(moments),
@@ -194,7 +185,7 @@ def run(scratch: Path, args: argparse.Namespace) -> dict:
         "steps": max_iter,
         "same_as_undisturbed": all(same.values()),
         "same": same,
-        "files_compared": {what: len(contents(getattr(whole, what))) for what in same},
+        "files_compared": {what: len(expected) for what, (expected, _) in files.items()},
         "machine": machine,
     }
 

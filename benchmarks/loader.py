@@ -1,26 +1,23 @@
 """Images per second of the training data, against a plain pipeline: `python -m benchmarks.loader`.
 
-speed   JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and xp of 256 x 128, on one thread:
-        plain     Pillow and torchvision's transforms, one image at a time, in the order in which the method is written
-        source    from the cache at the files' size
-        resized   from the cache of resized images
-        files     from the files
-        (per second of processor time where the device is a CPU)
-share   steps of training runs: the time that the loop waits for its batches, which are made while it works on the one
-        before, and the time that one thread takes to make them, as shares of the step
+speed  JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and xp of 256 x 128, on one thread:
+       plain    Pillow and torchvision's transforms, one image at a time, as the method is written
+       source   from the cache at the files' size
+       resized  from the cache of resized images
+       files    from the files
+       (per second of processor time on a CPU)
+share  of a training step: the time that the loop waits for its batches, which are made during the step before, and the
+       time that one thread takes to make them
 
-The images are drawn by the embedded renderer. On a GPU the caches' batches are made on it.
+The embedded renderer draws the images. On a GPU, batches from a cache are made on the GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,18 +26,17 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.machine import RESULTS, alternate, clock_of, describe_machine, finish, median_ratio, write_result
+from benchmarks.machine import benchmark_parser, compare, describe_machine, draw_images, finish, write_result
 from config import load_config
 from data.cache import cached_images
-from data.folders import ImageList, read_split
+from data.folders import ImageList
 from data.loader import PairLoader
-from mannequins.dataset import make_dataset
 from runs.folder import open_run
 from runs.session import build_session, to_device
-from utils import IMAGENET_MEAN, IMAGENET_STD, ROOT, UserError, pick_device, run_cli, set_threads
+from utils import IMAGENET_MEAN, IMAGENET_STD, ROOT, between, pick_device, run_cli, set_threads
 
 HEIGHT, WIDTH, PAD = 256, 128, 10
-# By name: the config and how the images are read. No weights are read from anywhere, and no teacher.
+# By name: the config and changes of it. No weights and no teacher are read.
 ALONE = ["data_root={data}", "ID_class=auto", "pretrained=false"]
 NO_TEACHER = ["id_init=backbone", "max_teacher_w=0", "teacher_w=0"]
 RUNS = {
@@ -52,7 +48,7 @@ RUNS = {
 
 
 class PlainPairs:
-    """What the method's data section says, written as such scripts usually are: one image at a time, nothing kept."""
+    """The pairs of docs/method.md, written as such scripts usually are: one image at a time, nothing kept."""
 
     def __init__(self, images: ImageList) -> None:
         self.paths, self.labels = images.paths, images.labels().tolist()
@@ -79,10 +75,9 @@ class PlainPairs:
 
 
 def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, batches: int, repeats: int) -> dict:
-    """Images per second of every way, and the ratios to the plain one, from `repeats` alternating rounds."""
-    common = dict(batch_size=batch_size, height=HEIGHT, width=WIDTH, pad=PAD, seed=0, device=device)
-    plain = PlainPairs(images)
-    iteration = count()
+    """Images per second of every way and the ratios to the plain one, from `repeats` alternating rounds."""
+    how = dict(batch_size=batch_size, height=HEIGHT, width=WIDTH, pad=PAD, seed=0, device=device)
+    plain, iteration = PlainPairs(images), count()
 
     def ours(loader: PairLoader) -> None:
         for _ in range(batches):
@@ -94,31 +89,25 @@ def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, b
             plain.batch(batch_size)
 
     caches = {
-        mode: PairLoader(images, pixels=cached_images(images.paths, mode, HEIGHT, WIDTH, limit_mb=4096), **common)
+        mode: PairLoader(images, pixels=cached_images(images.paths, mode, HEIGHT, WIDTH, limit_mb=4096), **how)
         for mode in ("source", "resized")
     }
-    loaders = {"files": PairLoader(images, **common)} | caches
-    ways: dict[str, Callable[[], None]] = {"plain": plainly}
-    ways |= {name: partial(ours, loader) for name, loader in loaders.items()}
-    alternate(ways, 1)  # the first call of each sets things up
-    seconds = alternate(ways, repeats, clock_of(device))
+    loaders = {"files": PairLoader(images, **how)} | caches
+    ways = {"plain": plainly} | {name: partial(ours, loader) for name, loader in loaders.items()}
+    for way in ways.values():
+        way()
     made = 2 * batch_size * batches
-    return {
-        "images/s": {name: made / statistics.median(values) for name, values in seconds.items()},
-        "times plain": {name: median_ratio(seconds["plain"], values) for name, values in seconds.items()},
-        "cache_mb": {name: loader.pixels.nbytes / 1e6 for name, loader in caches.items()},
-        "seconds": seconds,
-        "images per round": made,
-    }
+    sizes = {name: loader.pixels.nbytes / 1e6 for name, loader in caches.items()}
+    return compare(ways, repeats, made, device) | {"cache_mb": sizes, "images per round": made}
 
 
 def measure_share(name: str, data: Path, device: torch.device, *, steps: int, skipped: int) -> dict:
-    """Of a run called `name` in `RUNS`: median seconds of a step and of its batches, and their shares.
+    """Median seconds of a step of the run `name` in `RUNS` and of its batches, and their shares.
 
-    skipped  steps at the start that do not count, because they set things up
+    skipped  steps at the start that set things up and do not count
     """
-    file, own = RUNS[name]
-    changes = [setting.format(data=data) for setting in ALONE] + own
+    file, changes = RUNS[name]
+    changes = [setting.format(data=data) for setting in ALONE] + changes
     cfg = load_config(ROOT / "configs" / f"{file}.yaml", changes)
     session = build_session(cfg, open_run(str(data), "benchmark"), device, resume=False)
     streams = [loader.batches() for loader in session.loaders]
@@ -153,26 +142,15 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, sk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--identities", type=int, default=60, help="identities that are drawn (default: 60)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs x, xp in a batch (default: 32)")
-    parser.add_argument("--batches", type=int, default=4, help="batches in a round (default: 4)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: 9)")
+    parser = benchmark_parser("loader", __doc__)
+    parser.add_argument("--identities", type=between(4), default=60, help="identities to draw (default: 60)")
+    parser.add_argument("--batch-size", type=between(2), default=32, help="pairs x, xp in a batch (default: 32)")
+    parser.add_argument("--batches", type=between(1), default=4, help="batches in a round (default: 4)")
+    parser.add_argument("--repeats", type=between(1), default=9, help="rounds (default: 9)")
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="of the share part (default: all)")
-    parser.add_argument("--steps", type=int, help="steps of a run (default: 20); one of latest on a CPU")
+    parser.add_argument("--steps", type=between(1), help="steps of a run (default: 20); one of latest on a CPU")
     parser.add_argument("--quick", action="store_true", help="few repeats, and no run of latest.yaml")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the JSON file (default: the project's)"
-    )
     args = parser.parse_args()
-    for name, least in (("identities", 4), ("batch_size", 2), ("batches", 1), ("repeats", 1), ("steps", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-
     set_threads(1)
     device = pick_device(args.device)
     if args.quick:
@@ -182,26 +160,21 @@ def main() -> None:
     result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size}
     print(f"on {device}, {result['machine']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "mannequins"
-        with contextlib.redirect_stdout(None):
-            make_dataset(data, train_ids=args.identities, test_ids=2)
-        images = read_split(data, "train_all", need_names=False)
+        images = draw_images(Path(folder), args.identities)
         sizes = dict(batch_size=min(args.batch_size, len(images)), batches=args.batches, repeats=args.repeats)
         speed = measure_speed(images, device, **sizes)
         print(f"{len(images)} images, one thread{'':12}images/s  times plain   cache MB")
         for name, rate in speed["images/s"].items():
-            size = speed["cache_mb"].get(name)
-            print(f"  {name:34}{rate:10.0f}{speed['times plain'][name]:12.2f}" + (f"{size:12.1f}" if size else ""))
+            size = speed["cache_mb"].get(name, 0)
+            print(f"  {name:34}{rate:10.0f}{speed['times plain'][name]:12.2f}{size:12.1f}")
         result |= {"images": len(images), "speed": speed, "share": {}}
-        if args.runs:
-            print(f"{'a run':22}step, s  its batches, s   waited   batches / step, one thread")
+        print(f"{'a run':22}step, s  its batches, s   waited   batches / step, one thread")
         for name in args.runs:
             slow = device.type == "cpu" and name.startswith("latest")
-            steps = 1 if slow else args.steps or 20
-            found = measure_share(name, data, device, steps=steps, skipped=0 if slow else 1)
-            result["share"][name] = found
-            shares = f"{100 * found['share waited']:9.3f} %{100 * found['share of one thread']:10.2f} %"
-            print(f"  {name:20}{found['step']:7.3f}{found['batches']:12.4f}{shares}", flush=True)
+            how = dict(steps=1, skipped=0) if slow else dict(steps=args.steps or 20, skipped=1)
+            share = result["share"][name] = measure_share(name, Path(folder) / "mannequins", device, **how)
+            shares = f"{100 * share['share waited']:9.3f} %{100 * share['share of one thread']:10.2f} %"
+            print(f"  {name:20}{share['step']:7.3f}{share['batches']:12.4f}{shares}", flush=True)
     print(f"written to {write_result(args.results, 'loader', result)}")
 
 

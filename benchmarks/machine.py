@@ -1,39 +1,51 @@
-"""What every benchmark shares: what the machine is, medians of alternating runs, and the result files."""
+"""What the benchmarks share: options, medians of alternating runs, what the machine is, and the result files."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from data.folders import ImageList, read_split
 from files import write_json
-
-if TYPE_CHECKING:
-    import torch
+from mannequins.dataset import make_dataset
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def benchmark_parser(name: str, doc: str, *, device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark: --results, and --device unless it measures the CPU alone."""
+    parser = argparse.ArgumentParser(
+        prog=f"benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="result folder (default: benchmarks/results)")
+    if device:
+        parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
+    return parser
 
 
 def describe_machine() -> dict[str, Any]:
     """The date, processor (without the host's name), memory, load and versions, ready for JSON.
 
-    `load` is the system's load average over the last minute: above 0 before a benchmark starts, other work
-    was running beside it.
+    `load` is the system's load average over the last minute. If it is above 0 before a benchmark starts, other
+    programs were running.
     """
-    import numpy as np
-    import torch
-
-    found = {
+    machine = {
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -41,17 +53,28 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return machine
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def draw_images(folder: Path, identities: int) -> ImageList:
+    """Training images of the embedded renderer, drawn into a new folder `mannequins` in `folder`."""
+    with redirect_stdout(None):
+        make_dataset(folder / "mannequins", preset="tiny", train_ids=identities, test_ids=2)
+    return read_split(folder / "mannequins", "train_all", need_names=False)
 
 
 def alternate(
     measured: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run of each function; in turn, so that other work on the machine falls on all of them.
-
-    clock  `time.process_time` for what is on the processor alone: waiting for other programs does not count
-    """
+    """Seconds of every run of each function; they take turns, so that other work on the machine slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     for _ in range(repeats):
         for name, function in measured.items():
@@ -61,43 +84,39 @@ def alternate(
     return seconds
 
 
+def compare(
+    ways: Mapping[str, Callable[[], Any]], repeats: int, images: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Images per second of each way to handle `images` images, and the ratios to the way called `plain`.
+
+    Call every way once before: the first call sets things up.
+    """
+    seconds = alternate(ways, repeats, clock_of(device))
+    return {
+        "images/s": {name: images / statistics.median(values) for name, values in seconds.items()},
+        "times plain": {name: median_ratio(seconds["plain"], values) for name, values in seconds.items()},
+        "seconds": seconds,
+    }
+
+
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Processor seconds on a CPU, which other programs disturb less; seconds on a GPU, which works by itself."""
+    """Processor seconds on a CPU, since other programs disturb them less; wall-clock seconds on a GPU."""
     return time.process_time if device.type == "cpu" else time.perf_counter
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
+    """Wait until the device has done its work."""
     if device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(device)
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
-    """The median over the rounds of `alternate` of one thing's seconds divided by the other's."""
+    """The median of `over` / `under`, round by round of `alternate`."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> Path:
-    """Write `name`.json into `folder`, replacing an earlier result of that name. Raises UserError as `write_json`."""
+    """Write `name`.json into `folder` in place of an earlier one. Raises UserError as `write_json`."""
     path = Path(folder) / f"{name}.json"
     write_json(path, result)
     return path
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None

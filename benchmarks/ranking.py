@@ -1,30 +1,31 @@
-"""Speed and memory of the ranking and of re-ranking: `python -m benchmarks.ranking [--only PART]`.
+"""Speed and memory of ranking and re-ranking: `python -m benchmarks.ranking [--only PART]`.
 
 speed   Market-1501's size: all score settings and both conventions in one pass, against one bare product of all
-        features (the work that no ranking can avoid) and against the plain reference below, which is timed on a
-        sample of the queries and scaled. For good features and for features at chance level, whose matches lie deep.
-memory  500,000 gallery images: the peak of a process of its own, less the features.
-rerank  k-reciprocal re-ranking of Market-1501's size (23,100 images): seconds and peak of a process of its own.
+        features, which no ranking can avoid, and against the plain reference below, timed on a sample of the queries
+        and scaled. With good features, and with features at chance level, whose matches lie deep.
+memory  500,000 gallery images: the peak memory of a process, less the features.
+rerank  k-reciprocal re-ranking of Market-1501's size (23,100 images): seconds and peak memory of a process.
 
-The features are drawn at random; sizes and counts of labels are those of the data set, sorted as its files are.
+The features are random; sizes, counts of labels and order are those of the data set.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, alternate, describe_machine, median_ratio, write_result
+from benchmarks.machine import alternate, benchmark_parser, describe_machine, median_ratio, write_result
 from reid_eval.features import Features
 from reid_eval.ranking import BOTH, SETTINGS, rank
-from utils import ROOT, UserError, run_cli
+from reid_eval.reranking import rerank
+from utils import ROOT, UserError, between, run_cli
 
 PARTS = ("speed", "memory", "rerank")
 HEADS = 2
@@ -36,8 +37,8 @@ JUNK_SHARE, DISTRACTOR_SHARE = 3819 / 19732, 2793 / 19732
 def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) -> tuple[Features, Features]:
     """Query and gallery with two heads of `dim` / 2 numbers; about 17.5 gallery images per identity, six cameras.
 
-    An image's features are its identity's, as strongly as `signal` and a long-tailed factor of its own say, and
-    noise: most matches are found at once and some lie deep, as with real features.
+    An image's features are its identity's, weighted with `signal` and a long-tailed random factor, plus noise. So most
+    matches come first and some lie deep, as with real features.
     """
     rng = np.random.default_rng(seed)
     junk, distractors = round(ng * JUNK_SHARE), round(ng * DISTRACTOR_SHARE)
@@ -52,9 +53,9 @@ def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) ->
         for start in range(0, len(pids), 8192):  # in place: half a million images fill gigabytes
             part = features[start : start + 8192]
             rng.standard_normal(part.shape, dtype=np.float32, out=part)
-            some = pids[start : start + 8192]
-            strength = signal * rng.lognormal(0, 0.8, len(some)).astype(np.float32) * (some > 0)
-            part += centers[np.maximum(some, 0)] * strength[:, None, None]
+            people = pids[start : start + 8192]
+            strength = signal * rng.lognormal(0, 0.8, len(people)).astype(np.float32) * (people > 0)
+            part += centers[np.maximum(people, 0)] * strength[:, None, None]
             part /= np.linalg.norm(part, axis=-1, keepdims=True)
         return Features(features, pids, rng.integers(1, 7, len(pids)))
 
@@ -62,10 +63,10 @@ def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) ->
 
 
 def plain_reference(query: Features, gallery: Features, weights: tuple[float, ...]) -> dict[str, np.ndarray]:
-    """Per query `official` and `standard` AP, `inp` and `first` (rank of the first match), all 0 without a match.
+    """Rank query by query, as evaluation scripts usually do, with set operations on indices and a loop over the hits.
 
-    For one score setting, as evaluation scripts are usually written: scores of one query, an argsort of them, set
-    operations on the indices, a loop over the hits.
+    Returns (nq,) arrays `official` and `standard` (AP), `inp` and `first` (rank of the first match) for one score
+    setting; all are 0 without a match.
     """
     rows = []
     for i in range(len(query)):
@@ -95,26 +96,23 @@ def rank_sides(query: Features, gallery: Features, *, progress: bool = False):
 
 def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> dict:
     """Seconds and ratios for every kind of features in `KINDS`."""
-    found = {}
+    result = {}
     for kind, signal in KINDS.items():
         query, gallery = make_problem(nq, ng, dim, signal=signal)
         chosen = np.random.default_rng(1).choice(nq, min(sample, nq), replace=False)
-        some = Features(query.features[chosen], query.pids[chosen], query.camids[chosen])
-        flat = query.features.reshape(nq, -1), gallery.features.reshape(ng, -1)
+        sampled = Features(query.features[chosen], query.pids[chosen], query.camids[chosen])
         results = rank_sides(query, gallery)
         seconds = alternate(
             {
-                "bare product": lambda flat=flat: flat[0] @ flat[1].T,
-                "ranking": lambda query=query, gallery=gallery: rank_sides(query, gallery),
-                "plain reference, one setting, sample": lambda some=some, gallery=gallery: plain_reference(
-                    some, gallery, SETTINGS[BOTH]
-                ),
+                "bare product": partial(np.matmul, query.features.reshape(nq, -1), gallery.features.reshape(ng, -1).T),
+                "ranking": partial(rank_sides, query, gallery),
+                "plain reference, one setting, sample": partial(plain_reference, sampled, gallery, SETTINGS[BOTH]),
             },
             repeats,
         )
         product, ours, plain = seconds.values()
-        plain = [s * nq / len(some) for s in plain]
-        found[kind] = {
+        plain = [s * nq / len(sampled) for s in plain]
+        result[kind] = {
             "mAP": {name: by["official"].mAP for name, by in results.items()},
             "seconds": seconds,
             "median": {name: statistics.median(values) for name, values in seconds.items()},
@@ -123,28 +121,22 @@ def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> d
             "plain reference of one setting / ranking of all": median_ratio(plain, ours),
             "plain reference of all settings / ranking of all": len(SETTINGS) * median_ratio(plain, ours),
         }
-    return found | {"settings": list(SETTINGS), "sampled queries": min(sample, nq), "repeats": repeats}
+    return result | {"settings": list(SETTINGS), "sampled queries": min(sample, nq), "repeats": repeats}
 
 
 def measure_memory(nq: int, ng: int, dim: int) -> dict:
-    """Peak of this process in bytes, less the features, and seconds of the ranking."""
+    """Peak memory of this process in bytes, less the features, and seconds of the ranking."""
     query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
-    before = _peak()
-    start = time.perf_counter()
+    features = query.features.nbytes + gallery.features.nbytes
+    before, start = _peak(), time.perf_counter()
     rank_sides(query, gallery, progress=True)
     seconds = time.perf_counter() - start
-    features = query.features.nbytes + gallery.features.nbytes
-    return {
-        "features": features,
-        "beyond_features_before": before - features,
-        "beyond_features": _peak() - features,
-    } | {"seconds": seconds}
+    memory = {"beyond_features_before": before - features, "beyond_features": _peak() - features}
+    return {"features": features} | memory | {"seconds": seconds}
 
 
 def measure_rerank(nq: int, ng: int, dim: int) -> dict:
-    """Peak of this process in bytes, all included, and seconds of one re-ranking; junk counts as images here."""
-    from reid_eval.reranking import rerank
-
+    """Peak memory of this process in bytes, and seconds of one re-ranking; junk counts as images here."""
     query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
     gallery = Features(gallery.features, np.maximum(gallery.pids, 0), gallery.camids)
     start = time.perf_counter()
@@ -160,13 +152,12 @@ def measure_rerank(nq: int, ng: int, dim: int) -> dict:
 
 def _peak() -> int:
     """Greatest resident memory of this process so far, in bytes."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def in_a_process_of_its_own(part: str, nq: int, ng: int, dim: int) -> dict:
+def in_new_process(part: str, nq: int, ng: int, dim: int) -> dict:
+    """The result of a `measure_` function in a process of its own, whose peak memory is then the function's."""
     code = f"import json; from benchmarks.ranking import *; print(json.dumps(measure_{part}({nq}, {ng}, {dim})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -175,42 +166,34 @@ def in_a_process_of_its_own(part: str, nq: int, ng: int, dim: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.ranking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("ranking", __doc__, device=False)
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated (default: all)")
-    parser.add_argument("--queries", type=int, default=3368, help="number of queries (default: 3368)")
-    parser.add_argument("--gallery", type=int, help="gallery images (default: 19732; memory: 500000)")
-    parser.add_argument("--dim", type=int, default=1024, help="numbers per image, both heads (default: 1024)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of the speed part (default: 5)")
-    parser.add_argument("--sample", type=int, default=100, help="queries of the plain reference (default: 100)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the JSON files (default: the project's)"
-    )
+    parser.add_argument("--queries", type=between(1), default=3368, help="number of queries (default: 3368)")
+    parser.add_argument("--gallery", type=between(20), help="gallery images (default: 19732; memory: 500000)")
+    parser.add_argument("--dim", type=between(2), default=1024, help="numbers per image, both heads (default: 1024)")
+    parser.add_argument("--repeats", type=between(1), default=5, help="rounds of the speed part (default: 5)")
+    parser.add_argument("--sample", type=between(1), default=100, help="queries of the plain reference (default: 100)")
     args = parser.parse_args()
-    for name, least in (("queries", 1), ("gallery", 20), ("dim", 2), ("repeats", 1), ("sample", 1)):
-        value = getattr(args, name)
-        if value is not None and (value < least or name == "dim" and value % HEADS):
-            raise UserError(f"--{name} {value}: must be {'even and ' if name == 'dim' else ''}at least {least}")
-
+    if args.dim % HEADS:
+        raise UserError(f"--dim {args.dim}: must be even")
     for part in args.only or PARTS:
         sizes = args.queries, args.gallery or (500_000 if part == "memory" else 19_732), args.dim
         result = {"machine": describe_machine(), "sizes": dict(zip(("queries", "gallery", "dim"), sizes, strict=True))}
         print(f"{part}: {' x '.join(f'{n:,}' for n in sizes)} on {result['machine']}", flush=True)
         if part == "speed":
-            found = measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
+            result |= measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
             for kind in KINDS:
-                print(f"  {kind} features, mAP " + ", ".join(f"{value:.3f}" for value in found[kind]["mAP"].values()))
-                for name, value in found[kind]["median"].items():
+                print(f"  {kind} features, mAP " + ", ".join(f"{value:.3f}" for value in result[kind]["mAP"].values()))
+                for name, value in result[kind]["median"].items():
                     print(f"    {name:50}{value:8.2f} s")
-                for name in [name for name in found[kind] if "/" in name]:
-                    print(f"    {name:50}{found[kind][name]:8.2f}")
+                for name in [name for name in result[kind] if "/" in name]:
+                    print(f"    {name:50}{result[kind][name]:8.2f}")
         else:
-            found = in_a_process_of_its_own(part, *sizes)
-            gigabytes = {name: found[name] / 1e9 for name in ("features", "beyond_features", "peak") if name in found}
-            print("  " + ", ".join(f"{name} {value:.2f} GB" for name, value in gigabytes.items()), end="")
-            print(f", {found['seconds']:.1f} s")
-        print(f"  written to {write_result(args.results, f'ranking-{part}', result | found)}")
+            result |= in_new_process(part, *sizes)
+            memory = [name for name in ("features", "beyond_features", "peak") if name in result]
+            print("  " + "".join(f"{name} {result[name] / 1e9:.2f} GB, " for name in memory), end="")
+            print(f"{result['seconds']:.1f} s")
+        print(f"  written to {write_result(args.results, f'ranking-{part}', result)}")
 
 
 if __name__ == "__main__":

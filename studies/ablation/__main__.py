@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.machine import describe_machine
 from files import make_folder, read_json, write_json, write_text
+from precision import pick_precision
+from studies.ablation import table
 from studies.ablation.cells import CELLS, PRESETS, cell_config, is_both, needs
+from studies.ablation.runs import Run, Study, prepare_data, score, train, trained
 from utils import ROOT, UserError, between, pick_device, run_cli, set_threads
-
-if TYPE_CHECKING:
-    from studies.ablation.runs import Run, Study
 
 POLL = 2.0  # seconds between looks at what other processes are doing
 
@@ -144,8 +145,6 @@ def settle(study: Study, run: Run, where: str, failed: set[Run], *, again: bool)
 
 def make(study: Study, run: Run, where: str) -> None:
     """Train a run unless it is trained, and score it."""
-    from studies.ablation.runs import score, train, trained
-
     if not trained(study, run) and (status := train(study, run)):
         print(f"{run[0]}-{run[1]} is not finished; the same command continues", file=sys.stderr)
         sys.exit(status)
@@ -182,9 +181,6 @@ def refuse_second_scoring(study: Study, runs: list[Run]) -> None:
 
 def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> None:
     """Write what is finished of the chosen runs: JSON, table and figure."""
-    from benchmarks.machine import describe_machine
-    from studies.ablation import table
-
     where, files = args.evaluate, [result_file(study, run, args.evaluate) for run in runs]
     results = [read_json(path, "remove it, and the run is scored again") for path in files if path.is_file()]
     if not results:
@@ -217,10 +213,6 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
 
 def main() -> None:
     args = parse_args()
-    # Heavy, and not needed for --help.
-    from precision import pick_precision
-    from studies.ablation.runs import Study, prepare_data
-
     set_threads(args.threads)
     device, preset, name = pick_device(args.device), PRESETS[args.preset], args.preset
     if args.data_seed is not None:
