@@ -223,21 +223,17 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for has in (False, True):
         for module in (train_step, precision):
             monkeypatch.setattr(module, "has_bf16", lambda device, has=has: has)
-        names = ["plain", "fp32", *["bf16"] * has, "recompute"]
-        assert list(train_step.variants(CPU, short=False)) == names
+        assert list(train_step.variants(CPU, short=False)) == ["plain", "fp32", *["bf16"] * has, "recompute"]
         assert train_step.variants(CPU, short=False)["recompute"][1]["precision"] == ("bf16" if has else "fp32")
-    monkeypatch.setattr(sys, "argv", ["train_step", "--config", str(config), "--rounds", "1", "--device", "cpu"])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(tmp_path)])
+    options = ["--config", str(config), "--rounds", "1", "--device", "cpu", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_step", *options])
     train_step.main()
-    found = json.loads((tmp_path / "train_step-cpu-batch2.json").read_text())
-    variants = found["variants"]
+    variants = json.loads((tmp_path / "train_step-cpu-batch2.json").read_text())["variants"]
     assert list(variants) == ["plain", "fp32", "bf16", "recompute"]
     assert variants["plain"]["plain / this"] == 1
     # The plain step makes gradients that nobody uses, and convolves enlargements.
     assert variants["fp32"]["flops"] == variants["bf16"]["flops"] < variants["plain"]["flops"]
     assert variants["recompute"]["flops"] > variants["bf16"]["flops"]
     assert variants["fp32"]["launches"] < variants["plain"]["launches"]
-    for phase in train_step.PHASES:
-        assert variants["fp32"]["phases"][phase] > 0, phase
-    ((_, first), *_) = rows = table(list(tmp_path.glob("*.json")))
-    assert len(rows) == 4 and "1.00 times plain" in first
+    assert all(variants["fp32"]["phases"][phase] > 0 for phase in train_step.PHASES)
+    assert len(table(list(tmp_path.glob("*.json")))) == 4

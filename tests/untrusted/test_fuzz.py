@@ -1,6 +1,6 @@
-"""Random configs, names, images and damaged files: each ends in a correct run or in one clear line.
+"""Random configs, names and images, and damaged files: each ends in a correct run or in one clear line.
 
-`FUZZ=20 python -m pytest tests/test_fuzz.py` tries twenty times as many of each, other ones with every `FUZZ_SEED=N`.
+`FUZZ=20 python -m pytest tests/untrusted/test_fuzz.py` tries twenty times as many; `FUZZ_SEED=N` tries different ones.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import CPU, TINY_DGNET, TINY_TEACHER, merged, noise, random_batches, tiny_config, tiny_trainer
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -62,7 +59,7 @@ def fuzz(examples: int) -> Callable:
 
 # --------------------------------------------------------------------------------------------- configs
 def some(**choices: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """Some of the keys, each with one of its values; a list stands for these values."""
+    """A dictionary with some of the keys; a list holds the values of its key."""
     strategies = {k: st.sampled_from(v) if isinstance(v, list) else v for k, v in choices.items()}
     return st.fixed_dictionaries({}, optional=strategies)
 
@@ -146,7 +143,7 @@ TEACHER = some(
 
 
 def parsed(values: dict[str, Any], least: int = 1) -> Any:
-    """The config, of which there is none where the values do not go together, as its one line says."""
+    """The config; values that do not go together are refused in one line, and then others are drawn."""
     try:
         cfg = parse_config(values, "drawn")
     except UserError as error:
@@ -203,7 +200,7 @@ def test_any_other_name_is_refused(name: str) -> None:
     try:
         pid, camid = parse_name(name)
     except UserError as error:
-        assert name in str(error) and "rename it like" in str(error)
+        assert name in str(error)
     else:
         head, _, rest = name.partition("_c")
         digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
@@ -213,7 +210,7 @@ def test_any_other_name_is_refused(name: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- images
 class Pixels(nn.Module):
-    """An id net of one head whose features are coarse pixels, so that what was read shows in them."""
+    """An id net of one head whose features are coarse pixels, which show what was read."""
 
     def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (nn.functional.adaptive_avg_pool2d(x, (4, 2)).flatten(1) + 10,)
@@ -279,11 +276,11 @@ def test_mat_files_are_read_as_scipy_does(tmp_path_factory: pytest.TempPathFacto
     words = np.array(data.draw(st.lists(st.text("aZ_.é漢", min_size=1, max_size=9), min_size=1, max_size=4)))
     arrays = {"query_f": numbers, "one": np.array(3), "words": words, "x": 1j, "cell": np.array([{}, 2], dtype=object)}
     savemat(path, arrays, do_compression=data.draw(st.booleans()))
-    found, expected = read_mat(path, growth=1000), loadmat(path)
+    ours, expected = read_mat(path, growth=1000), loadmat(path)
     for name in ("query_f", "one", "words"):
-        assert np.array_equal(found[name], expected[name]), name
-        assert found[name].dtype.kind == expected[name].dtype.kind
-    assert not {"x", "cell"} & set(found)
+        assert np.array_equal(ours[name], expected[name]), name
+        assert ours[name].dtype.kind == expected[name].dtype.kind
+    assert not {"x", "cell"} & set(ours)
 
 
 # --------------------------------------------------------------------------------------------- damages
@@ -307,7 +304,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged(file: Path, times: int, read: Callable[[], Any], same: Callable[[Any], bool] | None = None) -> int:
-    """Read a file under many damages; how many were refused. What is not refused must be the `same` as before."""
+    """Read a file under many damages; returns how many were refused. The rest must be the `same` as before."""
     rng, content, refused = random.Random(f"{SEED} {file.name}"), file.read_bytes(), 0
     for _ in range(times * FUZZ):
         changed = damage(content, rng)
@@ -336,25 +333,27 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def naming(file: str, read: Callable[[], Any]) -> Callable[[], Any]:
+    """`read`, for a list whose damage may show in the files that it names wrongly: its errors name `file` too."""
+
+    def named() -> Any:
+        try:
+            return read()
+        except UserError as error:
+            raise UserError(f"{error} {file}") from None
+
+    return named
+
+
 def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_config())
     save_snapshot(tmp_path, trainer, 1)
     before = weights(*trainer.networks().values())
-
-    def read() -> None:
-        try:
-            load_snapshot(tmp_path, trainer)
-        except UserError as error:
-            # A damaged manifest may still be one, of another file.
-            assert "00000001" in str(error)
-            raise UserError(f"{error} {[file.name for file in files]}") from None
-
-    files = sorted((tmp_path / "00000001").iterdir())
-    for file in files:
-        # Between the words of a manifest there may be other blanks.
+    for file in sorted((tmp_path / "00000001").iterdir()):
+        read = naming(file.name, lambda: load_snapshot(tmp_path, trainer))
         refused = damaged(file, 150, read, lambda _: equal(weights(*trainer.networks().values()), before))
+        # Between the words of a manifest there may be other blanks.
         assert refused > 0.95 * 150 * FUZZ or file.suffix == ".json"
-        assert equal(weights(*trainer.networks().values()), before)
 
 
 def test_a_damaged_folder_of_the_release_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
@@ -399,8 +398,8 @@ def test_damaged_features_are_refused_or_read_as_they_were(tmp_path: Path, name:
     file, sides = tmp_path / name, (side(4), side(6))
     save_features(file, *sides)
 
-    def same(found: Any) -> bool:
-        pairs = zip((found.query, found.gallery), sides, strict=True)
+    def same(read: Any) -> bool:
+        pairs = zip((read.query, read.gallery), sides, strict=True)
         return all(np.array_equal(getattr(a, k), getattr(b, k)) for a, b in pairs for k in ("features", "pids", "keys"))
 
     # An uncompressed .mat holds no checksums: its values may differ, nothing else may happen.
@@ -419,7 +418,7 @@ def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path, approx
         return index.search(to_vectors(vectors[:2]), 3)
 
     expected = answer()
-    refused = damaged(tmp_path / "index" / "index.npz", 300, answer, lambda found: found == expected)
+    refused = damaged(tmp_path / "index" / "index.npz", 300, answer, lambda answered: answered == expected)
     assert refused > 250 * FUZZ
 
 
@@ -440,14 +439,7 @@ def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
         q = labels.rows(np.arange(len(images)))
         assert np.abs(q.sum(axis=1) - 1).max() < 1e-3 and q.min() >= 0
 
-    # A file that the manifest names wrongly is named instead of the manifest.
-    def named() -> None:
-        try:
-            read()
-        except UserError as error:
-            raise UserError(f"{error} {MANIFEST}") from None
-
-    assert damaged(tmp_path / MANIFEST, 400, named) > 200 * FUZZ
+    assert damaged(tmp_path / MANIFEST, 400, naming(MANIFEST, read)) > 200 * FUZZ
 
 
 @pytest.mark.parametrize("name", ["latest", "teacher"])
@@ -460,11 +452,9 @@ def test_a_damaged_config(tmp_path: Path, name: str) -> None:
 
 def test_damaged_lists_of_images(tmp_path: Path) -> None:
     splits = ["train", "train", "train", "query", "gallery", "gallery"]
-    for i in range(6):
-        noise(tmp_path / f"{i}.png")
-    lines = [f"{i}.png,{i // 2},{i % 2},{split}\n" for i, split in enumerate(splits)]
-    (tmp_path / "dataset.csv").write_text("path,identity,camera,split\n" + "".join(lines))
     table = tmp_path / "dataset.csv"
+    lines = [f"{noise(tmp_path / f'{i}.png').name},{i // 2},{i % 2},{split}\n" for i, split in enumerate(splits)]
+    table.write_text("path,identity,camera,split\n" + "".join(lines))
     assert damaged(table, 250, lambda: archives.table(tmp_path, table)) > 20 * FUZZ
     for folder in ("train", "test"):
         (tmp_path / folder).mkdir()
@@ -487,34 +477,10 @@ def test_damaged_images(tmp_path: Path) -> None:
 
         def read(path: Path = path) -> None:
             good = check_images([path], skip_bad=True, minimum=0)
-            found = load_image(path)
-            assert found.mode == "RGB" and min(found.size) > 0 and good in ([True], [False])
+            loaded = load_image(path)
+            assert loaded.mode == "RGB" and min(loaded.size) > 0 and good in ([True], [False])
 
         damaged(path, 200, read)
     for name, form in (("h.jpg", "TIFF"), ("i.jpg", "GIF"), ("j.jpg", "WEBP")):  # by their content, whatever the name
         image.save(tmp_path / name, form)
         damaged(tmp_path / name, 60, partial(load_image, tmp_path / name))
-
-
-def test_damages_through_the_commands(tmp_path: Path, tiny_data: Path) -> None:
-    """A smaller sample, each by a process of its own: status 0, or 2 with one line."""
-    cfg = tiny_config(data_root=str(tiny_data))
-    run = RunFolder(tmp_path, "tiny")
-    save_snapshot(run.checkpoints, tiny_trainer(cfg, classes=8), 1)
-    run.config_file.write_text(yaml.safe_dump(cfg.model_dump()))
-    save_features(tmp_path / "f.mat", side(4), side(6))
-    rng = random.Random(SEED)
-    evaluate = ["-m", "reid_eval.report", tmp_path / "f.mat"]
-    test = ["test.py", "--name", "tiny", "--output_path", tmp_path, "--threads", 1, "--device", "cpu"]
-    part = rng.choice([*(run.checkpoints / "00000001" / name for name in ("id.pt", "manifest.json")), run.config_file])
-    for file, command in ((tmp_path / "f.mat", evaluate), (part, test)):
-        content = file.read_bytes()
-        for _ in range(FUZZ):
-            file.write_bytes(damage(content, rng))
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode in (0, 2), done.stderr
-            assert "Traceback" not in done.stderr
-            assert done.returncode == 0 or done.stderr.count("error: ") == 1
-        file.write_bytes(content)

@@ -1,7 +1,7 @@
-"""Files of unknown origin: what is in them is never run, leads nowhere else, and cannot fill the memory.
+"""Files of unknown origin: their content is never run, leads nowhere else, and cannot fill the memory.
 
-Every test is an attack on a command as a user would run it. Also elsewhere: weights of FID and LPIPS in test_score.py,
-the links of a page in test_look.py, a listed image that leads out of a generated data set in test_generate.py.
+Every test attacks a command as a user would run it. Attacks on weights of FID and LPIPS are in test_score.py, on the
+links of a page in test_look.py, on the list of a generated data set in test_generate.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from data.folders import list_images, read_split
-from data.generated import SETTINGS, Row, write_rows
+from data.generated import MANIFEST, SETTINGS, Row, write_rows
 from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
 from runs.folder import RunFolder, start_folder
@@ -53,9 +54,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True)
 class Place(OutputFolder):
-    """A run `tiny`, the same as the release would have left it in `release`, a teacher `tutor`, and a trap.
+    """A run `tiny`, the same run in the release's files as `release`, a teacher `tutor`, and a trap.
 
-    trap  a folder that appears as soon as an attack is run
+    trap  a folder that exists as soon as an attack was run
     """
 
     script: Callable[..., Outcome]
@@ -77,12 +78,13 @@ class Place(OutputFolder):
         assert not self.trap.exists(), "the attack was run"
         return outcome
 
-    def assert_refuses(self, words: str, command: str, *options: object) -> None:
+    def assert_refuses(self, named: object, command: str, *options: object) -> None:
+        """The command ends with one line that names `named`: a file, an option or a key."""
         error = self.run(command, *options).error
-        assert words in error and len(error) < 2000, error[:2000]
+        assert str(named) in error and len(error) < 2000, error[:2000]
 
     def sign(self, file: Path) -> None:
-        """Put a file's new size and checksum into its manifest, as whoever exchanged it would."""
+        """Put a file's new size and checksum into its manifest, as an attacker would."""
         (manifest,) = self.checkpoints.glob("*/manifest.json")
         content = json.loads(manifest.read_text())
         data = file.read_bytes()
@@ -163,7 +165,7 @@ def test_code_in_weights_and_states_is_not_run(place: Place, name: str, form: st
         file.write_bytes(pickle.dumps(Malicious(place.trap), protocol=2))
     if "tiny" in name:
         place.sign(file)
-    place.assert_refuses(f"{file}: damaged or not a checkpoint", *command(place, file, READERS[name]))
+    place.assert_refuses(file, *command(place, file, READERS[name]))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".mat"])
@@ -175,7 +177,7 @@ def test_code_in_a_feature_file_is_not_run(place: Place, suffix: str) -> None:
     else:
         file.write_bytes(pickle.dumps(evil))
     error = place.script("reid_eval/report", file).error
-    assert f"{file}: not a readable {suffix}" in error and not place.trap.exists()
+    assert str(file) in error and not place.trap.exists()
 
 
 def search(place: Place, gallery: Path, query: Path | None = None) -> tuple[object, ...]:
@@ -192,36 +194,34 @@ def gallery(place: Place) -> Path:
     return folder
 
 
-def test_code_in_a_search_index_is_not_run(place: Place, gallery: Path) -> None:
+def index_of(place: Place, gallery: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """An index file that the search has made, its description and its vectors."""
     assert place.run(*search(place, gallery)).code == 0
     file = place.folder / "index" / "index.npz"
     with np.load(file) as index:
-        about, vectors = index["about"], index["faiss"]
+        return file, index["about"], index["faiss"]
+
+
+def test_code_in_a_search_index_is_not_run(place: Place, gallery: Path) -> None:
+    file, about, vectors = index_of(place, gallery)
     np.savez(file, about=np.array([Malicious(place.trap)], dtype=object), faiss=vectors)
-    place.assert_refuses(f"{file}: not a readable index", *search(place, gallery))
-    # An index of faiss may also name a file of its own to be read; no other kind than those written here is.
-    other = vectors.copy()
-    other[:4] = np.frombuffer(b"IwFl", np.uint8)
-    np.savez(file, about=about, faiss=other)
-    place.assert_refuses(f"{file}: not a readable index (its vectors", *search(place, gallery))
+    place.assert_refuses(file, *search(place, gallery))
+    # faiss knows indices that name another file to be read; only the kinds that are written here are opened.
+    vectors[:4] = np.frombuffer(b"IwFl", np.uint8)
+    np.savez(file, about=about, faiss=vectors)
+    place.assert_refuses(file, *search(place, gallery))
 
 
 # ------------------------------------------------------------------------------------------------ YAML
-TAGS = ["apply:os.mkdir [TRAP]", "new:os.mkdir [TRAP]", "apply:os.system ['mkdir TRAP']"]
-
-
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", ["apply:os.mkdir [TRAP]", "new:os.mkdir [TRAP]"])
 def test_tags_in_yaml_are_not_run(place: Place, tag: str) -> None:
     evil = "!!python/object/" + tag.replace("TRAP", str(place.trap))
-    config = place.folder / "evil.yaml"
-    config.write_text(f"data_root: {evil}\n")
-    place.assert_refuses(f"{config}: not valid YAML", "train", "--config", config)
-    own = place.folder / "outputs" / "tiny" / "config.yaml"
-    own.write_text(own.read_text() + f"{evil}: 1\n")
-    place.assert_refuses(f"{own}: not valid YAML", "test", "--name", "tiny")
-    opts = place.tutor / "opts.yaml"
-    opts.write_text(opts.read_text() + f"more: {evil}\n")
-    place.assert_refuses(f"{opts}: not valid YAML", "test", "--teacher", "tutor")
+    config, opts = place.folder / "outputs" / "tiny" / "config.yaml", place.tutor / "opts.yaml"
+    for file in (config, opts):
+        file.write_text(file.read_text() + f"more: {evil}\n")
+    place.assert_refuses(config, "train", "--config", config)
+    place.assert_refuses(config, "test", "--name", "tiny")
+    place.assert_refuses(opts, "test", "--teacher", "tutor")
     place.assert_refuses("--set batch_size=", "train", "--set", f"batch_size={evil}")
 
 
@@ -233,10 +233,10 @@ MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}, *{a}]}}\n" fo
 @pytest.mark.parametrize("bomb", [LISTS, MERGES], ids=["lists", "merges"])
 def test_a_few_lines_of_yaml_do_not_fill_the_memory(place: Place, bomb: str) -> None:
     config, opts = place.folder / "bomb.yaml", place.tutor / "opts.yaml"
-    config.write_text(bomb + "batch_size: *q\n")
-    place.assert_refuses(f"{config}: line 2: an alias of a list or a section is refused", "train", "--config", config)
-    opts.write_text(bomb + "backbone: *q\n")
-    place.assert_refuses(f"{opts}: line 2: an alias of", "test", "--teacher", "tutor")
+    for file in (config, opts):
+        file.write_text(bomb + "backbone: *q\n")
+    place.assert_refuses(f"{config}: line 2", "train", "--config", config)
+    place.assert_refuses(f"{opts}: line 2", "test", "--teacher", "tutor")
 
 
 @pytest.mark.parametrize(
@@ -245,20 +245,25 @@ def test_a_few_lines_of_yaml_do_not_fill_the_memory(place: Place, bomb: str) -> 
 def test_yaml_that_its_library_stumbles_over(place: Place, value: str) -> None:
     good, odd = place.folder / "outputs" / "tiny" / "config.yaml", place.folder / "odd.yaml"
     odd.write_text(f"data_root: x\nmax_iter: {value}\n")
-    place.assert_refuses(f"{odd}: ", "train", "--config", odd)
+    place.assert_refuses(odd, "train", "--config", odd)
     place.assert_refuses("max_iter", "train", "--config", good, "--set", f"max_iter={value}")
 
 
 # ----------------------------------------------------------------------------------------------- paths
+def teacher_config(place: Place, extra: Path) -> Path:
+    """The config of a teacher that also learns from the generated images in `extra`."""
+    config = place.folder / "teacher.yaml"
+    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(extra))))
+    return config
+
+
 @pytest.mark.parametrize("file", ["../outside.jpg", "/OUTSIDE", "train_all/../../outside.jpg"])
 def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place, file: str) -> None:
     outside, made = noise(place.folder / "outside.jpg"), place.folder / "made"
     made.mkdir()
     (made / SETTINGS).write_text("{}")
     write_rows(made, [Row(file.replace("/OUTSIDE", str(outside)), "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
-    config = place.folder / "teacher.yaml"
-    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(made))))
-    place.assert_refuses("leads out of the manifest's folder", "train", "--config", config)
+    place.assert_refuses(made, "train", "--config", teacher_config(place, made))
 
 
 def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
@@ -268,23 +273,21 @@ def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
     files = content["files"]
     content["files"] = {f"../../../trap/{name}": entry for name, entry in files.items()}
     manifest.write_text(json.dumps(content))
-    place.assert_refuses("id.pt: damaged", "test", "--name", "tiny")
+    place.assert_refuses("id.pt", "test", "--name", "tiny")
     for odd in ([], {"id.pt": 3}, {"id.pt": {"bytes": "many", "sha256": []}}):
         manifest.write_text(json.dumps(content | {"files": odd}))
-        place.assert_refuses("damaged", "test", "--name", "tiny")
+        place.assert_refuses("00000001", "test", "--name", "tiny")
     manifest.write_text("[" * 100_000)
-    place.assert_refuses(f"{manifest}: ", "test", "--name", "tiny")
+    place.assert_refuses(manifest, "test", "--name", "tiny")
 
 
 @pytest.mark.parametrize("name", ["../outside.jpg", "/etc/hostname"])
 def test_a_search_index_stays_in_its_gallery(place: Place, gallery: Path, name: str) -> None:
-    assert place.run(*search(place, gallery)).code == 0
-    file = place.folder / "index" / "index.npz"
-    with np.load(file) as index:
-        about, vectors = json.loads(index["about"].tobytes()), index["faiss"]
+    file, description, vectors = index_of(place, gallery)
+    about = json.loads(description.tobytes())
     about["files"][0][0] = name
     np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), faiss=vectors)
-    place.assert_refuses(f"{file}: not a readable index ({name!r} leads out", *search(place, gallery))
+    place.assert_refuses(f"{name!r}", *search(place, gallery))
 
 
 @pytest.mark.parametrize("path", ["../outside.jpg", "/OUTSIDE", "a/../../outside.jpg"])
@@ -295,44 +298,37 @@ def test_lists_of_a_data_set_stay_in_its_folder(place: Place, path: str) -> None
     (root / "a").mkdir(parents=True)
     (root / "dataset.csv").write_text(f"path,identity,split\n{path},1,train\n")
     error = place.script("prepare", "--dataset", "csv", "--data_root", root).error
-    assert "dataset.csv: row 2" in error and "leads out of" in error
+    assert "dataset.csv: row 2" in error
     for folder in ("train", "test"):
         (root / folder / "a").mkdir(parents=True)
     for name in ("train", "val", "query", "gallery"):
         (root / f"list_{name}.txt").write_text(f"{path} 0\n")
     error = place.script("prepare", "--dataset", "msmt17", "--data_root", root).error
-    assert "list_train.txt: line 1" in error and "leads out of" in error
+    assert "list_train.txt: line 1" in error
     assert not (root / "pytorch").exists()
 
 
-@pytest.mark.parametrize("name", ["../tiny", "/tmp", "..", "a/b"])
+@pytest.mark.parametrize("name", ["../tiny", "/tmp", ".."])
 def test_a_name_of_a_run_is_no_path(place: Place, name: str) -> None:
     for options in (("test", "--name", name), ("test", "--teacher", name), (*RESUME[:1], "--name", name, "--resume")):
-        place.assert_refuses("must be a plain folder name", *options)
+        place.assert_refuses(name, *options)
 
 
-def test_links_in_a_circle(place: Place, gallery: Path) -> None:
-    """They are left out, as are links that lead nowhere; without anything else there are no images."""
+def test_links_in_a_circle_are_left_out(place: Place, gallery: Path) -> None:
     (gallery / "round.jpg").symlink_to(gallery / "round.jpg")
     (gallery / "here").symlink_to(gallery, target_is_directory=True)
-    outcome = place.run(*search(place, gallery))
-    assert outcome.code == 0 and "4 images (4 added)" in outcome.out, outcome.err
-    data = place.folder / "people"
+    assert [path.name for path in list_images(gallery)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    data = place.folder / "people" / "train_all"
     for person in ("0001", "0002"):
-        noise(data / "train_all" / person / f"{person}_c1_a.png")
-        (data / "train_all" / person / "loop.png").symlink_to("loop.png")
-        (data / "train_all" / person / "up").symlink_to("..")
-    (data / "train_all" / "0003").symlink_to("0003")
-    (data / "train_all" / "0004").symlink_to("..")
-    assert [path.name for path in read_split(data, "train_all").paths] == ["0001_c1_a.png", "0002_c1_a.png"]
-    alone = place.folder / "alone"
-    alone.mkdir()
-    (alone / "round.jpg").symlink_to("round.jpg")
-    shutil.rmtree(place.folder / "index")
-    place.assert_refuses(f"--gallery {alone}: no images in it or below", *search(place, alone))
+        noise(data / person / f"{person}_c1_a.png")
+        (data / person / "loop.png").symlink_to("loop.png")
+        (data / person / "up").symlink_to("..")
+    (data / "0003").symlink_to("0003")
+    (data / "0004").symlink_to("..")
+    assert [path.name for path in read_split(data.parent, "train_all").paths] == ["0001_c1_a.png", "0002_c1_a.png"]
     circle = place.folder / "circle"
     circle.symlink_to(circle)
-    place.assert_refuses(f"--gallery {circle}: no such folder", *search(place, circle))
+    place.assert_refuses(f"--gallery {circle}", *search(place, circle))
 
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -358,7 +354,7 @@ def test_names_of_files_and_runs_are_text_in_pages(place: Place, gallery: Path) 
 
 # ---------------------------------------------------------------------------------------------- bombs
 def declare(path: Path, width: int, height: int) -> Path:
-    """A PNG of some bytes that claims to be of any size."""
+    """A PNG of a few bytes that claims to be of any size."""
     with Image.new("RGB", (4, 8)) as image:
         image.save(path)
     data = bytearray(path.read_bytes())
@@ -368,20 +364,20 @@ def declare(path: Path, width: int, height: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 9_000), (2**31 - 1, 2**31 - 1)], ids=str)
+@pytest.mark.parametrize("size", [(12_000, 9_000), (2**31 - 1, 2**31 - 1)], ids=str)
 def test_images_of_absurd_sizes(place: Place, gallery: Path, size: tuple[int, int]) -> None:
     query = declare(place.folder / "query.png", *size)
-    place.assert_refuses(f"{query} (", *search(place, gallery, query))
+    place.assert_refuses(query, *search(place, gallery, query))
     declare(gallery / "huge.png", *size)
-    place.assert_refuses("huge.png (", *search(place, gallery))
+    place.assert_refuses("huge.png", *search(place, gallery))
     data = place.folder / "data"
     shutil.copytree(place.data, data)
     declare(data / "bounding_box_train" / "0001_c1_huge.png", *size)
     config = place.folder / "config.yaml"
     config.write_text(yaml.safe_dump(TINY_DGNET | dict(data_root=str(data))))
-    place.assert_refuses("0001_c1_huge.png (", "train", "--config", config)
+    place.assert_refuses("0001_c1_huge.png", "train", "--config", config)
     huge = declare(data / "query" / "0001_c1_huge.png", *size)
-    place.assert_refuses(f"{huge}: cannot be decoded", "test", "--name", "tiny", "--test_dir", data)
+    place.assert_refuses(huge, "test", "--name", "tiny", "--test_dir", data)
 
 
 def test_text_in_an_image_that_unpacks_to_gigabytes(place: Place, gallery: Path) -> None:
@@ -389,8 +385,7 @@ def test_text_in_an_image_that_unpacks_to_gigabytes(place: Place, gallery: Path)
     text.add_text("comment", "x" * 80_000_000, zip=True)
     query = place.folder / "query.png"
     Image.new("RGB", (4, 8)).save(query, pnginfo=text)
-    assert query.stat().st_size < 100_000
-    place.assert_refuses(f"{query} (", *search(place, gallery, query))
+    place.assert_refuses(query, *search(place, gallery, query))
 
 
 def packed(file: Path) -> None:
@@ -407,14 +402,14 @@ def packed(file: Path) -> None:
 
 
 def viewed(file: Path) -> None:
-    """The same weights, but a classifier for a billion people, all of whom share one row."""
+    """The same weights, but with a classifier for a billion people who all share one row."""
     state = torch.load(file, weights_only=True)
     name = "classifier.classifier.0.weight"
     torch.save(state | {name: state[name][:1].expand(2**30, -1)}, file)
 
 
 def declared(file: Path) -> None:
-    """PyTorch's old format, in which the number of elements stands beside them, with another number."""
+    """PyTorch's old format, which writes the number of elements beside them, with a wrong number."""
     state = torch.load(file, weights_only=True)
     torch.save(state, file, _use_new_zipfile_serialization=False)
     data = file.read_bytes()
@@ -424,42 +419,38 @@ def declared(file: Path) -> None:
     file.write_bytes(data.replace(old, struct.pack("<q", 2**40)))
 
 
-@pytest.mark.parametrize("attack", [packed, viewed, declared])
-def test_weights_that_claim_to_be_huge(place: Place, attack: Callable[[Path], None]) -> None:
+def odd(value: torch.Tensor) -> Callable[[Path], None]:
+    """An attack that puts `value` in the place of a layer's weights."""
+
+    def attack(file: Path) -> None:
+        torch.save(torch.load(file, weights_only=True) | {"model.bn1.weight": value}, file)
+
+    return attack
+
+
+ODD = [torch.ones(3, device="meta"), torch.ones(3, 4, dtype=torch.cfloat), torch.eye(4).to_sparse()]
+
+
+@pytest.mark.parametrize("attack", [packed, viewed, declared, *map(odd, ODD)])
+def test_weights_that_claim_to_be_huge_or_are_no_plain_numbers(place: Place, attack: Callable[[Path], None]) -> None:
     file = place.tutor / "net_last.pth"
     attack(file)
-    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+    place.assert_refuses(file, "test", "--teacher", "tutor")
 
 
-@pytest.mark.parametrize(
-    "value", [torch.ones(3, device="meta"), torch.ones(3, 4, dtype=torch.cfloat), torch.eye(4).to_sparse()], ids=str
-)
-def test_tensors_that_are_no_plain_numbers(place: Place, value: torch.Tensor) -> None:
-    file = place.tutor / "net_last.pth"
-    torch.save(torch.load(file, weights_only=True) | {"model.bn1.weight": value}, file)
-    place.assert_refuses(f"{file}: damaged or not a checkpoint", "test", "--teacher", "tutor")
+MOMENTS = {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
 
 
-@pytest.mark.parametrize("state", [[], 3, {"gen": 3}, {"rng": "x"}, {"scalers": {"gen": 1}}, {1: 2}], ids=str)
-def test_states_that_are_none(place: Place, state: Any) -> None:
+@pytest.mark.parametrize("change", [[], {"gen": 3}, {"rng": "x"}, {"gen": {"state": MOMENTS}}], ids=range(4))
+def test_states_that_are_none(place: Place, change: Any) -> None:
     file = place.checkpoints / "00000001" / "state.pt"
-    whole = torch.load(file, weights_only=True)
-    torch.save(whole | state if isinstance(state, dict) else state, file)
+    state = torch.load(file, weights_only=True)
+    if isinstance(change, dict):
+        ((name, value),) = change.items()
+        change = state | {name: state[name] | value if isinstance(value, dict) else value}
+    torch.save(change, file)
     place.sign(file)
-    outcome = place.run(*RESUME, "--set", "max_iter=1")
-    if state in ({1: 2}, {"scalers": {"gen": 1}}):  # on a CPU nobody asks for either
-        assert outcome.code == 0, outcome.err
-    else:
-        assert f"{file}: " in outcome.error and outcome.error.endswith("replace the file")
-
-
-def test_optimisers_of_other_shapes(place: Place) -> None:
-    file = place.checkpoints / "00000001" / "state.pt"
-    whole = torch.load(file, weights_only=True)
-    moments = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
-    torch.save(whole | {"gen": whole["gen"] | {"state": {0: moments}}}, file)
-    place.sign(file)
-    place.assert_refuses(f"{file}: optimiser 'gen' does not fit the network (exp_avg", *RESUME)
+    place.assert_refuses(file, *RESUME)
 
 
 @pytest.mark.parametrize("kind", ["packed.npz", "packed.mat", "declared.npz"])
@@ -475,21 +466,17 @@ def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
         with zipfile.ZipFile(file, "w") as out:
             for name in zeros:
                 out.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64))
-    error = place.script("reid_eval/report", file).error
-    assert f"{file}: not a readable {file.suffix}" in error
-    assert "claim to hold" in error or kind == "declared.npz"
+    assert str(file) in place.script("reid_eval/report", file).error
 
 
 # ------------------------------------------------------------------------------------- other bad files
 def test_an_index_of_other_vectors(place: Place, gallery: Path) -> None:
-    assert place.run(*search(place, gallery)).code == 0
-    file = place.folder / "index" / "index.npz"
-    with np.load(file) as index:
-        about, vectors = index["about"], faiss.deserialize_index(index["faiss"])
-    other = faiss.IndexFlatIP(vectors.d + 1)
-    other.add(np.ones((vectors.ntotal, vectors.d + 1), np.float32))
-    np.savez(file, about=about, faiss=faiss.serialize_index(other))
-    place.assert_refuses(f"{file}: damaged, it holds {vectors.d + 1} numbers", *search(place, gallery))
+    file, about, content = index_of(place, gallery)
+    vectors = faiss.deserialize_index(content)
+    longer = faiss.IndexFlatIP(vectors.d + 1)
+    longer.add(np.ones((vectors.ntotal, vectors.d + 1), np.float32))
+    np.savez(file, about=about, faiss=faiss.serialize_index(longer))
+    place.assert_refuses(file, *search(place, gallery))
 
 
 def test_json_nested_too_deep(place: Place) -> None:
@@ -497,50 +484,36 @@ def test_json_nested_too_deep(place: Place) -> None:
     out.mkdir()
     (out / SETTINGS).write_text("[" * 100_000)
     options = ("--name", "tiny", "--count", 1, "--out", out, "--no-soft-labels")
-    place.assert_refuses(f"{out / SETTINGS}: damaged", "generate", *options)
+    place.assert_refuses(out / SETTINGS, "generate", *options)
     factors = place.folder / "factors.json"
     factors.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="factors.json: not the factors"):
+    with pytest.raises(UserError, match="factors.json"):
         load_factors(factors)
 
 
-@pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1", "1.0"], ids=len)
+@pytest.mark.parametrize("camera", ["9" * 5000, "1_0", "-1"], ids=len)
 def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
     write_rows(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
-    config = place.folder / "teacher.yaml"
-    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(place.folder))))
-    outcome = place.run("train", "--config", config)
-    assert "are not whole numbers; generate the data set again" in outcome.error
+    place.assert_refuses(MANIFEST, "train", "--config", teacher_config(place, place.folder))
 
 
 def test_a_backbone_of_any_width(place: Place) -> None:
     opts = place.tutor / "opts.yaml"
     opts.write_text(yaml.safe_dump(yaml.safe_load(opts.read_text()) | {"backbone": "resnet10w999999999"}))
-    place.assert_refuses("backbone resnet10w999999999: not a ResNet", "test", "--teacher", "tutor")
+    place.assert_refuses("backbone resnet10w999999999", "test", "--teacher", "tutor")
 
 
-def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name ends in the beginning of the checksum; what differs is not kept."""
+@pytest.mark.parametrize("right", [True, False])
+def test_downloaded_weights_are_those_of_their_name(tmp_path: Path, monkeypatch, right: bool) -> None:
+    """The name ends in the beginning of the checksum; a file that differs is not kept."""
     trunk = build_trunk("resnet10w8", last_stride=1)
     torch.save(trunk.state_dict(), tmp_path / "weights")
+    prefix = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8] if right else "00000000"
+    source = (tmp_path / "weights").rename(tmp_path / f"net-{prefix}.pth")
+    url = type("Weights", (), {"url": source.as_uri()})
     monkeypatch.setattr("runs.weights.list_models", lambda _: ["resnet10w8"])
+    monkeypatch.setattr("runs.weights.get_model_weights", lambda _: [url])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    right = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
-    for prefix in ("00000000", right):
-        source = (tmp_path / "weights").rename(tmp_path / f"some-{prefix}.pth")
-        url = type("Weights", (), {"url": source.as_uri()})
-        monkeypatch.setattr("runs.weights.get_model_weights", lambda _, url=url: [url])
-        if prefix == right:
-            load_imagenet(trunk, "resnet10w8", None)
-        else:
-            with pytest.raises(UserError, match="cannot be downloaded here"):
-                load_imagenet(trunk, "resnet10w8", None)
-        kept = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()]
-        assert kept == ([source.name] if prefix == right else [])
-        source.rename(tmp_path / "weights")
-
-
-def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
-    noise(tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png: cannot be read .*; set its permissions"):
-        list_images(tmp_path / "a.png")
+    with nullcontext() if right else pytest.raises(UserError):
+        load_imagenet(trunk, "resnet10w8", None)
+    assert [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()] == [source.name] * right
