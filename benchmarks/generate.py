@@ -15,7 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.machine import RESULTS, describe_machine, write_result
+from config import DGNetConfig, TeacherConfig, parse_config
+from data.folders import read_split
+from files import write_tensors
+from mannequins.dataset import make_dataset
+from networks import Generator
+from reIDmodel import build_id_net, build_teacher
+from runs.folder import RunFolder, make_run_folder
+from runs.load import save_teacher
 from utils import ROOT, UserError, add_machine_arguments, pick_device, run_cli
 
 SPEEDS = re.compile(r"images/s: ([\d.]+) by the nets alone, ([\d.]+) by the whole command")
@@ -45,17 +55,6 @@ def parse_args() -> argparse.Namespace:
 
 def make_run(folder: Path, backbone: str, size: tuple[int, int]) -> None:
     """A run `random` of the default config with its teacher, and the embedded data in its smallest size."""
-    import torch
-
-    from config import DGNetConfig, TeacherConfig, parse_config
-    from data.folders import read_split
-    from files import write_tensors
-    from mannequins.dataset import make_dataset
-    from networks import Generator
-    from reIDmodel import build_id_net, build_teacher
-    from runs.folder import RunFolder, make_run_folder
-    from runs.load import save_teacher
-
     data = folder / "data"
     make_dataset(data, preset="tiny")
     classes = read_split(data, "train_all").num_classes

@@ -21,14 +21,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.machine import describe_machine
 from files import make_folder, read_json, write_json, write_text
+from precision import pick_precision
+from studies.ablation import table
 from studies.ablation.cells import CELLS, PRESETS, cell_config, is_both, needs, starts_as_both
+from studies.ablation.runs import Run, Study, prepare_data, score, train, trained
 from utils import ROOT, UserError, pick_device, run_cli, set_threads
-
-if TYPE_CHECKING:
-    from studies.ablation.runs import Run, Study
 
 POLL = 2.0  # seconds between looks at what other processes are doing
 
@@ -207,7 +208,6 @@ def work(study: Study, runs: list[Run], where: str, *, again: bool) -> tuple[int
 
 def make(study: Study, run: Run, where: str) -> int:
     """Train a run as far as it is not, and score it."""
-    from studies.ablation.runs import score, train, trained
 
     if not trained(study, run) and (status := train(study, run)):
         print(f"{run[0]}-{run[1]} is not finished; the same command continues", file=sys.stderr)
@@ -250,8 +250,6 @@ def refuse_second_scoring(study: Study, runs: list[Run]) -> None:
 
 def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> None:
     """Everything that is finished of the chosen runs: JSON, table and picture."""
-    from benchmarks.machine import describe_machine
-    from studies.ablation import table
 
     where, files = args.evaluate, [result_file(study, run, args.evaluate) for run in runs]
     results = [read_result(path) for path in files if path.is_file()]
@@ -281,9 +279,6 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
 def main() -> int:
     args = parse_args()
     check_args(args)
-
-    from precision import pick_precision
-    from studies.ablation.runs import Study, prepare_data
 
     set_threads(args.threads)
     device, preset, name = pick_device(args.device), PRESETS[args.preset], args.preset
