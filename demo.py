@@ -1,8 +1,7 @@
 """The whole of DG-Net on the embedded data, in minutes on a CPU: `make demo`, or `python demo.py`.
 
-Draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps, paints the swap grid and writes
-the report.
-Steps that are done already are not repeated, and an interrupted one continues.
+It draws the data set, trains a teacher and a DG-Net, evaluates both, measures the swaps, paints the swap grid and
+writes the report. Finished steps are not repeated, and an interrupted one continues.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for what a later step would refuse."""
+    """Raise UserError now for what a later step would refuse."""
     from config import load_config
     from runs.folder import open_run
     from utils import pick_device, set_threads
@@ -54,7 +53,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in (args.name, args.teacher):
         open_run(args.output_path, name)
     if args.name == args.teacher:
-        raise UserError(f"--name and --teacher {args.name}: the two runs need names of their own")
+        raise UserError(f"--name and --teacher {args.name}: the two runs need different names")
     load_config(ROOT / "configs" / "demo.yaml", [f"seed={args.seed}"])
     pick_device(args.device)
     if args.threads is not None:
@@ -69,7 +68,7 @@ def call(title: str, *command: str) -> None:
             try:
                 process.wait()
             except KeyboardInterrupt:
-                pass  # the script has got it too; a training saves its steps first
+                pass  # the script received it too; a training saves its steps first
     if process.returncode:
         sys.exit(process.returncode)
 
@@ -77,7 +76,7 @@ def call(title: str, *command: str) -> None:
 def train(
     title: str, config: str, run: Path, name: str, finished: bool, common: list[str], settings: dict[str, Any]
 ) -> None:
-    """Train, continue an interrupted training, or say that it is done; raises UserError if it had other settings."""
+    """Train, continue an interrupted training, or say that it is done. Raises UserError if its settings differ."""
     if finished:
         check_settings(run, settings)
         print(f"\n== {title}: done already, in {run}", flush=True)
@@ -87,14 +86,14 @@ def train(
 
 
 def check_settings(run: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError where a finished run was made with others than these settings."""
+    """Raise UserError if a finished run was made with different settings."""
     from config import read_yaml
 
     made = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     for key, value in settings.items():
         if made.get(key, value) != value:
             raise UserError(
-                f"{run}: is there already, with {key} {made[key]}, not {value}; give other --name and --teacher"
+                f"{run}: finished with {key} {made[key]} instead of {value}; choose another --name and --teacher"
             )
 
 
@@ -127,7 +126,7 @@ def main() -> None:
     settings: dict[str, Any] = {"seed": args.seed, "data_root": args.data}
     max_iter = demo_length()
 
-    call("embedded data", "-m", "mannequins.dataset", "--out", str(data))
+    call("embedded data", "-m", "mannequins.dataset", "--out", str(data), "--workers", str(threads))
     trained = (teacher / "net_last.pth").is_file()
     train(
         "teacher",
@@ -138,7 +137,7 @@ def main() -> None:
         common,
         settings,
     )
-    trained = (run / "checkpoints" / f"snapshot_{max_iter:08d}.json").is_file()
+    trained = (run / "checkpoints" / f"{max_iter:08d}").is_dir()
     settings["teacher"] = args.teacher
     train("DG-Net", "configs/demo.yaml", run, args.name, trained, common, settings)
     call("re-identification of the teacher", "test.py", "--teacher", args.teacher, *common)
@@ -179,7 +178,7 @@ def main() -> None:
 
 
 def quickest_threads(most: int) -> int:
-    """CPU threads with which convolutions like the demo's are quickest now: one, where other programs use the cores."""
+    """CPU threads with which convolutions like the demo's are quickest now: one if other programs use the cores."""
     import torch
 
     net, x = torch.nn.Conv2d(32, 32, 3, padding=1), torch.randn(48, 32, 32, 16)
@@ -197,7 +196,7 @@ def quickest_threads(most: int) -> int:
 
 
 def threads_before(run: Path) -> int | None:
-    """The CPU threads with which an interrupted run was trained so far; with others its numbers would differ."""
+    """The CPU threads that an interrupted run has used so far; with a different number its results would differ."""
     from files import Damaged
     from runs.snapshot import own_snapshots, read_manifest
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-from functools import partial
 from pathlib import Path
 
 from utils import (
@@ -13,7 +11,6 @@ from utils import (
     add_net_arguments,
     between,
     check_net_arguments,
-    pick_device,
     run_cli,
 )
 
@@ -59,64 +56,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
 
-    import faiss
+    from reid_eval.search import search
 
-    from data.folders import find_images
-    from data.images import check_images
-    from reid_eval.features import extract_features
-    from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
-    from reid_eval.ranking import main_setting
-    from runs.load import open_net
-    from visual_tools.page import Hit, Result, write_page
-
-    queries = [path for query in args.query for path in find_images(query, "--query")]
-    check_images(queries, skip_bad=False, remedy="leave them out")
-    device = pick_device(args.device)
-    tested = open_net(args, device)
-    if args.threads:
-        faiss.omp_set_num_threads(args.threads)
-    height, width = tested.size
-    how = dict(height=height, width=width, batch_size=args.batchsize, device=device, progress=False)
-    embed = partial(extract_features, tested.net, **how)
-
-    gallery = Path(args.gallery)
-    folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
-    index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
-    changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
-    kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
-    counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
-    print(f"{tested.title}: {len(index)} images ({counts}), {kind}; index in {folder}")
-
-    features = embed(queries)
-    setting, _ = main_setting(features.shape[1])
-    results = []
-    # One more than asked for, since the query itself may be in the gallery; it is left out.
-    for query, answers in zip(queries, index.search(to_vectors(features), args.top + 1), strict=True):
-        scores = {str(gallery / name): score for name, score in answers if not same_file(query, gallery / name)}
-        hits = list(scores.items())[: args.top]
-        print(f"\n{query}")
-        for rank, (path, score) in enumerate(hits, 1):
-            print(f"{rank:4}  {score:7.4f}  {path}")
-        cells = [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
-        results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
-    page = Path(args.page) if args.page else folder / "results.html"
-    notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
-    print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
-
-
-def default_folder(base: Path, gallery: Path) -> Path:
-    """The folder of a gallery's index: inside the model's folder `base`, never among the user's images."""
-    path = gallery.resolve()
-    digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
-    return base / "search" / f"{path.name or 'root'}-{digest[:8]}"
-
-
-def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file that exists."""
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False
+    search(args)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from files import write_json
-from utils import UserError, add_batch_argument, add_net_arguments, check_net_arguments, run_cli
-
-if TYPE_CHECKING:
-    import torch
-
-    from runs.load import TestNet
+from utils import add_batch_argument, add_net_arguments, check_net_arguments, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,81 +36,10 @@ def main() -> int | None:
     if (status := launch.launch_if_asked(args)) is not None:
         return status
     with launch.process_group(args) as device:
-        return run_test(args, device)
+        from reid_eval.evaluation import run_test
 
-
-def run_test(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluate on every data set that the options name."""
-    from data.folders import check_test_set, data_set_name
-    from parallel.collectives import is_main
-    from reid_eval.features import check_feature_file
-    from reid_eval.report import format_comparison
-    from runs.folder import resolve_data_root
-    from runs.load import open_net
-    from visual_tools.rank_figure import check_count
-
-    if args.rank_figure is not None:
-        check_count(args.rank_figure)
-    if args.save_features:
-        check_feature_file(args.save_features)
-    tested = open_net(args, device)
-    roots = {data_set_name(root): root for root in map(resolve_data_root, args.test_dir or [tested.data_root])}
-    if args.test_dir and len(roots) < len(args.test_dir):
-        raise UserError(f"--test_dir {' '.join(args.test_dir)}: two have the same name; give every data set once")
-    if args.save_features and len(roots) > 1:
-        raise UserError("--save-features: holds one data set; give one --test_dir")
-    # Check all of them first, so that a missing folder is reported before the first evaluation.
-    for data_root in roots.values():
-        check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
-    reports = {name: test_on(data_root, tested, args, device) for name, data_root in roots.items()}
-    if len(reports) > 1 and is_main():
-        trained_on = data_set_name(resolve_data_root(tested.data_root))
-        print(f"\n{tested.title}, trained on {trained_on}\n{format_comparison(reports)}")
-
-
-def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Evaluate on one data set, print the table and write the files; returns the content of reid.json.
-
-    `reid.json` is about the data set that the config names; the files of others are called reid-NAME.json. `reid.npz`
-    beside it is a feature file that also holds the results per query (see `per_query`).
-    """
-    from data.folders import data_set_name, other_data_set
-    from parallel.collectives import is_main
-    from reid_eval.features import extract_data_set, save_features
-    from reid_eval.ranking import main_setting
-    from reid_eval.report import SINGLE, evaluate_features, format_table, per_query, summary
-    from runs.folder import resolve_data_root
-    from visual_tools.rank_figure import write_rank_figure
-
-    cameras = not args.no_cameras
-    how = dict(batch_size=args.batchsize, precision=args.precision, device=device)
-    sets = extract_data_set(tested.net, data_root, size=tested.size, multi=args.multi, **how)
-    query, gallery = sets.query, sets.gallery
-    results = evaluate_features(query, gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=cameras)
-    report = summary(results, query, gallery, remove_same_camera=cameras)
-    if not is_main():
-        return report  # process 0 writes
-    home, name = resolve_data_root(tested.data_root), data_set_name(data_root)
-    suffix = other_data_set(data_root, home)
-    trained = f", trained on {data_set_name(home)}" if suffix else ""
-    title = f"{tested.title}{trained}, tested on {name} ({data_root})"
-    print(f"{title}\n{format_table(report)}")
-    header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration}
-    header |= {"trained_on": data_set_name(home), "tested_on": name, "test_dir": str(data_root)}
-    header |= {"precision": args.precision}
-    written = [tested.folder / f"reid{suffix}.json"]
-    write_json(written[0], header | report)
-    written += save_features(tested.folder / f"reid{suffix}.npz", query, gallery, sets.multi, **per_query(results))
-    if args.save_features:
-        written += save_features(args.save_features, query, gallery, sets.multi)
-    if args.rank_figure is not None:
-        setting, _ = main_setting(query.features.shape[1])
-        main = {row.convention: row.ranking for row in results if (row.task, row.setting) == (SINGLE, setting)}
-        asked = dict(count=args.rank_figure, title=title, remove_same_camera=cameras)
-        written += write_rank_figure(tested.folder, suffix, query, gallery, main, **asked)
-    for path in written:
-        print(f"written to {path}")
-    return report
+        run_test(args, device)
+        return 0
 
 
 if __name__ == "__main__":

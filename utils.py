@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 class UserError(Exception):
     """Bad input. The message is one line that names the file or key and the remedy."""
 
-    status = 2  # of the program that it ends
+    status = 2  # exit status of the program
 
 
 class _Lines(logging.Formatter):
@@ -47,15 +47,15 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and its exit status, mostly 2.
+    """Run a script's `main`. A UserError becomes one line on stderr and its exit status, mostly 2.
 
-    So does what the system says of a file or a folder that no check has met, and a lack of memory.
+    So do errors of the operating system about a file or folder, and a lack of memory.
     """
-    # Names of files are bytes: they are printed as they are, in errors escaped.
+    # File names are bytes: they are printed unchanged, and escaped in errors.
     sys.stdout.reconfigure(errors="surrogateescape")
     sys.stderr.reconfigure(errors="backslashreplace")
     set_up_logging()
-    # Such images are refused, in words of our own.
+    # Images this large are refused with a message of this project.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
         sys.exit(main())
@@ -63,37 +63,37 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output went away (`... | head`); there is nobody to tell.
+        # The reader of the output has closed it (`... | head`), so no message can be printed.
         os._exit(141)
     except Exception as error:
-        told = in_words(error)
-        if told is None:
+        message = in_words(error)
+        if message is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(told.status)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(message.status)
 
 
 def in_words(error: Exception) -> UserError | None:
-    """What to tell the user of an error; None for a defect, which needs its traceback."""
+    """The message for an error that the user can fix; None for a defect, which needs its traceback."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return UserError(f"{error.filename or 'writing'}: {error.strerror}; fix this, or give another path")
-    # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
+    # PyTorch raises torch.OutOfMemoryError on a GPU and a plain RuntimeError on a CPU.
     no_room = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_room or isinstance(error, MemoryError):
-        return UserError(f"not enough memory ({one_line(error)}); take smaller batches, images or networks")
+        return UserError(f"not enough memory ({one_line(error)}); use smaller batches, images or networks")
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line of bearable length; its kind where it has none."""
+    """An error's message as one line of at most 120 characters, or the error's type if the message is empty."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 @contextlib.contextmanager
 def evaluating(*nets: torch.nn.Module) -> Iterator[None]:
-    """Passes inside find the nets in eval mode; afterwards every module is in the mode it was in."""
+    """Put the nets into eval mode inside the context, and every module back into its mode afterwards."""
     before = [(module, module.training) for net in nets for module in net.modules()]
     for net in nets:
         net.eval()
@@ -125,7 +125,7 @@ def halve_until_it_fits(attempt: Callable[[int], T], size: int, least: int = 1) 
 
 
 def own_command() -> str:
-    """The command line of this process, its script named from the project's folder."""
+    """The command line of this process, with the script's path relative to the project."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return "python " + shlex.join([str(name), *sys.argv[1:]])
@@ -145,21 +145,21 @@ def between(least: float, most: float | None = None, kind: type = int) -> Callab
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every script of this project has: where runs are kept, and what to compute on."""
+    """Options of every script: the folder of runs, the device and the threads."""
     parser.add_argument("--output_path", help="folder of outputs/, models/ and logs/ (default: the project's)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, name: str = "latest") -> None:
-    """The options of scripts that use a run's generator; `runs.swapper.open_swapper` loads it."""
+    """Options of scripts that use a run's generator, which `runs.swapper.open_swapper` loads."""
     parser.add_argument("--name", default=name, help=f"run under outputs/ (default: {name})")
     parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
     add_machine_arguments(parser)
 
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of scripts that use an id net, a run's or a teacher's; `runs.open_net` loads it."""
+    """Options of scripts that use the id net of a run or a teacher, which `runs.load.open_net` loads."""
     parser.add_argument("--name", help="run under outputs/ (default: latest)")
     parser.add_argument("--teacher", metavar="NAME", help="a teacher under models/ instead of a run")
     parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
@@ -181,11 +181,11 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_net_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for both a run and a teacher, and for a snapshot of a teacher, of which one file is kept."""
+    """Raise UserError if both a run and a teacher are given, or a snapshot of a teacher, which has only one file."""
     if args.name and args.teacher:
         raise UserError("--name and --teacher: give one of the two")
     if args.teacher and args.which_epoch:
-        raise UserError("--which_epoch: is for runs; a teacher is its last epoch's weights")
+        raise UserError("--which_epoch: is for runs; a teacher has only the weights of its last epoch")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -209,7 +209,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use `threads` CPU threads for tensor work (PyTorch's own choice when None)."""
+    """Use `threads` CPU threads for tensors; None leaves PyTorch's choice. Also sets up the allocator."""
     import torch
 
     if threads is not None:
@@ -222,11 +222,14 @@ def set_threads(threads: int | None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks instead of giving them back, since every CPU step would fault them in anew."""
+    """Let glibc keep freed memory, which every CPU step would otherwise have to request again."""
     import ctypes
 
     trim_threshold, mmap_threshold = -1, -3  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # Windows
+        return
     if mallopt is not None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 2**31 - 1)
@@ -243,7 +246,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_deterministic(on: bool) -> None:
-    """Let PyTorch take algorithms that repeat bit for bit on a GPU, and refuse operations that have none."""
+    """Make PyTorch use algorithms that repeat bit for bit on a GPU, and refuse operations without one."""
     import torch
 
     torch.use_deterministic_algorithms(on)

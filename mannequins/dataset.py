@@ -48,6 +48,20 @@ GARMENTS: dict[str, RGB] = {
     "white": (238, 236, 228),
     "black": (50, 50, 58),
 }
+# Their means over the channels lie within 20 levels: in the gray that the structure encoder sees, all look alike.
+VIVID: dict[str, RGB] = {
+    "red": (232, 58, 58),
+    "orange": (240, 112, 20),
+    "gold": (214, 160, 10),
+    "lime": (130, 190, 40),
+    "green": (56, 184, 100),
+    "teal": (20, 164, 164),
+    "sky": (50, 140, 200),
+    "blue": (56, 96, 220),
+    "violet": (126, 66, 192),
+    "magenta": (200, 44, 140),
+}
+PALER = 0.3  # share of white in the pattern of a vivid garment
 SHOES: tuple[RGB, ...] = ((235, 235, 232), (40, 40, 44), (122, 74, 44), (190, 48, 46), (52, 84, 160))
 SKINS: tuple[RGB, ...] = ((246, 212, 186), (228, 182, 148), (192, 136, 98), (138, 92, 66))
 # Hair and bags belong to the structure, which a swap sees in grey: their tones are calm.
@@ -76,6 +90,7 @@ class Settings(BaseModel):
     junk: Annotated[int, Field(ge=0, le=5000, description="ignored gallery pictures, badly cut, identity -1")] = 40
     group_size: Annotated[int, Field(ge=1, le=12, description="training identities that share colours")] = 6
     test_group_size: Annotated[int, Field(ge=1, le=12, description="test identities that share colours")] = 6
+    vivid: Annotated[int, Field(ge=0, le=1, description="1: vivid garments of equal brightness, faint patterns")] = 0
     tint: Annotated[float, Field(ge=0, le=1, description="colour cast of the cameras, log gain of a channel")] = 0.05
     light: Annotated[float, Field(ge=0, le=1, description="difference in brightness of the cameras, log gain")] = 0.08
     noise: Annotated[float, Field(ge=0, le=64, description="pixel noise, standard deviation in grey levels")] = 3.0
@@ -84,8 +99,8 @@ class Settings(BaseModel):
 
 PRESETS: dict[str, dict[str, float]] = {
     "tiny": dict(train_ids=8, test_ids=6, images_per_camera=2, distractors=4, junk=4),
-    # Few training identities and test identities that differ in little: a teacher stops learning within minutes.
-    "demo": dict(train_ids=84, group_size=3, test_group_size=12),
+    # Many people with four pictures each: what a generator learns in minutes depends on how many outfits it sees.
+    "demo": dict(train_ids=600, test_ids=72, min_cameras=2, train_cameras=2, group_size=3, vivid=1),
     "large": dict(train_ids=400, test_ids=200, cameras=8, images_per_camera=4, distractors=400, junk=200),
 }
 DIFFICULTY_KEYS = ("tint", "light", "noise", "occluders")
@@ -142,23 +157,30 @@ def _pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _colour_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+def _colour_pairs(rng: np.random.Generator, settings: Settings) -> list[tuple[RGB, RGB]]:
     """Every pair of two garment colours, upper and lower, shuffled."""
-    pairs = [(upper, lower) for upper in GARMENTS for lower in GARMENTS if upper != lower]
+    garments = list((VIVID if settings.vivid else GARMENTS).values())
+    pairs = [(upper, lower) for upper in garments for lower in garments if upper != lower]
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def _outfit(rng: np.random.Generator, pair: tuple[str, str]) -> Appearance:
+def _grey(colour: RGB) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def _outfit(rng: np.random.Generator, pair: tuple[RGB, RGB], settings: Settings) -> Appearance:
     upper, lower = pair
-    grey = {name: 0.299 * r + 0.587 * g + 0.114 * b for name, (r, g, b) in GARMENTS.items()}
     # A pattern has to be seen in grey too.
-    seconds = [name for name in GARMENTS if name != lower and abs(grey[name] - grey[upper]) > 50]
+    if settings.vivid:
+        seconds = [tuple(round(level + PALER * (255 - level)) for level in upper)]
+    else:
+        seconds = [c for c in GARMENTS.values() if c != lower and abs(_grey(c) - _grey(upper)) > 50]
     return Appearance(
-        upper=GARMENTS[upper],
-        upper_second=GARMENTS[_pick(rng, seconds)],
+        upper=upper,
+        upper_second=_pick(rng, seconds),
         upper_kind=_pick(rng, UPPER_KINDS),
         sleeves=_pick(rng, ("long", "short")),
-        lower=GARMENTS[lower],
+        lower=lower,
         lower_kind=_pick(rng, ("trousers", "trousers", "shorts", "skirt")),
         shoes=_pick(rng, SHOES),
         skin=_pick(rng, SKINS),
@@ -176,10 +198,13 @@ def _body(rng: np.random.Generator, hair: str, bag: str) -> Body:
     )
 
 
-def _groups(rng: np.random.Generator, count: int, group_size: int, split: str, pairs: list) -> list[Person]:
+def _groups(rng: np.random.Generator, settings: Settings, split: str, pairs: list[tuple[RGB, RGB]]) -> list[Person]:
+    train = split == "train"
+    count = settings.train_ids if train else settings.test_ids
+    group_size = settings.group_size if train else settings.test_group_size
     people = []
     for group in range(math.ceil(count / group_size)):
-        outfit = _outfit(rng, pairs[group % len(pairs)])
+        outfit = _outfit(rng, pairs[group % len(pairs)], settings)
         kinds = [UPPER_KINDS[k] for k in rng.permutation(len(UPPER_KINDS))[:2]]
         looks = [(hair, bag) for hair in HAIR_STYLES for bag in BAGS]
         order = rng.permutation(len(looks))
@@ -227,10 +252,10 @@ def _plan(settings: Settings) -> Factors:
     # People: train and test identities are numbered in one shuffled range, as in Market-1501.
     train_groups = math.ceil(settings.train_ids / settings.group_size)
     test_groups = math.ceil(settings.test_ids / settings.test_group_size)
-    pairs = _colour_pairs(people_rng)
+    pairs = _colour_pairs(people_rng, settings)
     share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
-    identities = _groups(people_rng, settings.train_ids, settings.group_size, "train", pairs[:share])
-    identities += _groups(people_rng, settings.test_ids, settings.test_group_size, "test", pairs[share:])
+    identities = _groups(people_rng, settings, "train", pairs[:share])
+    identities += _groups(people_rng, settings, "test", pairs[share:])
     numbers = 1 + people_rng.permutation(len(identities))
     people = {f"{k:04d}": person for k, person in sorted(zip(numbers.tolist(), identities, strict=True))}
 
@@ -257,7 +282,7 @@ def _plan(settings: Settings) -> Factors:
                 add(key, key, int(camera), 0, (QUERY, GT))
     for k in range(settings.distractors + settings.junk):
         key = f"stranger-{k:04d}"
-        outfit = _outfit(people_rng, _pick(people_rng, pairs))
+        outfit = _outfit(people_rng, _pick(people_rng, pairs), settings)
         body = _body(people_rng, _pick(people_rng, HAIR_STYLES), _pick(people_rng, BAGS))
         people[key] = Person(outfit, body, "stranger", -1)
         camera = 1 + int(rng.integers(n))

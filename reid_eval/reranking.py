@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) and multi-query features (spec section 9)."""
+"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) and multi-query features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on disk and how their parts are built: folders, teachers, trainers, nets for evaluation.
+"""Where runs and teachers keep their files.
 
 OUTPUT/outputs/NAME/   config.yaml, checkpoints/, images/, reid.json     a run
 OUTPUT/models/NAME/    net_last.pth, opts.yaml                           a teacher
@@ -54,7 +54,7 @@ class RunFolder:
 
 
 def open_run(output_path: str | None, name: str) -> RunFolder:
-    """The run of that name, in the project's own folder unless `output_path` is given."""
+    """The run of that name, in the project's folder unless `output_path` is given."""
     if not name or name == ".." or Path(name).name != name:
         raise UserError(f"--name {name!r}: must be a plain folder name")
     return RunFolder(Path(output_path) if output_path else ROOT, name)
@@ -81,9 +81,9 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
 
 
 def make_run_folder(run: RunFolder, cfg: Config) -> None:
-    """Make what is not there of a run's folders. In its own the config comes first: without one it is no run.
+    """Create the missing folders of a run. The config comes first, because a folder without one is not a run.
 
-    A teacher's is made too: whether it can be, shows now and not after the last epoch.
+    Also create the teacher's folder, so that a permission error appears before training.
     """
     folder = run.model if isinstance(cfg, TeacherConfig) else run.path
     try:
@@ -99,20 +99,20 @@ def make_run_folder(run: RunFolder, cfg: Config) -> None:
 
 
 def update_config(run: RunFolder, cfg: Config, start: int) -> None:
-    """Let the run's config.yaml say how a run that was resumed after `start` steps goes on.
+    """Write the config of a run that is resumed after `start` steps into its config.yaml.
 
-    Where that is something else than before, the old file is kept beside it as config_until_00000000.yaml, with the
-    steps in its name. Snapshots keep the config that each was made with.
+    If it differs, the old file is kept as config_until_00000000.yaml, with the steps in its name. Every snapshot keeps
+    the config that it was made with.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # what there is to say of the old one has been said
+        with contextlib.redirect_stderr(io.StringIO()):  # notes about the old config have been printed already
             if load_config(run.config_file, strict=False) == cfg:
                 return
     except UserError:
         pass  # damaged, or of another version
     old = run.path / f"config_until_{start:08d}.yaml"
     try:
-        if not old.exists():  # of two continuations from one step the first one's stays
+        if not old.exists():  # the first continuation from a step keeps its file
             old.write_bytes(run.config_file.read_bytes())
     except OSError as error:
         raise UserError(f"{old}: cannot be written ({error.strerror})") from None

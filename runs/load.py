@@ -108,9 +108,9 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
 
 
 def save_teacher(run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: int) -> None:
-    """Put a trained teacher where DG-Net looks for it."""
+    """Write a trained teacher to the folder that DG-Net reads."""
     opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
-    # The weights come last: they are what says that there is a teacher, and without the options they are misread.
+    # The weights come last: a teacher exists once they do, and without the options they would be misread.
     write_text(run.model / "opts.yaml", yaml.safe_dump(opts, sort_keys=False))
     write_tensors(run.model / "net_last.pth", net.state_dict())
 

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from config import DGNetConfig
 from data.images import iter_images, to_uint8
-from files import read_tensors
 from networks import Generator, structure_input
 from reIDmodel import IdNet
 from runs.folder import RunFolder, generator_config, open_run
 from runs.load import load_generator, load_id_net, pick_epoch
-from runs.snapshot import snapshot_folder
-from runs.weights import WrongNetwork
 from utils import UserError, pick_device, set_threads
 
 
@@ -85,54 +82,14 @@ def open_swapper(args: argparse.Namespace) -> Swapper:
 def load_swapper(run: RunFolder, device: torch.device, which: str | None = None) -> Swapper:
     """Id net and generator of a run's newest snapshot, or of that of iteration `which`.
 
-    Raises UserError also when one of the two came from another run, as far as shapes tell, and says which.
+    Raises UserError if a file does not fit the config, or if the id net knows other identities than the config says.
     """
     cfg = generator_config(run)
     iteration = pick_epoch(run, which)
-    id_net = gen = None
-    wrong = []
-    try:
-        id_net = load_id_net(run, cfg, iteration, device)
-    except WrongNetwork as error:
-        wrong.append(("id", "gen", error))
-    try:
-        code_dim = id_net.code_dim if id_net is not None else cfg.gen.n_res * cfg.gen.id_dim
-        gen = load_generator(run, cfg, iteration, code_dim, device)
-    except WrongNetwork as error:
-        wrong.append(("gen", "id", error))
-    if len(wrong) == 1:
-        part, other, error = wrong[0]
-        reason = str(error).removesuffix("; check the config beside it")
+    id_net = load_id_net(run, cfg, iteration, device)
+    if cfg.ID_class not in ("auto", id_net.num_classes):
         raise UserError(
-            f"{reason}; {other}_{iteration:08d}.pt fits the config, so the two are from different runs: "
-            f"put this run's own {part}_{iteration:08d}.pt back"
+            f"{run.checkpoints}: the id net after {iteration} steps knows {id_net.num_classes} identities, but "
+            f"ID_class in {run.config_file} is {cfg.ID_class}; put this run's own id net back"
         )
-    if wrong:
-        raise wrong[0][2]
-    check_identities(run, cfg, iteration, id_net)
-    return Swapper(run, cfg, iteration, id_net, gen, device)
-
-
-def check_identities(run: RunFolder, cfg: DGNetConfig, iteration: int, id_net: IdNet) -> None:
-    """Raise UserError when the id net knows another number of identities than the run was trained on."""
-    classes = id_net.num_classes
-    source = run.config_file
-    expected = cfg.ID_class
-    if expected == "auto":
-        source = snapshot_folder(run.checkpoints, iteration) / "state.pt"
-        expected = trained_identities(source)
-    if expected not in (None, classes):
-        raise UserError(
-            f"{source.parent}: id.pt knows {classes} identities, but by state.pt this run was trained on {expected}; "
-            "put this run's id.pt back"
-        )
-
-
-def trained_identities(state_file: Path) -> int | None:
-    """The number of identities that the optimisers' state of a snapshot is for; None where it does not tell."""
-    try:
-        state = read_tensors(state_file, mmap=True)["id"]
-        # Parameters are numbered as the net has them; the last is the bias of the last head's classifier.
-        return len(state["state"][state["param_groups"][-1]["params"][-1]]["momentum_buffer"])
-    except (UserError, LookupError, TypeError):
-        return None  # no state, or one from before the id net's first step: figures need none
+    return Swapper(run, cfg, iteration, id_net, load_generator(run, cfg, iteration, id_net.code_dim, device), device)

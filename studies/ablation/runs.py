@@ -86,7 +86,8 @@ def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path
     """The data set, drawn into `out` where none is given; that with held-out identities; the factors if embedded."""
     if data_root is None:
         data = out / "data" / "all"
-        make_dataset(data, **preset.data)
+        # Not the default preset, which changes with the demo: the study writes out every setting.
+        make_dataset(data, preset="tiny", **preset.data)
     else:
         data = resolve_data_root(data_root).resolve()
     factors = load_factors(data) if is_embedded(data) else None
@@ -138,7 +139,7 @@ class TrueSwaps:
         pad: int,
         processes: Executor | None = None,
     ) -> None:
-        """`processes` of `ablation_drawing` draw; None: this one."""
+        """`processes` of `drawing` draw; None: this one."""
         self.size, self.pad = size, pad
         self.names = [path.name for path in images.paths]
         self.swaps = partial(processes.map, draw) if processes else partial(map, factors.true_swap)

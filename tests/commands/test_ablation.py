@@ -20,7 +20,8 @@ import precision
 from data.folders import read_split
 from data.images import denormalise
 from data.loader import Batch
-from mannequins.dataset import load_factors
+from mannequins import dataset
+from mannequins.dataset import Settings, load_factors, make_settings
 from mannequins.truth import shrink
 from reIDmodel import build_teacher
 from studies.ablation import __main__ as ablation
@@ -77,8 +78,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     status = command(out, "--cells", "teacher", "both")
     patch.undo()
     there = {path.parent.name for path in out.glob("outputs/*/result-val.json")}
-    kept = {path.name for path in (out / "outputs/both-0/checkpoints").glob("snapshot_*.json")}
-    assert status == 128 + signal.SIGTERM and there == {"teacher-0"} and "snapshot_00000005.json" in kept
+    kept = {path.name for path in (out / "outputs/both-0/checkpoints").iterdir()}
+    assert status == 128 + signal.SIGTERM and there == {"teacher-0"} and "00000005" in kept
     assert "1 of 2 runs" in (out / "table-val.md").read_text()
     return out
 
@@ -224,6 +225,27 @@ def test_held_out_identities_are_whole_groups_that_no_run_trains_on(study):
     assert first in {path.name for path in query.paths}
 
 
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("tiny", dict(seed=7, train_ids=12, test_ids=6, distractors=4, junk=4, test_group_size=6)),
+        ("small", dict(seed=7, train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)),
+        ("scratch", dict(seed=8, train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)),
+    ],
+)
+def test_presets_draw_the_data_of_the_results(tmp_path, monkeypatch, name, settings):
+    """Whatever the renderer's presets are by now."""
+    common = dict(cameras=6, min_cameras=3, train_cameras=8, images_per_camera=2, group_size=3)
+    common |= dict(tint=0.05, light=0.08, noise=3.0, occluders=0.08)
+    drawn = []
+    monkeypatch.setattr(ablation_runs, "make_dataset", lambda out, **how: drawn.append(make_settings(**how)))
+    monkeypatch.setattr(ablation_runs, "is_embedded", lambda data: False)
+    monkeypatch.setattr(ablation_runs, "hold_out", lambda *_: None)
+    monkeypatch.setitem(dataset.PRESETS, "demo", dict(train_ids=9, tint=0.9))
+    prepare_data(PRESETS[name], None, tmp_path)
+    assert drawn == [Settings(**common, **settings)]
+
+
 def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):
     with pytest.raises(UserError, match="8 training identities are too few"):
         ablation_runs.hold_out(tiny_data, tmp_path, None, 1 / 7)
@@ -321,7 +343,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     run = (cell, 0)
     assert train(study, run) == 0
     assert [t for _, t in steps] == [4, 5, 6, 7]
-    weights = study.run(*run).checkpoints / "id_00000008.pt"
+    weights = study.run(*run).checkpoints / "00000008" / "id.pt"
     begun_as_both = torch.load(weights)["a"]
     shutil.rmtree(study.run(*run).path)
     steps.clear()
@@ -330,7 +352,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     assert [t for _, t in steps] == list(range(8))
     whole = torch.load(weights)["a"]
     assert all(torch.equal(begun_as_both[name], value) for name, value in whole.items())
-    both = torch.load(study.run("both", 0).checkpoints / "id_00000008.pt")["a"]
+    both = torch.load(study.run("both", 0).checkpoints / "00000008" / "id.pt")["a"]
     assert any(not torch.equal(both[name], value) for name, value in whole.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -20,6 +21,7 @@ from mannequins import dataset
 from mannequins.dataset import GT, QUERY, TEST, TRAIN, Factors, load_factors, make_dataset, make_settings
 from mannequins.dataset import main as cli
 from mannequins.render import BAGS, HAIR_STYLES, OCCLUDERS, _paint, render
+from studies.ablation.cells import SMALL_DATA
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +145,19 @@ def test_groups_share_colours_and_differ_in_structure() -> None:
         assert len({(m.body.hair, m.body.bag) for m in members}) == len(members)
 
 
+def test_vivid_garments_are_equally_bright() -> None:
+    worn = [p.appearance for p in dataset._plan(make_settings(preset="demo")).people.values()]
+    means = [np.mean(colour) for look in worn for colour in (look.upper, look.lower)]
+    assert max(means) - min(means) < 20 and len({look.upper for look in worn}) == 10
+    assert all(0 < np.mean(look.upper_second) - np.mean(look.upper) < 50 for look in worn)
+
+
+@pytest.mark.parametrize("seed, digest", [(7, "8a2ee604427e"), (8, "942860bae362")])
+def test_the_ablation_draws_the_people_and_shots_of_its_results(seed: int, digest: str) -> None:
+    plan = dataset._plan(make_settings(**SMALL_DATA | dict(seed=seed)))
+    assert hashlib.sha256(repr((plan.people, plan.images)).encode()).hexdigest()[:12] == digest
+
+
 def test_any_size_body_and_occluder_can_be_drawn(factors: Factors) -> None:
     look, body, shot = factors.factors_of(factors.names(TRAIN)[0])
     pictures = [
@@ -214,7 +229,7 @@ def test_foreign_folders_are_refused_untouched(folder: Path, tmp_path: Path) -> 
         {"train_ids": 0},
         {"noise": float("nan")},
         {"group_size": 2.5},
-        {"cameras": 2},
+        {"cameras": 2, "min_cameras": 3},
         {"colours": 3},
         {"difficulty": -1.0},
         {"workers": 0},

@@ -67,7 +67,7 @@ class Place(OutputFolder):
 
     def files(self, name: str, iteration: int) -> dict[str, Any]:
         """Checksums of a snapshot's files: weights, optimisers, random state."""
-        manifest = self.folder / "outputs" / name / "checkpoints" / f"snapshot_{iteration:08d}.json"
+        manifest = self.folder / "outputs" / name / "checkpoints" / f"{iteration:08d}" / "manifest.json"
         return json.loads(manifest.read_text())["files"]
 
 

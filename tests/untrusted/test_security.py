@@ -203,7 +203,7 @@ def test_code_in_a_search_index_is_not_run(place: Place, gallery: Path) -> None:
     other = vectors.copy()
     other[:4] = np.frombuffer(b"IwFl", np.uint8)
     np.savez(file, about=about, faiss=other)
-    place.assert_refuses(f"{file}: not a readable index (its vectors are of no kind", *search(place, gallery))
+    place.assert_refuses(f"{file}: not a readable index (its vectors", *search(place, gallery))
 
 
 # ------------------------------------------------------------------------------------------------ YAML
