@@ -15,9 +15,9 @@ class Cell:
     """A way of training; with a seed it is a run.
 
     task     dgnet or teacher
-    scored   the score setting (of `score_settings`) of its row in the table
+    scored   the name in `score_settings` of the score in the table
     changes  settings on top of the preset's
-    about    its label in the table
+    about    the label in the table
     """
 
     task: str
@@ -30,7 +30,7 @@ BOTH = "beta 0.5"  # q_prim . g_prim + 0.5 q_fine . g_fine
 PRIMARY, FINE, ONE_HEAD = "beta 0", "fine", "feature"
 BETAS = (0, 0.1, 0.25, 0.5, 0.75, 1, 2)  # of the sweep at test time
 
-# In the order of the table. Labels are comments too: what is changed, and only that.
+# In the order of the table. A label says what is changed, and nothing else is.
 CELLS: dict[str, Cell] = {
     # ---- Table 3, and fair opponents
     "teacher": Cell("teacher", ONE_HEAD, {"erasing_p": 0.0}, "teacher"),
@@ -61,9 +61,9 @@ CELLS: dict[str, Cell] = {
     "alpha_0.5": Cell("dgnet", BOTH, {"B_w": 0.5}, "alpha 0.5"),
     "alpha_1": Cell("dgnet", BOTH, {"B_w": 1.0}, "alpha 1"),
 }
-# Trained as many steps as the teacher makes in the time of `teacher` and `both` together.
+# Trained for as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
-# What an id net that learns from nothing needs to be finished in minutes (studies/ablation/notebook.md).
+# How an id net learns from nothing within minutes (studies/ablation/notebook.md).
 FROM_SCRATCH = dict(
     id_init="backbone",
     id_freeze_iter=0,
@@ -75,7 +75,7 @@ FROM_SCRATCH = dict(
     warm_iter=400,
     warm_teacher_iter=400,
 )
-# Settings without effect in the `common_steps`: until their end, runs that differ in nothing else are one run.
+# Settings that have no effect in the `common_steps`: up to there, runs that differ in nothing else are the same.
 LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "detach_f"}
 
 
@@ -83,10 +83,9 @@ LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "de
 class Preset:
     """Data, base configurations and what is changed in them.
 
-    data       arguments of `mannequins.dataset.make_settings`; this is where the difficulty is fixed
-    held_out   share of the training identities that no run sees, in whole groups of the same colours
-    swaps      pairs that generation is measured on
-    generated  images of the offline cell for each real one
+    data      every setting of the renderer, whose own presets may change
+    held_out  share of the training identities that no run sees, in whole groups of the same colours
+    swaps     pairs on which generation is measured
     """
 
     about: str
@@ -97,11 +96,9 @@ class Preset:
     teacher: dict[str, Any] = field(default_factory=dict)
     dgnet: dict[str, Any] = field(default_factory=dict)
     held_out: float = 1 / 7
-    generated: float = 1.0
 
 
-DIFFICULTY = dict(tint=0.05, light=0.08, noise=3.0, occluders=0.08, vivid=0)
-TINY_DATA = DIFFICULTY | dict(
+TINY_DATA = dict(
     seed=7,
     train_ids=12,
     test_ids=6,
@@ -113,15 +110,17 @@ TINY_DATA = DIFFICULTY | dict(
     junk=4,
     group_size=3,
     test_group_size=6,
+    vivid=0,
+    tint=0.05,
+    light=0.08,
+    noise=3.0,
+    occluders=0.08,
 )
 SMALL_DATA = TINY_DATA | dict(train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)
-LARGE_DATA = DIFFICULTY | dict(
-    seed=7,
+LARGE_DATA = SMALL_DATA | dict(
     train_ids=462,
     test_ids=200,
     cameras=8,
-    min_cameras=3,
-    train_cameras=8,
     images_per_camera=4,
     distractors=400,
     junk=200,
@@ -178,8 +177,8 @@ PRESETS: dict[str, Preset] = {
         LARGE_DATA,
         "configs/mannequins-teacher.yaml",
         "configs/mannequins.yaml",
-        # Of the files' own length a run takes hours. This is the schedule of `scratch`, shorter, with twice the images
-        # a step.
+        # At the files' length a run takes hours. This is the schedule of `scratch`, shorter, with twice the images a
+        # step.
         teacher=dict(epochs=20, warm_epochs=1, batch_size=64, lr=0.1, weight_decay=0.01),
         dgnet=FROM_SCRATCH | dict(batch_size=16, max_iter=1400, warm_scale=0.01, max_w=0.5, erasing_p=0.0),
         swaps=2048,
@@ -191,13 +190,13 @@ read_base = cache(read_yaml)  # the preset's file, for every run
 
 
 def is_both(preset: Preset, name: str) -> bool:
-    """Whether what a cell changes is the preset's own setting, so that `both` is this cell."""
-    changes, own = CELLS[name].changes, cell_config(preset, "both", 0, data_root="").model_dump()
-    return CELLS[name].task == "dgnet" and bool(changes) and changes.items() <= own.items()
+    """Whether the preset has the cell's settings anyway, so that the cell is `both`."""
+    changes, both = CELLS[name].changes, cell_config(preset, "both", 0, data_root="").model_dump()
+    return CELLS[name].task == "dgnet" and bool(changes) and changes.items() <= both.items()
 
 
 def score_settings(heads: int) -> dict[str, tuple[float, ...]]:
-    """Names and weights of the scores of a net with one head or two, the sweep of beta included."""
+    """Weights of the heads by name, for a net with one head or two; the sweep of beta is among them."""
     if heads == 1:
         return {ONE_HEAD: (1.0,)}
     return {f"beta {beta:g}": (1.0, float(beta)) for beta in BETAS} | {FINE: (0.0, 1.0)}
@@ -207,13 +206,19 @@ def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **chang
     """The configuration of a run: the preset's file, then the preset's, the cell's and the given changes."""
     cell = CELLS[name]
     file = ROOT / (preset.dgnet_config if cell.task == "dgnet" else preset.teacher_config)
-    own = preset.dgnet if cell.task == "dgnet" else preset.teacher
-    values = read_base(file) | own | {"data_root": data_root, "seed": seed, "keep_last": 1} | cell.changes | changes
+    preset_changes = preset.dgnet if cell.task == "dgnet" else preset.teacher
+    values = (
+        read_base(file)
+        | preset_changes
+        | {"data_root": data_root, "seed": seed, "keep_last": 1}
+        | cell.changes
+        | changes
+    )
     if cell.task == "dgnet":
         values["teacher"] = f"teacher-{seed}"
     cfg = parse_config(values, f"cell {name}")
     if name == "both" and (steps := common_steps(cfg)):
-        # The runs that start from there need the snapshot of that step, also afterwards.
+        # Other runs start from the snapshot of that step, so `both` writes and keeps it.
         every = max(n for n in range(1, cfg.snapshot_save_iter + 1) if steps % n == 0)
         cfg = cfg.model_copy(update={"keep_every": steps, "snapshot_save_iter": every})
     return cfg
@@ -226,21 +231,21 @@ def common_steps(cfg: DGNetConfig) -> int:
 
 
 def starts_as_both(name: str, cfg: Config) -> bool:
-    """Whether a run is that of `both` in the `common_steps`."""
+    """Whether a run does the same as `both` in the `common_steps`."""
     if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
         return False
-    # By a live code reconstruction moves an id net at work, and the ramped terms the generator.
+    # With a live code, reconstruction moves an id net that learns, and the ramped terms move the generator.
     same = min(cfg.id_freeze_iter, cfg.warm_iter) if "detach_f" in CELLS[name].changes else cfg.max_iter
     return 0 < common_steps(cfg) <= same
 
 
 def needs(name: str, cfg: Config, seed: int) -> set[tuple[str, int]]:
-    """The runs (cell, seed) that have to be finished before."""
-    found = {("teacher", seed)} if CELLS[name].task == "dgnet" else set()
+    """The runs (cell, seed) that have to be finished before this one."""
+    runs = set()
     if CELLS[name].task == "dgnet":
-        found.add(("teacher", 0))  # whose features FID compares
+        runs |= {("teacher", seed), ("teacher", 0)}  # FID compares features of the teacher of seed 0
     if name in LONG:
-        found |= {("teacher", seed), ("both", seed)}
+        runs |= {("teacher", seed), ("both", seed)}
     if starts_as_both(name, cfg):
-        found.add(("both", seed))
-    return found
+        runs.add(("both", seed))
+    return runs

@@ -7,10 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import Executor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +40,6 @@ from runs.session import Session, build_session
 from runs.snapshot import snapshot_folder, snapshots
 from runs.swapper import load_swapper
 from studies.ablation.cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
-from studies.ablation.drawing import draw, drawing_processes
 from trainer import Decoded
 from utils import ROOT, UserError, seed_everything
 
@@ -55,8 +51,8 @@ class Study:
     """What the runs of one folder share.
 
     data     the data set; its query and gallery are the test identities
-    held     train_all without the held-out identities, whose images are its query and gallery
-    factors  of the embedded data, otherwise None
+    held     its train_all without the held-out identities, whose images are the query and gallery here
+    factors  of embedded data, otherwise None
     """
 
     preset: Preset
@@ -72,7 +68,7 @@ class Study:
         return RunFolder(self.out, f"{name}-{seed}")
 
     def config(self, name: str, seed: int) -> Config:
-        """A run's configuration, but for the length of a run that is to be as long as others (`final_config`)."""
+        """The configuration of a run; `final_config` adds the length of a run that is to be as long as others."""
         changes = {"extra_data": str(self.generated(seed))} if name == "offline" else {}
         cfg = cell_config(self.preset, name, seed, data_root=str(self.held), **changes)
         return cfg.model_copy(update={"precision": pick_precision(self.device, cfg.precision)})
@@ -83,7 +79,10 @@ class Study:
 
 # ------------------------------------------------------------------------------------------------ data
 def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path, Path, Factors | None]:
-    """The data set, drawn into `out` where none is given; that with held-out identities; the factors if embedded."""
+    """Return the data set (drawn into `out` if no `data_root` is given), the one with held-out identities, the factors.
+
+    The factors are None unless the data are embedded.
+    """
     if data_root is None:
         data = out / "data" / "all"
         # Not the default preset, which changes with the demo: the study writes out every setting.
@@ -97,57 +96,47 @@ def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path
 
 
 def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> None:
-    """Fill `held` with links to the training images of `data`: of `share` of the identities as query and gallery.
+    """Fill `held` with links to the training images of `data`; `share` of the identities become query and gallery.
 
-    Of embedded data these are whole groups that wear the same colours, as the test identities are. The first image of
-    a held-out identity under each camera is a query. Raises UserError for names without identity and camera, too few
+    In embedded data they are whole groups that wear the same colours, as the test identities are. The first image of a
+    held-out identity under each camera is a query. Raises UserError for names without identity and camera, too few
     identities, or a folder that was filled from other data.
     """
     images = read_split(data, "train_all")
-    group = {pid: factors.people[f"{pid:04d}"].group if factors else pid for pid in sorted(set(images.pids.tolist()))}
+    pids, camids = images.pids.tolist(), images.camids.tolist()
+    group = {pid: factors.people[f"{pid:04d}"].group if factors else pid for pid in sorted(set(pids))}
     chosen: set[int] = set()
     for number in np.random.default_rng(0).permutation(sorted(set(group.values()))).tolist():
         if len(chosen) >= share * len(group):
             break
-        chosen |= {pid for pid, own in group.items() if own == number}
+        chosen |= {pid for pid in group if group[pid] == number}
     if len(chosen) < 3 or len(group) - len(chosen) < 2:
         raise UserError(f"{data}: {len(group)} training identities are too few to hold some out; 15 are enough")
     splits: dict[str, list[SourceImage]] = {"train_all": [], "query": [], "gallery": []}
     seen = set()
-    for path, pid, camera, token in zip(
-        images.paths, images.pids.tolist(), images.camids.tolist(), images.tokens, strict=True
-    ):
+    for path, pid, camera, token in zip(images.paths, pids, camids, images.tokens, strict=True):
         split = "train_all" if pid not in chosen else "gallery" if (pid, camera) in seen else "query"
         seen.add((pid, camera))
         splits[split].append(SourceImage(path, pid, token, path.name))
-    fill_folder(Task("", held, splits, dict(zip(images.tokens, images.pids.tolist(), strict=True))))
+    fill_folder(Task("", held, splits, dict(zip(images.tokens, pids, strict=True))))
     check_test_set(held)
 
 
 class TrueSwaps:
-    """The oracle's `DGNetTrainer.fed_back`: what the renderer draws of each swap, in the generated image's place.
+    """Takes the place of `DGNetTrainer.fed_back` in the oracle: the renderer's swaps instead of the generated images.
 
-    Augmented like any training image, by draws of its own. Only the teacher loss reads it: the soft label, the id net's
-    passes over the fakes and so their BatchNorm statistics. All other terms keep the generated images.
+    They are augmented as any training image is. Only the teacher loss reads them: the soft label, the id net's passes
+    over the fakes, and so their BatchNorm statistics. All other terms keep the generated images.
     """
 
-    def __init__(
-        self,
-        factors: Factors,
-        images: ImageList,
-        size: tuple[int, int],
-        pad: int,
-        processes: Executor | None = None,
-    ) -> None:
-        """`processes` of `drawing` draw; None: this one."""
-        self.size, self.pad = size, pad
+    def __init__(self, factors: Factors, images: ImageList, size: tuple[int, int], pad: int) -> None:
+        self.factors, self.size, self.pad = factors, size, pad
         self.names = [path.name for path in images.paths]
-        self.swaps = partial(processes.map, draw) if processes else partial(map, factors.true_swap)
 
     def draw(self, appearance: Tensor, structure: Tensor) -> Tensor:
         """The true swaps (N, 3, H, W) uint8 of images by their positions (N,) in the list."""
-        names = ([self.names[i] for i in side.tolist()] for side in (appearance, structure))
-        drawn = [shrink(image, self.size) for image in self.swaps(*names)]
+        pairs = zip(appearance.tolist(), structure.tolist(), strict=True)
+        drawn = [shrink(self.factors.true_swap(self.names[i], self.names[j]), self.size) for i, j in pairs]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, a: Batch, b: Batch, d: Decoded, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -167,7 +156,7 @@ def trained(study: Study, run: Run) -> bool:
 
 
 def read_time(folder: RunFolder) -> dict[str, float]:
-    """Steps that were measured, their seconds (of the processor on a CPU), and all seconds of the run."""
+    """The measured steps of a run, their seconds (of processor time on a CPU), and the run's wall-clock seconds."""
     path = folder.path / "time.json"
     if not path.is_file():
         return {"steps": 0, "seconds": 0.0, "wall": 0.0}
@@ -175,7 +164,7 @@ def read_time(folder: RunFolder) -> dict[str, float]:
 
 
 def seconds_of(study: Study, run: Run, steps: int) -> float:
-    """What `steps` steps of a run take, by those that were measured."""
+    """How long `steps` steps of a run take, by those that were measured."""
     timed = read_time(study.run(*run))
     if not timed["steps"]:
         raise UserError(f"{study.run(*run).path}: no step of it was timed; give --long_epochs")
@@ -184,25 +173,23 @@ def seconds_of(study: Study, run: Run, steps: int) -> float:
 
 def long_epochs(study: Study, seed: int, images: int) -> int:
     """Passes over `images` in as many steps as the teacher makes in the time of teacher and DG-Net together."""
-    cfg, own = study.config("teacher", seed), len(read_split(study.held, "train_all"))
+    cfg, real = study.config("teacher", seed), len(read_split(study.held, "train_all"))
     if study.long_epochs is not None:
-        return max(1, round(study.long_epochs * (own // cfg.batch_size) / (images // cfg.batch_size)))
-    steps = cfg.epochs * (own // cfg.batch_size)
+        return max(1, round(study.long_epochs * (real // cfg.batch_size) / (images // cfg.batch_size)))
+    steps = cfg.epochs * (real // cfg.batch_size)
     teacher = seconds_of(study, ("teacher", seed), steps)
     both = seconds_of(study, ("both", seed), study.config("both", seed).max_iter)
     return max(1, round((teacher + both) / teacher * steps / (images // cfg.batch_size)))
 
 
 def final_config(study: Study, run: Run) -> Config:
-    """The configuration with which a run starts or goes on. Raises UserError where it was started with another one."""
+    """The configuration that a run starts or continues with. Raises UserError if it was started with another one."""
     cfg, folder = study.config(*run), study.run(*run)
     started = load_config(folder.config_file) if folder.config_file.is_file() else None
     if run[0] in LONG:
-        epochs = started.epochs if started else None
-        if epochs is None:
-            real = len(read_split(study.held, "train_all"))
-            epochs = long_epochs(study, run[1], real + (count_generated(study, real) if run[0] == "offline" else 0))
-        cfg = cfg.model_copy(update={"epochs": epochs})
+        real = len(read_split(study.held, "train_all"))
+        images = 2 * real if run[0] == "offline" else real
+        cfg = cfg.model_copy(update={"epochs": started.epochs if started else long_epochs(study, run[1], images)})
     if started:
         old, new = exact_settings(started.model_dump()), exact_settings(cfg.model_dump())
         changed = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
@@ -211,12 +198,8 @@ def final_config(study: Study, run: Run) -> Config:
     return cfg
 
 
-def count_generated(study: Study, real: int) -> int:
-    return round(study.preset.generated * real)
-
-
 def train(study: Study, run: Run) -> int:
-    """Train a run, or go on with it; returns 0, or 128 and a signal's number."""
+    """Train a run or continue it; returns 0, or 128 and a signal's number."""
     if run[0] == "offline":
         generate(study, run[1])
     cfg, folder = final_config(study, run), study.run(*run)
@@ -224,24 +207,19 @@ def train(study: Study, run: Run) -> int:
         copy_start(study, run, cfg)
     seed_everything(cfg.seed)
     session = build_session(cfg, folder, study.device, resume=True)
-    with ExitStack() as stack:
-        if run[0] == "oracle":
-            # One process that draws could hold a GPU up.
-            beside_gpu = study.device.type == "cuda"
-            processes = stack.enter_context(drawing_processes(study.data)) if beside_gpu else None
-            size = cfg.crop_image_height, cfg.crop_image_width
-            session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding, processes)
-        return train_timed(session)
+    if run[0] == "oracle":
+        size = cfg.crop_image_height, cfg.crop_image_width
+        session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding)
+    return train_timed(session)
 
 
 def train_timed(session: Session) -> int:
-    """Train, and add what it took to the run's `time.json`; returns the exit status."""
+    """Train, and add the time to the run's `time.json`; returns the exit status."""
     folder = session.run
 
     def newest() -> int:
         return max(snapshots(folder.checkpoints), default=0)
 
-    # Of the processor, which other programs disturb less; a GPU works by itself.
     clock = clock_of(session.device)
     before, seconds, wall = newest(), clock(), time.perf_counter()
     status = run_loop(session, resume="auto")
@@ -266,33 +244,24 @@ def copy_start(study: Study, run: Run, cfg: Config) -> None:
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(shared, part, copy_function=os.link)
     part.rename(part.with_suffix(""))
-    print(
-        f"{folder.name} begins with the first {common_steps(cfg)} steps of {source.name}, in which they do not differ"
-    )
+    print(f"{folder.name} starts from step {common_steps(cfg)} of {source.name}: up to there they do not differ")
 
 
 def generate(study: Study, seed: int) -> None:
-    """The images of the offline cell, by generate.py, which goes on where it was interrupted."""
+    """Make one image of the offline cell for each real one; generate.py continues where it was interrupted."""
     out = study.generated(seed)
     if (out / MANIFEST).is_file() and not (out / UNFINISHED_MARK).exists():
         return
-    count = count_generated(study, len(read_split(study.held, "train_all")))
+    count = len(read_split(study.held, "train_all"))
     command = [sys.executable, "generate.py", "--name", f"both-{seed}", "--count", str(count), "--out", str(out)]
     command += ["--output_path", str(study.out), "--device", str(study.device), "--threads", str(study.threads)]
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        try:
-            process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if process.returncode:
-        raise UserError(f"generate.py ended with status {process.returncode}; the same command goes on")
+    if status := subprocess.run(command, cwd=ROOT).returncode:
+        raise UserError(f"generate.py ended with status {status}; the same command continues")
 
 
 # ------------------------------------------------------------------------------------------------ scores
 def score(study: Study, run: Run, where: str) -> dict[str, Any]:
-    """Everything that is measured of a trained run on the held-out (val) or the test identities."""
+    """All measurements of a trained run on the held-out (val) or the test identities."""
     name, folder = run[0], study.run(*run)
     dgnet = CELLS[name].task == "dgnet"
     root = study.held if where == "val" else study.data
@@ -311,47 +280,43 @@ def score_reid(net: nn.Module, root: Path, size: tuple[int, int], device: torch.
     """`{setting: {convention: {"rank1", "mAP"}}}`, fractions, for every setting of `score_settings`."""
     sides = extract_data_set(net, root, size=size, batch_size=None, device=device, progress=False)
     q, g = sides.query, sides.gallery
+    labels = q.pids, g.pids, q.camids, g.camids
     settings = score_settings(q.features.shape[1])
-    ranked = rank(
-        q.features, g.features, q.pids, g.pids, q.camids, g.camids, settings=settings, max_rank=1, progress=False
-    )
+    ranked = rank(q.features, g.features, *labels, settings=settings, max_rank=1, progress=False)
     return {
-        setting: {name: {"rank1": float(found.cmc[0]), "mAP": float(found.mAP)} for name, found in conventions.items()}
-        for setting, conventions in ranked.items()
+        setting: {convention: {"rank1": float(r.cmc[0]), "mAP": float(r.mAP)} for convention, r in by.items()}
+        for setting, by in ranked.items()
     }
 
 
 def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, Any]:
-    """Swaps of query images against the renderer's.
+    """Compare swaps of query images with the renderer's.
 
-    changed, copy  L1 on the pixels that the true swap changes: of generated swaps, of copies of the structure image
-    brightness, colour  the generated swaps' in two parts (`image_errors`)
-    reduction      1 - changed / copy
-    recoloured     L1 of copies in the true swap's colours, what a generator without a say in brightness comes to
-    ssim           with the true swaps
-    shares         whose clothes they wear (`clothes_shares`)
-    rank1, rank1_of_true  of generated and of true swaps as queries for the clothes' owner, by the run's teacher
-    fid, fid_of_true      to the real images of query and gallery, by the pooled trunk of seed 0's teacher
+    changed, copy           L1 on the pixels that the true swap changes: of generated swaps, of the structure image
+    brightness, colour      the two parts of `changed` (mannequins.truth.image_errors)
+    reduction               1 - changed / copy
+    recoloured              L1 of the structure image in the true swap's colours, as if a generator chose colours alone
+    ssim                    with the true swaps
+    shares                  whose clothes they wear (mannequins.truth.clothes_shares)
+    rank1, rank1_of_true    generated and true swaps as queries for the clothes' owner, by the run's teacher
+    fid, fid_of_true        to the real images of query and gallery, in the pooled trunk of seed 0's teacher
     """
     model, count = load_swapper(folder, study.device), study.preset.swaps
     swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
     rows = measure_swaps(swaps)
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
-    found = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
-    found |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
-    found["recoloured"] = rows["recoloured"]["changed"]
-    found["shares"] = clothes_shares(swaps)
     recognised, _ = ask_teacher(model, root, swaps)
-    for key, row in (("rank1", "generated"), ("rank1_of_true", "true")):
-        found[key] = recognised[row]["official"]["rank1"]
-
     network = pooled_trunk(load_teacher("teacher-0", study.out).to(study.device))
     sides = [read_split(root, split) for split in ("query", "gallery")]
     people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
     real = torch.cat([image_features(images, network, Protocol(model.size), study.device) for images in people])
-    for key, row in (("fid", "generated"), ("fid_of_true", "true")):
-        found[key] = frechet_distance(real, features_of(network, swaps.images[row], study.device))
-    return found
+    result = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
+    result |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
+    result |= {"recoloured": rows["recoloured"]["changed"], "shares": clothes_shares(swaps)}
+    for suffix, row in (("", "generated"), ("_of_true", "true")):
+        result[f"rank1{suffix}"] = recognised[row]["official"]["rank1"]
+        result[f"fid{suffix}"] = frechet_distance(real, features_of(network, swaps.images[row], study.device))
+    return result
 
 
 def pooled_trunk(net: IdNet) -> Network:

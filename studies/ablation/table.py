@@ -1,4 +1,4 @@
-"""Results of `studies.ablation` in a table, in claims that hold or do not, and in a picture. No torch here."""
+"""Results of `studies.ablation` as a table, as claims that hold or do not, and as a figure. Without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from files import write_whole
 from studies.ablation.cells import BETAS, BOTH, CELLS, FINE, PRIMARY
 
-Result = dict[str, Any]  # of one run, as `ablation_runs.score` gives it
-Value = tuple[float, float | None]  # mean and standard deviation over the seeds; None of a single seed
+Result = dict[str, Any]  # of one run, as `runs.score` returns it
+Value = tuple[float, float | None]  # mean and standard deviation over the seeds; None for a single seed
 
-# Rows besides one for every cell, behind the cell: what its net reaches by other scores.
+# Further rows of a cell: its net compared by single heads.
 OTHER_SCORES = {"both": {PRIMARY: "both, compared by primary alone", FINE: "both, compared by fine-grained alone"}}
 COLUMNS: dict[str, Callable[[Result, str], float | None]] = {
     "mAP": lambda r, s: 100 * r["reid"][s]["official"]["mAP"],
@@ -36,22 +36,20 @@ NOTE = (
 
 
 def _generation(result: Result, key: str, scale: float = 1) -> float | None:
-    found = result.get("generation")
-    return None if found is None else scale * found[key]
+    return scale * result["generation"][key] if "generation" in result else None
 
 
 def mean_and_deviation(values: Sequence[float]) -> Value:
-    """The mean, and the sample standard deviation (n - 1) of two values or more."""
+    """The mean, and the sample standard deviation (n - 1) if there are two values or more."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """`{"cell", "setting", "label", "seeds", "values": {column: Value or None}}` of every cell that has results.
+    """`{"cell", "setting", "label", "seeds", "values": {column: Value or None}}` for every cell that has results.
 
-    The first two columns are mAP and `AGAINST_BOTH`, then come the other ones of `COLUMNS`.
+    The columns are mAP, `AGAINST_BOTH` and the rest of `COLUMNS`.
     """
-    found, read_mAP = [], COLUMNS["mAP"]
-    by_cell: dict[str, list[Result]] = {}
+    table, by_cell, read_mAP = [], {}, COLUMNS["mAP"]
     for result in results:
         by_cell.setdefault(result["cell"], []).append(result)
     both = {result["seed"]: read_mAP(result, BOTH) for result in by_cell.get("both", ())}
@@ -62,11 +60,11 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
             itself = (name, setting) == ("both", BOTH)
             values = {"mAP": None, AGAINST_BOTH: mean_and_deviation(gains) if gains and not itself else None}
             for column, read in COLUMNS.items():
-                read_values = [read(result, setting) for result in by_cell[name]]
-                values[column] = None if None in read_values else mean_and_deviation(read_values)
+                numbers = [read(result, setting) for result in by_cell[name]]
+                values[column] = None if None in numbers else mean_and_deviation(numbers)
             seeds = sorted(result["seed"] for result in by_cell[name])
-            found.append({"cell": name, "setting": setting, "label": label, "seeds": seeds, "values": values})
-    return found
+            table.append({"cell": name, "setting": setting, "label": label, "seeds": seeds, "values": values})
+    return table
 
 
 def write_value(value: Value | None, column: str = "mAP") -> str:
@@ -87,27 +85,28 @@ def format_table(table: list[dict[str, Any]]) -> str:
 
 
 def sweep(results: Iterable[Result]) -> dict[float, dict[float, Value]]:
-    """mAP (`official`, percent) by alpha (`B_w`) and beta, of the cells that differ from `both` in alpha alone."""
-    found: dict[float, dict[float, list[float]]] = {}
+    """mAP (`official`, percent) by alpha (`B_w`) and beta, from the cells that differ from `both` in alpha alone."""
+    numbers: dict[float, dict[float, list[float]]] = {}
     for result in results:
         if result["cell"] == "both" or set(CELLS[result["cell"]].changes) == {"B_w"}:
             for beta in BETAS:
                 mAP = 100 * result["reid"][f"beta {beta:g}"]["official"]["mAP"]
-                found.setdefault(result["B_w"], {}).setdefault(beta, []).append(mAP)
+                numbers.setdefault(result["B_w"], {}).setdefault(beta, []).append(mAP)
     return {
-        alpha: {beta: mean_and_deviation(values) for beta, values in found[alpha].items()} for alpha in sorted(found)
+        alpha: {beta: mean_and_deviation(values) for beta, values in by_beta.items()}
+        for alpha, by_beta in sorted(numbers.items())
     }
 
 
-def format_sweep(found: dict[float, dict[float, Value]]) -> str:
+def format_sweep(surface: dict[float, dict[float, Value]]) -> str:
     """The sweep in Markdown: a row for each alpha, a column for each beta."""
     lines = [["mAP by alpha (down) and beta", *(f"{beta:g}" for beta in BETAS)]]
-    lines += [[f"{alpha:g}", *(write_value(value) for value in values.values())] for alpha, values in found.items()]
+    lines += [[f"{alpha:g}", *(write_value(value) for value in values.values())] for alpha, values in surface.items()]
     return align(lines)
 
 
 def align(lines: list[list[str]]) -> str:
-    """Rows of cells as a Markdown table, the first being its head."""
+    """Rows of cells as an aligned Markdown table; the first row is the head."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     texts = ["| " + " | ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     texts.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -115,10 +114,9 @@ def align(lines: list[list[str]]) -> str:
 
 
 def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
-    """What is to be shown, with the numbers, and whether it holds; None where a cell of it lacks seeds that `both` has.
+    """Each claim with its numbers, and whether it holds; None if a cell lacks seeds that `both` has.
 
-    The opponent is the better of the teachers that had the time of teacher and DG-Net together, with random erasing or
-    without.
+    The opponent is the better of the two teachers that had the time of teacher and DG-Net together.
     """
     # Means over different seeds do not compare.
     seeds = next((row["seeds"] for row in table if row["cell"] == "both"), None)
@@ -131,12 +129,12 @@ def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
     both, primary, oracle = mAP("both"), mAP("primary_only"), mAP("oracle")
     teachers = [mAP("teacher_long"), mAP("teacher_erasing")]
     teacher = None if None in teachers else max(teachers)
-    gain = None if teacher is None or both is None else both - teacher
-    ceiling = None if teacher is None or oracle is None else oracle - teacher
+    gain = None if None in (teacher, both) else both - teacher
+    ceiling = None if None in (teacher, oracle) else oracle - teacher
     below = scored.get(("both", BOTH), {}).get("below copy, %")
 
     def claim(text: str, holds: Callable[[], bool], *values: float | None) -> tuple[str, bool | None]:
-        if any(value is None for value in values):
+        if None in values:
             return f"{text}: not measured", None
         return f"{text}: {', '.join(f'{value:.1f}' for value in values)}", holds()
 
@@ -151,9 +149,9 @@ def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
     ]
 
 
-def format_claims(found: list[tuple[str, bool | None]]) -> str:
+def format_claims(judged: list[tuple[str, bool | None]]) -> str:
     words = {True: "holds", False: "does not hold", None: "open"}
-    return "\n".join(f"- {text}: {words[holds]}" for text, holds in found)
+    return "\n".join(f"- {text}: {words[holds]}" for text, holds in judged)
 
 
 def draw_figure(path: Path, results: list[Result], title: str) -> None:
@@ -172,8 +170,8 @@ def draw_figure(path: Path, results: list[Result], title: str) -> None:
     values = [row["values"]["mAP"] for row in table]
     bars.barh(places, [mean for mean, _ in values], xerr=[std or 0 for _, std in values], color="#9db7d5", capsize=3)
     for place, row in zip(places, table, strict=True):
-        own = [COLUMNS["mAP"](r, row["setting"]) for r in results if r["cell"] == row["cell"]]
-        bars.plot(own, [place] * len(own), "o", color="#1f4e79", markersize=4)
+        by_seed = [COLUMNS["mAP"](r, row["setting"]) for r in results if r["cell"] == row["cell"]]
+        bars.plot(by_seed, [place] * len(by_seed), "o", color="#1f4e79", markersize=4)
     bars.set_yticks(places, [row["label"] for row in table])
     bars.invert_yaxis()
     bars.set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")

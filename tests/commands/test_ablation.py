@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +23,16 @@ from mannequins import dataset
 from mannequins.dataset import Settings, load_factors, make_settings
 from mannequins.truth import shrink
 from reIDmodel import build_teacher
+from runs.snapshot import snapshots
 from studies.ablation import __main__ as ablation
 from studies.ablation import runs as ablation_runs
 from studies.ablation import table
 from studies.ablation.cells import BETAS, CELLS, PRESETS, cell_config, common_steps, is_both, needs, starts_as_both
-from studies.ablation.drawing import drawing_processes
 from studies.ablation.runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, run_cli
 
+RESULTS = ROOT / "studies/ablation/results"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -55,9 +55,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     made: list[tuple[str, int]] = []
     for task, kind in (("teacher", TeacherTrainer), ("dgnet", DGNetTrainer)):
 
-        def step(self, *arguments, task=task, own=kind.step):
+        def step(self, *arguments, task=task, step=kind.step):
             made.append((task, arguments[-1]))
-            return own(self, *arguments)
+            return step(self, *arguments)
 
         monkeypatch.setattr(kind, "step", step)
     return made
@@ -67,20 +67,20 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two cells, stopped by SIGTERM in the second one."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    patch, own = pytest.MonkeyPatch(), DGNetTrainer.step
+    patch, step = pytest.MonkeyPatch(), DGNetTrainer.step
 
-    def step(self, a, b, t):
+    def stopped(self, a, b, t):
         if t == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(self, a, b, t)
+        return step(self, a, b, t)
 
-    patch.setattr(DGNetTrainer, "step", step)
+    patch.setattr(DGNetTrainer, "step", stopped)
     status = command(out, "--cells", "teacher", "both")
     patch.undo()
-    there = {path.parent.name for path in out.glob("outputs/*/result-val.json")}
-    kept = {path.name for path in (out / "outputs/both-0/checkpoints").iterdir()}
-    assert status == 128 + signal.SIGTERM and there == {"teacher-0"} and "00000005" in kept
-    assert "1 of 2 runs" in (out / "table-val.md").read_text()
+    assert status == 128 + signal.SIGTERM
+    assert {path.parent.name for path in out.glob("outputs/*/result-val.json")} == {"teacher-0"}
+    assert 5 in snapshots(out / "outputs/both-0/checkpoints")
+    assert [run["cell"] for run in json.loads((out / "results-val.json").read_text())["runs"]] == ["teacher"]
     return out
 
 
@@ -92,13 +92,12 @@ def study(finished: Path) -> Study:
     return Study(PRESETS["tiny"], finished, data, held, factors, CPU, 1)
 
 
-def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps, capsys):
+def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps):
     assert command(finished, "--cells", "both") == 0
     assert steps == [("dgnet", 5), ("dgnet", 6), ("dgnet", 7)]
-    out = capsys.readouterr().out
-    assert "2 runs, 1 of them finished" in out and "[2/2] both-0" in out
     results = json.loads((finished / "results-val.json").read_text())
     assert [run["cell"] for run in results["runs"]] == ["teacher", "both"]
+    assert results["data"] == PRESETS["tiny"].data and results["precision"] == "fp32"
     both = results["runs"][1]
     assert both["steps"] == both["time"]["steps"] == 8 and both["time"]["seconds"] > 0
     assert set(both["reid"]) == {f"beta {beta:g}" for beta in BETAS} | {"fine"}
@@ -110,7 +109,7 @@ def test_an_interrupted_command_continues_and_repeats_nothing(finished, steps, c
     assert 0 < generation["recoloured"] < generation["copy"]
     assert set(generation["shares"]) == {"shade", "pattern", "colour"}
     text = (finished / "table-val.md").read_text()
-    assert "| both " in text and "2 of 2 runs" in text and str(finished) not in text
+    assert "| both " in text and str(finished) not in text
     assert (finished / "figure-val.png").read_bytes().startswith(b"\x89PNG")
     steps.clear()
     assert command(finished, "--cells", "both") == 0 and steps == []
@@ -122,44 +121,31 @@ def test_test_identities_are_scored_once(study, steps, capsys):
     assert command(study.out, *options) == 0
     first = json.loads(result.read_text())
     assert first["evaluated_on"] == "test" and first["times_scored_on_test"] == 1
-    queries = len(read_split(study.data, "query"))
-    assert queries != len(read_split(study.held, "query"))
+    assert len(read_split(study.data, "query")) != len(read_split(study.held, "query"))
     before = result.stat().st_mtime_ns
     assert command(study.out, *options) == 0 and result.stat().st_mtime_ns == before
     result.unlink()
-    capsys.readouterr()
     assert command(study.out, *options) == 2 and not result.exists()
-    error = capsys.readouterr().err
-    assert (
-        error.startswith("error: teacher-0 (1 in all): its test identities were scored on") and error.count("\n") == 1
-    )
+    assert "teacher-0" in capsys.readouterr().err
     assert command(study.out, *options, "--again") == 0
     assert json.loads(result.read_text())["times_scored_on_test"] == 2
-    assert "of 1 runs were scored more than once" in (study.out / "table-test.md").read_text()
     assert steps == []
 
 
-def test_refusals_are_one_line(study, tmp_path, capsys):
-    done = subprocess.run(
-        [sys.executable, "-m", "studies.ablation", "--cells", "botth"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: --cells botth: unknown cell; use some of teacher, ")
+def test_refusals(study, tmp_path, capsys):
     (tmp_path / "mine.txt").touch()
-    for options, error in (
-        (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--data_seed", "-1"], "--data_seed -1: must be at least 0"),
-        (
-            ["--data_seed", "9", "--data_root", str(study.data)],
-            "--data_seed: says how to draw data, --data_root that they are there; leave one out",
-        ),
-        (["--data_seed", "9"], f"{study.data}: holds a data set with seed=7, not 9; choose another folder"),
-        (["--preset", "small"], f"--out {study.out}: was begun with preset tiny, not small; choose another --out"),
-        (["--out", str(tmp_path)], f"--out {tmp_path}: holds other files (mine.txt); choose a new or empty folder"),
+    for options, named in (
+        (["--cells", "botth"], "botth"),
+        (["--seeds", "0"], "--seeds"),
+        (["--data_seed", "9", "--data_root", str(study.data)], "--data_root"),
+        (["--data_seed", "9"], "seed=7"),
+        (["--preset", "small"], str(study.out)),
+        (["--out", str(tmp_path)], "mine.txt"),
     ):
         capsys.readouterr()
         assert command(study.out, *options) == 2
-        assert capsys.readouterr().err == f"error: {error}\n"
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "error: " in error and named in error
 
 
 def test_data_of_another_seed(study, tmp_path):
@@ -168,16 +154,14 @@ def test_data_of_another_seed(study, tmp_path):
     assert command(out, "--cells", "teacher", "--data_seed", "9") == 0
     result = json.loads((out / "results-val.json").read_text())
     assert result["data"] == PRESETS["tiny"].data | {"seed": 9}
-    own, other = study.factors.people, load_factors(out / "data/all").people
-    assert own.keys() == other.keys() and own != other
+    people, others = study.factors.people, load_factors(out / "data/all").people
+    assert people.keys() == others.keys() and people != others
 
 
 def test_a_run_of_other_settings_is_not_continued(study):
-    other = replace(study, preset=replace(study.preset, dgnet=study.preset.dgnet | {"gan_w": 0.5}))
-    with pytest.raises(
-        UserError, match=r"both-0: started with other settings \(gan_w was 0.2, is 0.5\); choose another"
-    ):
-        train(other, ("both", 0))
+    changed = replace(study, preset=replace(study.preset, dgnet=study.preset.dgnet | {"gan_w": 0.5}))
+    with pytest.raises(UserError, match=r"both-0: .*gan_w was 0.2, is 0.5"):
+        train(changed, ("both", 0))
 
 
 def test_a_run_that_fails_takes_with_it_what_needs_it_and_no_more(study, tmp_path, monkeypatch, capsys):
@@ -185,18 +169,15 @@ def test_a_run_that_fails_takes_with_it_what_needs_it_and_no_more(study, tmp_pat
         made.append(run)
         if run == ("both", 0):
             raise UserError("a loss is not finite")
-        ablation.result_file(other, run, where).write_text('{"time": {"wall": 60}}')
-        return 0
+        ablation.result_file(empty, run, where).write_text("{}")
 
     made: list = []
-    other = replace(study, out=tmp_path)
+    empty = replace(study, out=tmp_path)
     monkeypatch.setattr(ablation, "make", make)
-    runs = ablation.choose_runs(other, ["alpha_1", "no_fake_id", "both"], 2)
-    assert ablation.work(other, runs, "val", again=False) == (0, {("both", 0), ("alpha_1", 0)})
+    runs = ablation.choose_runs(empty, ["alpha_1", "no_fake_id", "both"], 2)
+    assert ablation.work(empty, runs, "val", again=False) == {("both", 0), ("alpha_1", 0)}
     assert made == [run for run in runs if run != ("alpha_1", 0)] and len(runs) == 8
-    written = capsys.readouterr()
-    assert "both-0 failed: a loss is not finite" in written.err
-    assert "[7/8] no_fake_id-1; left: about 1 minutes for 1 of 2 runs" in written.out
+    assert "both-0" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -210,19 +191,18 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 def test_held_out_identities_are_whole_groups_that_no_run_trains_on(study):
     everyone = read_split(study.data, "train_all")
     train_all, query, gallery = (read_split(study.held, split) for split in ("train_all", "query", "gallery"))
-    own, held = set(train_all.pids.tolist()), set(query.pids.tolist())
-    assert held == set(gallery.pids.tolist()) and not own & held and own | held == set(everyone.pids.tolist())
+    trained, held = set(train_all.pids.tolist()), set(query.pids.tolist())
+    assert held == set(gallery.pids.tolist()) and not trained & held
+    assert trained | held == set(everyone.pids.tolist())
     names = [path.name for side in (train_all, query, gallery) for path in side.paths]
     assert sorted(names) == sorted(path.name for path in everyone.paths)
 
     def groups(pids):
         return {study.factors.people[f"{pid:04d}"].group for pid in pids}
 
-    assert len(held) == 3 and not groups(own) & groups(held)
+    assert len(held) == 3 and not groups(trained) & groups(held)
     views = list(zip(query.pids.tolist(), query.camids.tolist(), strict=True))
     assert len(views) == len(set(views))
-    first = min(path.name for path in everyone.paths if path.name.startswith(f"{views[0][0]:04d}_c{views[0][1]}s"))
-    assert first in {path.name for path in query.paths}
 
 
 @pytest.mark.parametrize(
@@ -247,15 +227,15 @@ def test_presets_draw_the_data_of_the_results(tmp_path, monkeypatch, name, setti
 
 
 def test_too_few_identities_cannot_be_held_out(tiny_data, tmp_path):
-    with pytest.raises(UserError, match="8 training identities are too few"):
+    with pytest.raises(UserError, match="8 training identities"):
         ablation_runs.hold_out(tiny_data, tmp_path, None, 1 / 7)
 
 
 def test_data_without_factors_have_no_oracle(study):
-    other = replace(study, factors=None)
-    assert {name for name, _ in ablation.choose_runs(other, None, 1)} == set(CELLS) - {"oracle", "alpha_0.2"}
-    with pytest.raises(UserError, match="--cells oracle: needs embedded data"):
-        ablation.choose_runs(other, ["oracle"], 1)
+    bare = replace(study, factors=None)
+    assert {name for name, _ in ablation.choose_runs(bare, None, 1)} == set(CELLS) - {"oracle", "alpha_0.2"}
+    with pytest.raises(UserError, match="--cells oracle"):
+        ablation.choose_runs(bare, ["oracle"], 1)
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -287,27 +267,20 @@ def test_auto_is_what_the_device_has(study: Study, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_is_of_one_precision(tmp_path, monkeypatch, capsys):
-    """Runs of another machine would stand in the same table otherwise."""
+    """Or runs of two machines would stand in one table."""
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dgnet={}, teacher={}))  # auto, as the files say
-    out = tmp_path / "out"
-    out.mkdir()
-    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    ablation.same_study(out, dict(preset="tiny", data_root=None, precision="bf16"))
+    (tmp_path / "out").mkdir()
+    ablation.same_study(tmp_path / "out", dict(preset="tiny", data_root=None, precision="bf16"))
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    assert command(out) == 2
-    assert (
-        capsys.readouterr().err
-        == f"error: --out {out}: was begun with precision bf16, not fp32; choose another --out\n"
-    )
+    assert command(tmp_path / "out") == 2
+    assert "precision bf16, not fp32" in capsys.readouterr().err
 
 
-def test_a_setting_that_both_has_is_not_trained_twice(study, capsys):
-    for name, own in (("small", "alpha_0.2"), ("scratch", "alpha_1")):
-        assert {cell for cell in CELLS if is_both(PRESETS[name], cell)} == {own}
-    assert ablation.choose_runs(study, None, 1) and capsys.readouterr().out == ""
+def test_a_setting_that_both_has_is_not_trained_twice(study):
+    for name, same in (("small", "alpha_0.2"), ("scratch", "alpha_1")):
+        assert {cell for cell in CELLS if is_both(PRESETS[name], cell)} == {same}
     runs = ablation.choose_runs(study, ["alpha_0.2", "alpha_1"], 1)
     assert runs == [("teacher", 0), ("both", 0), ("alpha_1", 0)]
-    assert capsys.readouterr().out == "alpha_0.2 is both: that is the preset's own setting\n"
 
 
 def extra(name: str) -> dict[str, str]:
@@ -315,18 +288,18 @@ def extra(name: str) -> dict[str, str]:
 
 
 def test_long_teachers_have_the_time_of_teacher_and_dgnet_together(study, tmp_path):
-    other = replace(study, out=tmp_path)
+    empty = replace(study, out=tmp_path)
     batches = len(read_split(study.held, "train_all")) // 8
     # A teacher's step takes 2 s, so its two epochs 4 x batches; DG-Net's eight steps 40 s.
     for name, timed in (("teacher-0", dict(steps=3, seconds=6.0)), ("both-0", dict(steps=4, seconds=20.0))):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "time.json").write_text(json.dumps(timed | {"wall": 0}))
-    assert long_epochs(other, 0, 8 * batches) == round((4 * batches + 40) / (2 * batches))
-    assert long_epochs(other, 0, 16 * batches) == round((4 * batches + 40) / (4 * batches))
-    assert long_epochs(replace(other, long_epochs=6), 0, 16 * batches) == 3
+    assert long_epochs(empty, 0, 8 * batches) == round((4 * batches + 40) / (2 * batches))
+    assert long_epochs(empty, 0, 16 * batches) == round((4 * batches + 40) / (4 * batches))
+    assert long_epochs(replace(empty, long_epochs=6), 0, 16 * batches) == 3
     (tmp_path / "outputs/both-0/time.json").unlink()
-    with pytest.raises(UserError, match="no step of it was timed; give --long_epochs"):
-        long_epochs(other, 0, 8 * batches)
+    with pytest.raises(UserError, match="--long_epochs"):
+        long_epochs(empty, 0, 8 * batches)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +316,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     run = (cell, 0)
     assert train(study, run) == 0
     assert [t for _, t in steps] == [4, 5, 6, 7]
-    weights = study.run(*run).checkpoints / "00000008" / "id.pt"
+    weights = study.run(*run).checkpoints / "00000008/id.pt"
     begun_as_both = torch.load(weights)["a"]
     shutil.rmtree(study.run(*run).path)
     steps.clear()
@@ -352,7 +325,7 @@ def test_a_run_that_begins_as_both_is_the_run_from_the_start(study, tmp_path, st
     assert [t for _, t in steps] == list(range(8))
     whole = torch.load(weights)["a"]
     assert all(torch.equal(begun_as_both[name], value) for name, value in whole.items())
-    both = torch.load(study.run("both", 0).checkpoints / "00000008" / "id.pt")["a"]
+    both = torch.load(study.run("both", 0).checkpoints / "00000008/id.pt")["a"]
     assert any(not torch.equal(both[name], value) for name, value in whole.items())
 
 
@@ -364,10 +337,10 @@ def test_the_oracle_learns_from_the_true_swaps_of_the_batch(study, monkeypatch):
     cfg = cell_config(preset, "oracle", 0, data_root=str(study.held))
     names = [path.name for path in read_split(study.held, "train_all").paths]
     seen = []
-    own = TrueSwaps.__call__
+    swap = TrueSwaps.__call__
 
     def spy(self, a: Batch, b: Batch, g, rng):
-        images = own(self, a, b, g, rng)
+        images = swap(self, a, b, g, rng)
         seen.append((a.index, b.index, images))
         return images
 
@@ -383,14 +356,6 @@ def test_the_oracle_learns_from_the_true_swaps_of_the_batch(study, monkeypatch):
     shutil.rmtree(study.run("oracle", 0).path)
 
 
-def test_processes_draw_the_same_swaps(study):
-    images = read_split(study.held, "train_all")
-    first, second = torch.tensor([0, 7, 20]), torch.tensor([30, 2, 11])
-    own = TrueSwaps(study.factors, images, (64, 32), 0).draw(first, second)
-    with drawing_processes(study.data, 1) as processes:
-        assert torch.equal(TrueSwaps(study.factors, images, (64, 32), 0, processes).draw(first, second), own)
-
-
 def test_only_the_teacher_loss_reads_the_images_that_are_fed_back():
     cfg = tiny_config(**ALL_LOSSES)
 
@@ -401,8 +366,8 @@ def test_only_the_teacher_loss_reads_the_images_that_are_fed_back():
             trainer.fed_back = lambda a, b, g, rng: (a.x, b.x)
         return {name: float(value) for name, value in trainer.step(*random_batches(cfg), 3).items()}
 
-    own, other = step(False), step(True)
-    assert {name for name in own if own[name] != other[name]} == {"teacher", "gen_total"}
+    generated, replaced = step(False), step(True)
+    assert {name for name in generated if generated[name] != replaced[name]} == {"teacher", "gen_total"}
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -418,37 +383,36 @@ def made_up(name: str, seed: int, mAP: float, **values: float) -> dict:
     return result
 
 
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_tables_follow_from_their_runs(file):
+    stored = json.loads(file.read_text())
+    rows = table.rows(stored["runs"])
+    assert json.loads(json.dumps(rows)) == stored["table"]
+    assert json.loads(json.dumps(table.sweep(stored["runs"]))) == stored["sweep"]
+    assert [{"claim": text, "holds": holds} for text, holds in table.claims(rows)] == stored["claims"]
+
+
 def test_mean_and_deviation_of_hand_made_results():
     results = [made_up("both", seed, mAP, fid=fid) for seed, mAP, fid in ((0, 0.5, 8), (1, 0.6, 9), (2, 0.7, 13))]
-    found = table.rows([*results, made_up("teacher", 0, 0.4)])
-    assert [row["cell"] for row in found] == ["teacher", "both", "both", "both"]
-    teacher, both = found[0], found[1]
+    rows = table.rows([*results, made_up("teacher", 0, 0.4)])
+    assert [row["cell"] for row in rows] == ["teacher", "both", "both", "both"]
+    teacher, both = rows[0], rows[1]
     assert teacher["values"]["mAP"] == (pytest.approx(40), None) and teacher["values"]["FID"] is None
     assert both["seeds"] == [0, 1, 2] and both["setting"] == "beta 0.5"
     assert both["values"]["mAP"] == (pytest.approx(60), pytest.approx(10))
     assert both["values"]["FID"] == (pytest.approx(10), pytest.approx(7**0.5))
-    text = table.format_table(found)
-    assert "| 60.0 ± 10.0 " in text and "| 61.0 ± 10.0 " in text and "| 0.800 ± 0.000 " in text
+    text = table.format_table(rows)
+    assert "| 60.0 ± 10.0 " in text and "| 0.800 ± 0.000 " in text
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
 def test_differences_are_those_of_the_same_seed():
     results = [made_up("both", seed, mAP) for seed, mAP in ((0, 0.5), (1, 0.8), (2, 0.7))]
     results += [made_up("oracle", seed, mAP) for seed, mAP in ((2, 0.8), (0, 0.53))] + [made_up("teacher", 3, 0.9)]
-    found = {(row["cell"], row["setting"]): row["values"]["mAP - both"] for row in table.rows(results)}
-    assert found["oracle", "beta 0.5"] == (pytest.approx(6.5), pytest.approx(24.5**0.5))
-    assert found["teacher", "feature"] is None and found["both", "beta 0.5"] is None
-    assert found["both", "fine"] == (pytest.approx(0), pytest.approx(0))
-    text = table.format_table(table.rows(results))
-    assert "| mAP         | mAP - both | Rank-1" in text and "| +6.5 ± 4.9 |" in text
-
-
-def test_the_sweep_takes_the_runs_that_differ_in_alpha_alone():
-    results = [made_up("both", s, 0.5 + s / 10) for s in (0, 1)]
-    results += [made_up("alpha_1", 0, 0.3), made_up("primary_only", 0, 0.2), made_up("fine_only", 0, 0.1)]
-    found = table.sweep([*results, made_up("teacher", 0, 0.9)])
-    assert list(found) == [0.0, 0.2, 1.0]
-    assert found[0.2][0.5] == (pytest.approx(55), pytest.approx(50**0.5)) and found[1.0][2] == (pytest.approx(30), None)
+    gains = {(row["cell"], row["setting"]): row["values"]["mAP - both"] for row in table.rows(results)}
+    assert gains["oracle", "beta 0.5"] == (pytest.approx(6.5), pytest.approx(24.5**0.5))
+    assert gains["teacher", "feature"] is None and gains["both", "beta 0.5"] is None
+    assert gains["both", "fine"] == (pytest.approx(0), pytest.approx(0))
 
 
 @pytest.mark.parametrize(
@@ -465,9 +429,7 @@ def test_the_sweep_takes_the_runs_that_differ_in_alpha_alone():
 )
 def test_claims(mAPs, reduction, holds):
     results = [made_up(name, 0, mAP, reduction=reduction) for name, mAP in mAPs.items()]
-    found = table.claims(table.rows(results))
-    assert [held for _, held in found] == holds
-    assert table.format_claims(found).count("open") == holds.count(None)
+    assert [held for _, held in table.claims(table.rows(results))] == holds
 
 
 def test_claims_compare_the_same_seeds() -> None:
