@@ -7,7 +7,7 @@ The text below a key is its only description: `python config.py > docs/configura
 from __future__ import annotations
 
 import difflib
-import sys
+import logging
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -504,9 +504,9 @@ def translated(values: dict[str, Any], source: str) -> dict[str, Any]:
     """
     kept = {key: value for key, value in values.items() if key not in RETIRED_KEYS}
     if dead := [key for key in DEAD_KEYS if key in values]:
-        print(f"note: {source}: ignored {', '.join(dead)}, which the release does not read either", file=sys.stderr)
+        logging.info(f"{source}: ignored {', '.join(dead)}, which the release does not read either")
     if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
-        print(f"note: {source}: new_size: images are resized to crop_image_height x crop_image_width", file=sys.stderr)
+        logging.info(f"{source}: new_size: images are resized to crop_image_height x crop_image_width")
     if (channels := values.get("input_dim_a", 1)) != 1:
         raise UserError(f"{source}: input_dim_a: must be 1, the gray or edge image (got {_shown(channels)})")
     if (parts := values.get("accumulate", 1)) != 1:
@@ -551,7 +551,7 @@ def of_another_version(values: dict[str, Any], source: str) -> dict[str, Any]:
         else:
             unknown.append(key)
     if unknown:
-        print(f"warning: {source}: ignored keys of another version: {', '.join(unknown)}", file=sys.stderr)
+        logging.warning(f"{source}: ignored keys of another version: {', '.join(unknown)}")
     return kept
 
 

@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from utils import ROOT, UserError, run_cli
+from config import load_config, read_yaml
+from files import Damaged
+from runs.folder import open_run
+from utils import ROOT, UserError, pick_device, run_cli, set_threads
 
 TEACHER = "demo-teacher"
 DATA = "datasets/mannequins"
@@ -46,10 +49,6 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError now for what a later step would refuse."""
-    from config import load_config
-    from runs.folder import open_run
-    from utils import pick_device, set_threads
-
     for name in (args.name, args.teacher):
         open_run(args.output_path, name)
     if args.name == args.teacher:
@@ -87,8 +86,6 @@ def train(
 
 def check_settings(run: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if a finished run was made with different settings."""
-    from config import read_yaml
-
     made = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     for key, value in settings.items():
         if made.get(key, value) != value:
@@ -197,7 +194,6 @@ def quickest_threads(most: int) -> int:
 
 def threads_before(run: Path) -> int | None:
     """The CPU threads that an interrupted run has used so far; with a different number its results would differ."""
-    from files import Damaged
     from runs.snapshot import own_snapshots, read_manifest
 
     for iteration in reversed(own_snapshots(run / "checkpoints")):
@@ -209,8 +205,6 @@ def threads_before(run: Path) -> int | None:
 
 
 def demo_length() -> int:
-    from config import load_config
-
     return load_config(ROOT / "configs" / "demo.yaml").max_iter
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from math import prod
@@ -112,9 +112,9 @@ def _decode(
             trouble.append(f"{error}, so all are kept at {size[0]} x {size[1]}")
             continue
         if trouble:
-            print(f"note: cache_images: {'; '.join(trouble)}", file=sys.stderr)
+            logging.info(f"cache_images: {'; '.join(trouble)}")
         return pixels
-    print(f"note: cache_images: {'; '.join(trouble)}; images are read from their files", file=sys.stderr)
+    logging.info(f"cache_images: {'; '.join(trouble)}; images are read from their files")
     return None
 
 

@@ -11,9 +11,9 @@ which the released weights have their class numbers.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,7 +137,7 @@ def find_images(source: str | Path, option: str) -> list[Path]:
         raise UserError(f"{option} {source}: no such file or folder")
 
     def unreadable(error: OSError) -> None:
-        print(f"warning: {error.filename}: cannot be read ({error.strerror}); left out", file=sys.stderr)
+        logging.warning(f"{error.filename}: cannot be read ({error.strerror}); left out")
 
     paths = []
     for folder, inner, _ in os.walk(source, onerror=unreadable):

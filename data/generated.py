@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -216,7 +216,7 @@ def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
     if not all(sound):
         rows = [row for row, fine in zip(rows, sound, strict=True) if fine]
         write_rows(folder, rows)
-        print(f"note: {folder}: they are made again", file=sys.stderr)
+        logging.info(f"{folder}: they are made again")
     return rows
 
 

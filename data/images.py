@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import struct
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -203,7 +203,7 @@ def check_images(
             raise UserError(f"{summary}; replace them, or {remedy}")
         if len(paths) - len(bad) < minimum:
             raise UserError(f"{summary}; no image remains, give a folder with readable images")
-        print(f"warning: {summary}; left out", file=sys.stderr)
+        logging.warning(f"{summary}; left out")
     return [why is None for why in defects]
 
 

@@ -6,19 +6,18 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from data.folders import ImageList, read_people
+from data.images import check_images
 from files import write_json
+from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score
 from utils import UserError, between, pick_device, run_cli, set_threads
-
-if TYPE_CHECKING:
-    import torch
-
-    from data.folders import ImageList
-    from gen_eval.metrics import Protocol
 
 # FID and SSIM as the DG-Net paper prints them, Market-1501.
 PUBLISHED = {
@@ -74,7 +73,6 @@ def parse_args() -> argparse.Namespace:
 
 def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dict[str, Any]:
     """The protocol as it applies to these images, ready for JSON."""
-    from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS
 
     sides = {"real": real} if fake is None else {"real": real, "fake": fake}
     subset = min(KID_SUBSET_SIZE, *(protocol.count or len(images) for images in sides.values()))
@@ -128,7 +126,6 @@ def print_scores(
     weights: Path | None = None,
 ) -> dict[str, Any]:
     """Compute and print the scores with their protocol; returns both, ready for JSON. Raises as `metrics.score`."""
-    from gen_eval.metrics import score
 
     scores, missing = score(real, fake, protocol, device, real_vs_real=real_vs_real, weights=weights)
     stated = describe(real, fake, protocol)
@@ -154,10 +151,6 @@ def print_scores(
 
 def main() -> None:
     args = parse_args()
-
-    from data.folders import read_people
-    from data.images import check_images
-    from gen_eval.metrics import Protocol
 
     device = pick_device(args.device)
     set_threads(args.threads)

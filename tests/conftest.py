@@ -194,6 +194,19 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> An
     return run
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """The notes and warnings since the last call, a line each."""
+    lines = "".join(f"{message}\n" for message in caplog.messages)
+    caplog.clear()
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def notes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Notes are shown, as `utils.set_up_logging` shows them."""
+    caplog.set_level("INFO")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Any:
     """Networks as small as these are slower on several threads than on one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MARKET_NAMES, noise
+from conftest import MARKET_NAMES, logged, noise
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -197,17 +197,17 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
     return files
 
 
-def test_check_images_agrees_with_loading(damaged: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_images_agrees_with_loading(damaged: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     paths = list(damaged.values())
     assert check_images(paths, skip_bad=True) == [True] * 4 + [False] * 6
-    warning = capsys.readouterr().err
+    warning = logged(caplog)
     assert warning.count("\n") == 1 and "6 of 10" in warning and "cut.jpg" in warning
     with pytest.raises(UserError, match="skip_bad_images"):
         check_images(paths, skip_bad=False)
     with pytest.raises(UserError, match="6 of 6"):
         check_images(paths[4:], skip_bad=True)
     assert check_images(paths[:4], skip_bad=False) == [True] * 4
-    assert not capsys.readouterr().err
+    assert not logged(caplog)
     for path in paths[:4]:
         assert resized(path, HEIGHT, WIDTH).shape == (3, HEIGHT, WIDTH)
     for path in paths[4:]:
@@ -446,7 +446,7 @@ def test_a_cache_at_the_files_size_gives_the_batches_of_files(photos: ImageList)
         assert (ours.x != files.x).float().mean() < 1e-3
 
 
-def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_cached(photos: ImageList, caplog: pytest.LogCaptureFixture) -> None:
     def shape(cache: object, height: int, width: int, limit_mb: int = 4096) -> tuple[int, ...] | None:
         made = loader(photos, cache=cache, height=height, width=width, limit_mb=limit_mb)
         if made.pixels is not None:
@@ -461,21 +461,21 @@ def test_what_is_cached(photos: ImageList, capsys: pytest.CaptureFixture[str]) -
         (False, None, None),
     ):
         assert (shape(cache, 256, 128), shape(cache, 64, 32)) == (large, small)
-    assert capsys.readouterr().err == ""
+    assert logged(caplog) == ""
     # 8 images of 3 x 1024 x 512 are 12.6 MB, as files 0.2 MB.
     assert shape("resized", 1024, 512, 12) is None
-    note = capsys.readouterr().err
+    note = logged(caplog)
     assert note.count("\n") == 1 and "13 MB" in note and "cache_limit_mb 12" in note
     assert shape("auto", 1024, 512, 12) == (128, 64)
-    assert capsys.readouterr().err == ""
+    assert logged(caplog) == ""
 
 
-def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, caplog: pytest.LogCaptureFixture) -> None:
     photo(photos.paths[5], (60, 128))
     for cache in ("auto", "source"):
         made = loader(photos, cache=cache, height=256, width=128)
         assert torch.equal(made.pixels, torch.stack([resized(path, 256, 128) for path in photos.paths]))
-        note = capsys.readouterr().err
+        note = logged(caplog)
         assert note.count("\n") == 1 and photos.paths[5].name in note
 
 
@@ -501,7 +501,7 @@ def test_the_file_of_a_cache_for_several_processes(photos: ImageList, mode: str,
 
 @pytest.mark.parametrize("machine", [None, Machine(True, lambda value: value)])
 def test_no_room_for_a_cache(
-    photos: ImageList, machine: Machine | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    photos: ImageList, machine: Machine | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -509,7 +509,7 @@ def test_no_room_for_a_cache(
     monkeypatch.setattr("data.cache.torch.empty", full)
     monkeypatch.setattr("data.cache.os.posix_fallocate", full)
     assert cached_images(photos.paths, "resized", HEIGHT, WIDTH, limit_mb=100, machine=machine) is None
-    assert capsys.readouterr().err.count("\n") == 1
+    assert logged(caplog).count("\n") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -32,7 +32,7 @@ from conftest import (
 )
 
 from benchmarks import kill_test
-from runs import loop
+from runs import command, loop
 from runs.folder import RunFolder
 from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from runs.snapshot import changed_settings
@@ -384,7 +384,7 @@ def test_the_command_that_continues(options: str, expected: str, monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
     args = script.parse_args()
     run = RunFolder(ROOT / args.output_path if args.output_path else ROOT, "my run")
-    assert script.resume_command(args, run) == expected
+    assert command.resume_command(args, run) == expected
 
 
 def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, str(value))
     for argv, start in ((["train.py"], "the same torchrun command"), (["train.py", "--processes", "2"], "python")):
         monkeypatch.setattr(sys, "argv", argv)  # the second: what train.py itself has started
-        assert script.resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
+        assert command.resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
 
 
 # ---------------------------------------------------------------------------------------------- signals
