@@ -491,10 +491,10 @@ def test_json_nested_too_deep(place: Place) -> None:
         load_factors(factors)
 
 
-@pytest.mark.parametrize("camera", ["9" * 5000, "1_0", "-1"], ids=len)
+@pytest.mark.parametrize("camera", ["9" * 19, "9" * 5000, "1_0", "-1"], ids=len)
 def test_cameras_of_a_manifest_are_plain_numbers(place: Place, camera: str) -> None:
     write_rows(place.folder, [Row("a.jpg", "a.jpg", "b.jpg", "0001", "0002", 1, camera, "")])
-    place.assert_refuses(MANIFEST, "train", "--config", teacher_config(place, place.folder))
+    assert MANIFEST in place.run("train", "--config", teacher_config(place, place.folder)).error
 
 
 def test_a_backbone_of_any_width(place: Place) -> None:
