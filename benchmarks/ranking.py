@@ -12,12 +12,14 @@ The features are random; sizes, counts of labels and order are those of the data
 from __future__ import annotations
 
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -152,8 +154,10 @@ def measure_rerank(nq: int, ng: int, dim: int) -> dict:
 
 def _peak() -> int:
     """Greatest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_new_process(part: str, nq: int, ng: int, dim: int) -> dict:
