@@ -1,4 +1,4 @@
-"""Results of `studies.ablation` as a table, as claims that hold or do not, and as a figure. Without torch."""
+"""Results of `studies.ablation` as a table, as claims that hold or do not, and as a figure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from files import write_whole
 from studies.ablation.cells import BETAS, BOTH, CELLS, FINE, PRIMARY
@@ -156,9 +159,6 @@ def format_claims(judged: list[tuple[str, bool | None]]) -> str:
 
 def draw_figure(path: Path, results: list[Result], title: str) -> None:
     """mAP of every row with its seeds, and the sweeps of alpha and beta, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     table, surface = rows(results), sweep(results)
     figure = Figure(figsize=(12, max(4.5, 0.34 * len(table) + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
