@@ -810,7 +810,7 @@ def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, 
     "raised, words",
     [
         (PermissionError(13, "Permission denied", "closed/file"), "closed/file: Permission denied; fix this, or give"),
-        (MemoryError(), "not enough memory (MemoryError); take smaller batches, images or networks"),
+        (MemoryError(), "not enough memory (MemoryError)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory (CUDA out of memory."),
     ],
