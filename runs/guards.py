@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from parallel.collectives import Trainer
+from parallel.collectives import Trainer, gather, world_size
 
 # The terms that are sums of all others; one of them is not finite as soon as any other is not.
 TOTALS = ("gen_total", "dis_total", "id")
@@ -33,6 +33,7 @@ class StopSignals:
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
     SAME = 0.5  # seconds
+    EXCHANGED = 10  # steps after which several processes tell each other of their signals
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -46,6 +47,18 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asked(self, done: int) -> bool:
+        """Whether to stop after `done` steps. To be asked once a step: a signal that comes later is for the next one.
+
+        Several processes have to agree, or one would wait for another that has left. They exchange signals every
+        `EXCHANGED` steps.
+        """
+        if world_size() > 1:
+            if done % self.EXCHANGED:
+                return False
+            self.received = next((signal for signal in gather(self.received) if signal is not None), None)
+        return self.received is not None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,6 @@ from reid_eval.ranking import rank
 from reIDmodel import IdNet
 from runs.folder import TEACHER_FILES, RunFolder, make_run_folder, resolve_data_root
 from runs.load import load_run_for_test, load_teacher, load_teacher_for_test
-from runs.loop import train as run_loop
 from runs.session import Session, build_session
 from runs.snapshot import snapshot_folder, snapshots
 from runs.swapper import load_swapper
@@ -222,7 +222,7 @@ def train_timed(session: Session) -> int:
 
     clock = clock_of(session.device)
     before, seconds, wall = newest(), clock(), time.perf_counter()
-    status = run_loop(session, resume="auto")
+    status = runpy.run_path(str(ROOT / "train.py"))["train"](session, "auto")
     passed = read_time(folder)
     passed["steps"] += newest() - before
     passed["seconds"] += clock() - seconds

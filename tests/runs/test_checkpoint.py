@@ -20,6 +20,7 @@ from conftest import (
     ALL_LOSSES,
     CPU,
     TINY_DGNET,
+    load_script,
     merged,
     random_batches,
     tiny_config,
@@ -44,7 +45,6 @@ from runs.load import (
     save_teacher,
     training_images,
 )
-from runs.loop import train
 from runs.release import export
 from runs.session import build_session
 from runs.snapshot import load_snapshot, prune_snapshots, remove_parts, save_snapshot, snapshots
@@ -212,7 +212,7 @@ def test_a_folder_of_the_release_is_resumed_as_it_is(
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][number][key]))
 
     before = copy_of(session.trainer.gen)
-    train(session, resume="last")
+    load_script("train").train(session, resume="last")
     assert "100 of 103" in caplog.text
     assert snapshots(run.checkpoints) == [100, 102, 103]
     after = session.trainer.gen.state_dict()
@@ -596,7 +596,7 @@ def train_from(cfg: Config, output: Path, name: str, *, resume: str | None, seed
     """Train as train.py does, with the global random state at `seed`."""
     run = open_run(str(output), name)
     seed_everything(seed)
-    train(build_session(cfg, run, CPU, resume=resume is not None), resume=resume)
+    load_script("train").train(build_session(cfg, run, CPU, resume=resume is not None), resume=resume)
     return run
 
 

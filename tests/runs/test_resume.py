@@ -32,12 +32,13 @@ from conftest import (
 )
 
 from benchmarks import kill_test
-from runs import command, loop
 from runs.folder import RunFolder
 from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
+from runs.recorder import Recorder
 from runs.snapshot import changed_settings
+from runs.start import resume_command
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import ROOT, UserError
+from utils import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Trace = dict[int, dict[str, float]]
@@ -77,14 +78,14 @@ class Runs:
         """Run train.py; at iteration `at[0]`, before its step, `at[1]` is called."""
         file = self.folder / "config.yaml"
         file.write_text(yaml.safe_dump((config or self.config) | dict(data_root=str(self.data))))
-        trace, log_scalars = self.traces.setdefault(name, {}), loop.log_scalars
+        trace, log = self.traces.setdefault(name, {}), Recorder.log
         with self.monkeypatch.context() as patch:
 
-            def logged(s: Any, board: Any, values: dict[str, float], rate: float, t: int, skipped: Any) -> None:
-                trace[t] = values
-                log_scalars(s, board, values, rate, t, skipped)
+            def logged(self: Recorder, done: int) -> None:
+                trace[done - 1] = {name: float(value) for name, value in self.terms.items()}
+                log(self, done)
 
-            patch.setattr(loop, "log_scalars", logged)
+            patch.setattr(Recorder, "log", logged)
             for trainer in (DGNetTrainer, TeacherTrainer):
                 patch.setattr(trainer, "step", calling(trainer.step, at))
             where = ("--config", file, "--name", name, "--output_path", self.folder, "--device", "cpu")
@@ -384,7 +385,7 @@ def test_the_command_that_continues(options: str, expected: str, monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
     args = script.parse_args()
     run = RunFolder(ROOT / args.output_path if args.output_path else ROOT, "my run")
-    assert command.resume_command(args, run) == expected
+    assert resume_command(args, run) == expected
 
 
 def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +394,7 @@ def test_what_torchrun_started_it_continues(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, str(value))
     for argv, start in ((["train.py"], "the same torchrun command"), (["train.py", "--processes", "2"], "python")):
         monkeypatch.setattr(sys, "argv", argv)  # the second: what train.py itself has started
-        assert command.resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
+        assert resume_command(script.parse_args(), RunFolder(ROOT, "it")).startswith(start)
 
 
 # ---------------------------------------------------------------------------------------------- signals
