@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from utils import UserError, add_batch_argument, add_machine_arguments, run_cli
+from utils import UserError, add_batch_argument, add_machine_arguments, between, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -15,9 +15,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--name", default="latest", help="run under outputs/ (default: latest)")
     parser.add_argument("--which_epoch", help="iteration of the snapshot (default: the newest)")
     parser.add_argument("--input", help="data set or folder of images to combine (default: the run's data_root)")
-    parser.add_argument("--count", type=int, required=True, help="images to generate")
+    parser.add_argument("--count", type=between(1), required=True, help="images to generate")
     parser.add_argument("--out", required=True, help="folder to write; new, empty, or to be continued")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs")
+    parser.add_argument("--seed", type=between(0), default=0, help="of the choice of pairs")
     parser.add_argument(
         "--labels",
         choices=("appearance", "none"),
@@ -25,10 +25,10 @@ def parse_args() -> argparse.Namespace:
         help="identity in the names: that of the clothes, or 0000 (default: appearance)",
     )
     parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="of the files (default: jpg)")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG files, 1 to 100 (default: 95)")
+    parser.add_argument("--quality", type=between(1, 100), default=95, help="of JPEG files, 1 to 100 (default: 95)")
     parser.add_argument("--teacher", help="teachers of the soft labels, separated by commas (default: the run's)")
     parser.add_argument("--no-soft-labels", action="store_true", help="go without a teacher")
-    parser.add_argument("--top", type=int, default=5, help="identities in a soft label (default: 5)")
+    parser.add_argument("--top", type=between(1), default=5, help="identities in a soft label (default: 5)")
     parser.add_argument("--data_root", help="data set of the teacher's identities (default: the run's)")
     add_batch_argument(parser, "--batch_size")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
@@ -39,12 +39,6 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for option, least in (("count", 1), ("batch_size", 1), ("top", 1), ("quality", 1), ("seed", 0)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option} {value}: must be at least {least}")
-    if args.quality > 100:
-        raise UserError(f"--quality {args.quality}: must be at most 100")
     if args.teacher and args.no_soft_labels:
         raise UserError("--teacher and --no-soft-labels: give one of the two")
     if args.teacher is not None and not args.teacher.replace(",", " ").strip():

@@ -9,21 +9,19 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import losses as L
@@ -42,10 +40,10 @@ from data.generated import (
     write_rows,
 )
 from data.images import check_images, denormalise, iter_images, normalise
-from files import make_folder, part_of, write_json
+from files import make_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
-from runs.folder import RunFolder, generator_config, open_run, resolve_data_root
+from runs.folder import generator_config, open_run, resolve_data_root
 from runs.load import find_teacher, load_teacher, pick_epoch
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
@@ -56,7 +54,6 @@ from utils import UserError, halve_until_it_fits, set_threads
 CPU_PASS = 8
 # Images at a time where `--batch_size` is auto; a GPU may have room for less.
 CPU_BATCH, GPU_BATCH = 32, 256
-_QUEUED_BATCHES = 3  # being written while the next one is computed
 
 
 @dataclass(frozen=True)
@@ -77,41 +74,27 @@ class Job:
 
 
 class Made(NamedTuple):
-    """A batch whose images are written under their hidden names, and the seconds that the nets took for it."""
+    """A batch, the seconds that the nets took for it, and the files that threads write under their hidden names."""
 
     rows: list[Row]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Images made by one call, per second of the nets' time alone, and per second of the whole command."""
-
-    images: int
-    nets: float
-    command: float
+    files: list[Future[None]]
 
 
 # ------------------------------------------------------------------------------------- one process's share
 class Nets:
-    """A run's generator and its teachers on one device. Raises UserError for what cannot be loaded.
-
-    classes    identities of the teachers' classes
-    precision  fp32, fp16 or bf16
-    """
+    """A run's generator and its teachers on one device; `classes` are the identities of the teachers' classes."""
 
     def __init__(
         self,
-        run: RunFolder,
-        iteration: int,
-        teachers: list[str],
+        model: Swapper,
+        teachers: list[nn.Module],
         classes: list[str],
         precision: str,
         device: torch.device,
     ) -> None:
-        self.model: Swapper = load_swapper(run, device, str(iteration))
-        self.teachers = [load_teacher(name, run.output_path, len(classes)).to(device) for name in teachers]
-        self.classes, self.precision, self.device, self.size = classes, precision, device, self.model.size
+        self.model, self.teachers, self.classes = model, teachers, classes
+        self.precision, self.device, self.size = precision, device, model.size
 
     def digest(self) -> str:
         """A name for the weights: equal names, equal images."""
@@ -127,66 +110,44 @@ class Nets:
         return images, None if label is None else label.cpu().numpy()
 
 
-@dataclass
-class _Batch:
-    """A batch on its way: the rows so far, the nets' seconds, and the files that threads are writing."""
+def work(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[list[Row], float]]:
+    """Make the images of `batches` (numbers of images, whole passes); yields the rows and the nets' seconds of each.
 
-    rows: list[Row] = field(default_factory=list)
-    seconds: float = 0.0
-    files: list[Future[None]] = field(default_factory=list)
-
-
-def work(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[Made]:
-    """Make the images of `batches` (numbers of images, whole passes), one batch after the other.
-
-    Reading runs ahead of the nets and writing behind them, both in threads. If this is interrupted, no image stays of
-    the batches that were not yielded.
+    Threads read ahead of the nets and write a batch while the next one is computed.
     """
     size = pass_size(nets.device, job.batch_size)
-    passes = [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
+
+    def passes(batch: list[int]) -> list[list[int]]:
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
     # The nets always see full passes, so that the last one rounds like the others.
-    paths = [
-        job.sources[i][role]
-        for batch in passes
-        for chunk in batch
-        for role in (0, 1)
-        for i in chunk + chunk[-1:] * (size - len(chunk))
-    ]
-    queue: deque[_Batch] = deque()
-    try:
-        with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, writers() as pool:
-            for batch in passes:
-                queue.append(made := _Batch())
-                for chunk in batch:
-                    x_app, x_str = next(stream).chunk(2)
-                    began = time.perf_counter()
-                    images, labels = nets(x_app, x_str)
-                    made.seconds += time.perf_counter() - began
-                    for k, i in enumerate(chunk):
-                        label = "" if labels is None else format_soft_label(labels[k], nets.classes, job.top)
-                        made.rows.append(job.rows[i]._replace(soft_label=label))
-                        made.files.append(pool.submit(write_image, job.out / job.rows[i].file, images[k], job.quality))
-                while queue and (len(queue) > _QUEUED_BATCHES or all(file.done() for file in queue[0].files)):
-                    yield finish(queue)
-            while queue:
-                yield finish(queue)
-    finally:
-        for made in queue:
-            remove_parts(job.out, made.rows)
+    full = [chunk + chunk[-1:] * (size - len(chunk)) for batch in batches for chunk in passes(batch)]
+    paths = [job.sources[i][role] for chunk in full for role in (0, 1) for i in chunk]
+    behind: Made | None = None
+    with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, ThreadPoolExecutor(8) as pool:
+        for batch in batches:
+            rows, files, seconds = [], [], 0.0
+            for chunk in passes(batch):
+                x_app, x_str = next(stream).chunk(2)
+                began = time.perf_counter()
+                images, labels = nets(x_app, x_str)
+                seconds += time.perf_counter() - began
+                for k, i in enumerate(chunk):
+                    label = "" if labels is None else format_soft_label(labels[k], nets.classes, job.top)
+                    rows.append(job.rows[i]._replace(soft_label=label))
+                    files.append(pool.submit(write_image, job.out / job.rows[i].file, images[k], job.quality))
+            if behind:
+                yield written(behind)
+            behind = Made(rows, seconds, files)
+        if behind:
+            yield written(behind)
 
 
-def finish(queue: deque[_Batch]) -> Made:
-    """Wait for the first batch's files and take it off the queue, where it stays if one cannot be written."""
-    for file in queue[0].files:
+def written(made: Made) -> tuple[list[Row], float]:
+    """Wait for a batch's files; raises the error of one that cannot be written."""
+    for file in made.files:
         file.result()
-    batch = queue.popleft()
-    return Made(batch.rows, batch.seconds)
-
-
-def remove_parts(out: Path, rows: list[Row]) -> None:
-    """Remove the images of `rows` that still have their hidden names."""
-    for row in rows:
-        part_of(out / row.file).unlink(missing_ok=True)
+    return made.rows, made.seconds
 
 
 def pass_size(device: torch.device, batch_size: int) -> int:
@@ -200,23 +161,9 @@ def choose_batch_size(nets: Nets, out: Path) -> int:
     """
     if nets.device.type == "cpu":
         return CPU_BATCH
-    try:
-        begun = json.loads((out / SETTINGS).read_text())["images_per_pass"]
-        if isinstance(begun, int) and begun > 0:
-            return begun
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a new generation, or a damaged one, which `compare_settings` refuses
+    if (out / SETTINGS).exists():
+        return read_settings(out)["images_per_pass"]
     return halve_until_it_fits(lambda size: nets(*torch.zeros(2, size, 3, *nets.size)), GPU_BATCH)[1]
-
-
-@contextmanager
-def writers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that encode and write; Pillow lets go of the interpreter lock meanwhile."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def write_image(path: Path, image: np.ndarray, quality: int) -> None:
@@ -230,15 +177,15 @@ def write_image(path: Path, image: np.ndarray, quality: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------- the data set
-def make_together(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[int, Made]]:
-    """Every process makes its share of `batches`; each gets what all have made, with the rank that made it."""
+def make_together(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[int, list[Row], float]]:
+    """Every process makes its share of `batches`; each gets what all have made: the rank, the rows, the seconds."""
     with closing(work(job, nets, batches[rank() :: world_size()])) as share:
         for _ in range(0, len(batches), world_size()):
-            yield from ((r, made) for r, made in enumerate(gather(next(share, None))) if made is not None)
+            yield from ((r, *made) for r, made in enumerate(gather(next(share, None))) if made is not None)
 
 
-def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) -> Speed:
-    """Make what is missing of the data set in `job.out`; returns at once when nothing is.
+def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) -> str:
+    """Make what is missing of the data set in `job.out`; returns what was made, in words, at once when nothing is.
 
     settings  what the images depend on; kept in generate.json and compared when a generation continues
     started   `time.perf_counter()` at the start of the command
@@ -251,7 +198,7 @@ def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) 
         if not is_main():
             for _ in make_together(job, nets, gather([])[0]):
                 pass
-            return Speed(0, 0.0, 0.0)
+            return ""
         with opened(out, settings):
             present = {row.file for row in recover_rows(out, job.rows)}
             batches = missing_batches(job, nets.device, present)
@@ -259,20 +206,23 @@ def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) 
                 for folder in {(out / row.file).parent for row in job.rows}:
                     folder.mkdir(parents=True, exist_ok=True)
             gather(batches)
-            speed = fill(job, nets, batches, present, started)
+            count, rate = fill(job, nets, batches, present)
             order = {row.file: i for i, row in enumerate(job.rows)}
-            rows = read_rows(out)
-            ordered = sorted(rows, key=lambda row: order[row.file])
-            if rows != ordered:
-                write_rows(out, ordered)
+            write_rows(out, sorted(read_rows(out), key=lambda row: order[row.file]))
             (out / UNFINISHED_MARK).unlink(missing_ok=True)
-            return speed
     except OSError as error:
         done = sum(1 for row in job.rows if (out / row.file).exists())
         raise UserError(
             f"{out}: cannot be written ({error.strerror or error}); {done} of {len(job.rows)} images are there and in "
             "the manifest; free space and run the same command again to continue"
         ) from None
+    report = f"{len(job.rows)} images in {out}, {count} of them made now"
+    if count:
+        whole = count / (time.perf_counter() - started)
+        report += (
+            f"\nimages/s: {rate:.2f} by the nets alone, {whole:.2f} by the whole command ({whole / rate:.2f} of it)"
+        )
+    return report
 
 
 @contextmanager
@@ -287,7 +237,7 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
             raise UserError(f"--out {out}: another generate.py is writing to it; wait for it, or stop it") from None
         path = out / SETTINGS
         if path.exists():
-            compare_settings(path, settings)
+            compare_settings(out, settings)
         elif others := sorted(p.name for p in out.iterdir() if p not in (part_of(path), out / UNFINISHED_MARK)):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         (out / UNFINISHED_MARK).touch()
@@ -297,24 +247,29 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
         os.close(lock)
 
 
-def compare_settings(path: Path, settings: dict[str, object]) -> None:
-    """Raise UserError unless a generation with `settings` may continue the one that wrote `path`."""
-    try:
-        before = json.loads(path.read_text())
-        if not isinstance(before, dict) or not isinstance(before["count"], int):
-            raise ValueError
-    except (OSError, ValueError, KeyError, RecursionError):
-        raise UserError(f"{path}: damaged; choose another --out") from None
+def read_settings(out: Path) -> dict[str, Any]:
+    """The settings that the data set in `out` was begun with. Raises UserError if the file is damaged."""
+    remedy = "choose another --out"
+    settings = read_json(out / SETTINGS, remedy)
+    whole = isinstance(settings, dict) and all(isinstance(settings.get(k), int) for k in ("count", "images_per_pass"))
+    if not whole or min(settings["count"], settings["images_per_pass"]) < 1:
+        raise UserError(f"{out / SETTINGS}: damaged; {remedy}")
+    return settings
+
+
+def compare_settings(out: Path, settings: dict[str, object]) -> None:
+    """Raise UserError unless a generation with `settings` may continue the one in `out`."""
+    before = read_settings(out)
     for key, value in settings.items():
         if key not in ("count", "input", "name") and before.get(key) != value:
             raise UserError(
-                f"--out {path.parent}: made with {key} {before.get(key)}, now {value}; give the same options to "
-                "continue it, or choose another --out"
+                f"--out {out}: made with {key} {before.get(key)}, now {value}; give the same options to continue it, "
+                "or choose another --out"
             )
     if settings["count"] < before["count"]:
         raise UserError(
-            f"--out {path.parent}: --count {settings['count']} is less than the {before['count']} images that it was "
-            "begun with; give that number or more, or choose another --out"
+            f"--out {out}: --count {settings['count']} is less than the {before['count']} images that it was begun "
+            "with; give that number or more, or choose another --out"
         )
 
 
@@ -330,23 +285,26 @@ def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[l
     return [[i for chunk in passes[k : k + together] for i in chunk] for k in range(0, len(passes), together)]
 
 
-def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str], started: float) -> Speed:
-    """Make `batches` and list their images; whatever stops this, no half-made image stays."""
+def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str]) -> tuple[int, float]:
+    """Make `batches` and list their images; whatever stops this, no half-made image stays.
+
+    Returns the number of new images, and the images per second that the nets alone make.
+    """
     count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
     bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
     try:
         with bar, ManifestFile(job.out) as manifest, closing(make_together(job, nets, batches)) as results:
-            for process, made in results:
-                rows = [row for row in made.rows if row.file not in present]
+            for process, made, spent in results:
+                rows = [row for row in made if row.file not in present]
                 manifest.commit(rows)
                 bar.update(len(rows))
                 count += len(rows)
-                made_by[process] += len(made.rows)
-                seconds[process] += made.seconds
+                made_by[process] += len(made)
+                seconds[process] += spent
     finally:
-        remove_parts(job.out, job.rows)
-    alone = sum(images / spent for images, spent in zip(made_by, seconds, strict=True) if spent)
-    return Speed(count, alone, count / (time.perf_counter() - started))
+        for row in job.rows:
+            part_of(job.out / row.file).unlink(missing_ok=True)
+    return count, sum(images / spent for images, spent in zip(made_by, seconds, strict=True) if spent)
 
 
 # -------------------------------------------------------------------------------------------------- planning
@@ -388,7 +346,9 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     labelled = args.labels == "appearance"
     rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
     teachers, classes = choose_teachers(args, cfg)
-    nets = Nets(run, iteration, teachers, classes, args.precision, device)
+    model = load_swapper(run, device, str(iteration))
+    loaded = [load_teacher(name, run.output_path, len(classes)).to(device) for name in teachers]
+    nets = Nets(model, loaded, classes, args.precision, device)
     batch_size = args.batch_size or min(gather(choose_batch_size(nets, Path(args.out))))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
@@ -398,14 +358,7 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
-    speed = generate(job, nets, settings, started)
-    report = f"{len(rows)} images in {args.out}, {speed.images} of them made now"
-    if speed.images:
-        report += (
-            f"\nimages/s: {speed.nets:.2f} by the nets alone, {speed.command:.2f} by the whole command "
-            f"({speed.command / speed.nets:.2f} of it)"
-        )
-    return report
+    return generate(job, nets, settings, started)
 
 
 def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
