@@ -7,6 +7,7 @@ slice, so a run sees the same images and draws on any number of processes. launc
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from data.batch import Part
 from utils import UserError, one_line
 
 T = TypeVar("T")
-BUCKET_BYTES = 32 * 2**20  # of gradients in one message: while it travels the next one is packed
 
 
 class ProcessLost(UserError):
@@ -72,30 +72,12 @@ def average_gradients(*optimizers: torch.optim.Optimizer) -> None:
     if world_size() == 1:
         return
     grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-    sent = []
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
     with reaching_others():
-        for bucket in buckets(grads, BUCKET_BYTES):
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, message in sent:
-            message.wait()
-            flat.div_(world_size())
-            for grad, values in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(values.view_as(grad))
-
-
-def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Runs of consecutive tensors that hold at most `size` bytes together; a larger tensor is alone in its run."""
-    bucket: list[Tensor] = []
-    filled = 0
-    for tensor in tensors:
-        if bucket and filled + tensor.nbytes > size:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += tensor.nbytes
-    if bucket:
-        yield bucket
+        dist.all_reduce(flat)
+    flat.div_(world_size())
+    for grad, values in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(values.view_as(grad))
 
 
 def average_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,35 +180,22 @@ def check_ranks(trainer: Trainer, t: int) -> None:
     """Raises UserError unless weights and optimiser states are the same, bit for bit, in every process."""
     if world_size() == 1:
         return
-    named = [(f"{net}.{name}", p) for net, m in trainer.networks().items() for name, p in m.named_parameters()]
-    names = {id(p): name for name, p in named}
+    tensors = {f"{net}.{name}": p for net, m in trainer.networks().items() for name, p in m.named_parameters()}
+    names = {id(p): name for name, p in tensors.items()}
     for optimizer in trainer.optimizers().values():
         for p, state in optimizer.state.items():
-            named += [(f"{names[id(p)]} ({key})", v) for key, v in state.items() if isinstance(v, Tensor)]
-    hashes = torch.stack([checksum(tensor) for _, tensor in named]).cpu()
-    hashes_of_all = gather(hashes)
-    if any(len(some) != len(hashes) for some in hashes_of_all):
-        raise UserError(f"iteration {t}: the optimisers of the processes hold different states; resume the run")
-    differs = (torch.stack(hashes_of_all) != hashes).any(dim=0).any(dim=1)
-    if differs.any():
-        wrong = [name for (name, _), bad in zip(named, differs.tolist(), strict=True) if bad]
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            tensors |= {f"{names[id(p)]} ({key})": v for key, v in state.items() if isinstance(v, Tensor)}
+    here = {name: hash_of(tensor) for name, tensor in tensors.items()}
+    wrong = {name: None for there in gather(here) for name in here | there if here.get(name) != there.get(name)}
+    if wrong:
         raise UserError(
-            f"iteration {t}: the processes' weights are no longer the same ({wrong[0]}{more}); "
+            f"iteration {t}: the processes' weights are no longer the same ({', '.join([*wrong][:3])}); "
             "continue from an earlier snapshot with --resume ITERATION"
         )
 
 
-@torch.no_grad()
-def checksum(tensor: Tensor) -> Tensor:
-    """(2,) int64 on the CPU: sums of the values' bits modulo 2**64, plain and weighted by their position.
-
-    Sums of integers do not depend on their order, so equal values have equal sums on every device.
-    """
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().contiguous().view(-1).view(whole).to(torch.int64)
-    place = torch.arange(1, len(bits) + 1, device=bits.device)
-    return torch.stack([bits.sum(), (bits * place).sum()]).cpu()
+def hash_of(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
 
 
 class Trainer(Protocol):
