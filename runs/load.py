@@ -22,7 +22,7 @@ from parallel.collectives import average_gradients, own_part
 from reIDmodel import IdNet, build_id_net, build_teacher
 from runs.folder import RunFolder, open_run, resolve_data_root, run_config
 from runs.snapshot import read_network, snapshots
-from runs.weights import load_imagenet, load_network, load_vgg, start_from_teacher
+from runs.weights import load_imagenet, load_network, load_vgg, plain_names, start_from_teacher
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, set_threads
 
@@ -93,8 +93,8 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
 def load_teacher(name: str, output_path: Path, classes: int | None = None) -> IdNet:
     """The net of teacher `name`, eval mode. With `classes` it must know as many identities."""
     files = find_teacher(name, output_path)
-    state = read_tensors(files.weights)
-    last = state.get("classifier.classifier.0.weight") if isinstance(state, dict) else None
+    state = plain_names(read_tensors(files.weights), files.weights)
+    last = state.get("classifier.classifier.0.weight")
     if not isinstance(last, Tensor) or last.dim() != 2:
         raise UserError(f"{files.weights}: not a teacher's weights (no classifier in it); replace the file")
     if classes is not None and len(last) != classes:

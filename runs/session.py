@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ from runs.snapshot import snapshots
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, set_deterministic
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,6 +87,8 @@ def build_session(
     if cfg.precision == "auto":
         # The run's folder keeps what it is; of several processes the first decides.
         cfg = cfg.model_copy(update={"precision": collectives.gather(pick_precision(device, "auto"))[0]})
+    for phrase in cfg.unreached():
+        log.warning("the run is too short for %s", phrase)
     build = teacher_session if isinstance(cfg, TeacherConfig) else dgnet_session
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command

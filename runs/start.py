@@ -6,9 +6,8 @@ import argparse
 import json
 import logging
 import shlex
-from pathlib import Path
 
-from config import Config, load_config
+from config import Config, find_config, load_config
 from files import is_part
 from parallel import collectives, launch
 from runs.folder import TEACHER_FILES, RunFolder, open_run, start_folder, update_config
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def read_options(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """The config with its overrides, and the run's folder. A resumed run may take the config in its folder."""
-    file = Path(args.config or ROOT / "configs" / "latest.yaml")
+    file = find_config(args.config or "configs/latest.yaml")
     run = open_run(args.output_path, args.name or file.stem)
     if args.config is None and args.name and args.resume and (args.resume != "auto" or run.config_file.is_file()):
         file = run.config_file
