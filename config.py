@@ -161,6 +161,8 @@ class CommonConfig(Section):
     """Training images; train leaves out one validation image per identity."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, data order, augmentation and draws."""
+    trust_classes: Annotated[bool, NO_EFFECT] = False
+    """Accept a teacher, a snapshot or extra_data whose identities are not those of data_root, though as many."""
     sync_bn: bool = False
     """Compute BatchNorm's statistics over the batch of all processes."""
 
