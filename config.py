@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from utils import UserError
+from utils import ROOT, UserError
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -161,6 +161,8 @@ class CommonConfig(Section):
     """Training images; train leaves out one validation image per identity."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, data order, augmentation and draws."""
+    trust_classes: Annotated[bool, NO_EFFECT] = False
+    """Accept a teacher, a snapshot or extra_data whose identities are not those of data_root, though as many."""
     sync_bn: bool = False
     """Compute BatchNorm's statistics over the batch of all processes."""
 
@@ -337,6 +339,18 @@ class DGNetConfig(CommonConfig):
             raise ValueError("teacher is empty; name a teacher under models/, or set max_teacher_w: 0")
         return self
 
+    def unreached(self) -> list[str]:
+        """What the run is too short for, a phrase each that begins with the key."""
+        phrases = []
+        if self.id_freeze_iter >= self.max_iter:
+            phrases.append(f"id_freeze_iter {self.id_freeze_iter}: the id net never learns")
+        rises = self.max_w > min(self.recon_f_w, self.recon_s_w) or self.max_cyc_w > self.recon_x_cyc_w
+        if self.warm_scale > 0 and rises and self.warm_iter + 1 >= self.max_iter:
+            phrases.append(f"warm_iter {self.warm_iter}: recon_f, recon_s and cyc keep their first weights")
+        if self.warm_scale > 0 and self.max_teacher_w > self.teacher_w and self.warm_teacher_iter + 1 >= self.max_iter:
+            phrases.append(f"warm_teacher_iter {self.warm_teacher_iter}: the teacher loss keeps its first weight")
+        return phrases
+
     @property
     def teachers(self) -> list[str]:
         """The names in `teacher`."""
@@ -382,6 +396,12 @@ class TeacherConfig(CommonConfig):
     """Steps between losses in TensorBoard."""
     snapshot_epochs: Annotated[Count, NO_EFFECT] = 10
     """Epochs between snapshots."""
+
+    def unreached(self) -> list[str]:
+        """What the run is too short for, a phrase each that begins with the key."""
+        if self.warm_epochs < self.epochs:
+            return []
+        return [f"warm_epochs {self.warm_epochs}: the rate reaches lr in the last step at most"]
 
     @model_validator(mode="after")
     def _labels_of_something(self) -> TeacherConfig:
@@ -553,6 +573,12 @@ def of_another_version(values: dict[str, Any], source: str) -> dict[str, Any]:
     if unknown:
         logging.warning(f"{source}: ignored keys of another version: {', '.join(unknown)}")
     return kept
+
+
+def find_config(text: str) -> Path:
+    """The file that `--config` names: from here, from the project's folder, or among its configs."""
+    candidates = [Path(text), ROOT / text, ROOT / "configs" / text]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def load_config(path: Path | str, settings: list[str] = (), *, strict: bool = True) -> Config:

@@ -125,6 +125,11 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
+        if "Unsupported global" in str(error):
+            raise Damaged(
+                f"{path}: holds Python objects, perhaps a whole model, and is not unpickled; save model.state_dict() "
+                "and give that file"
+            ) from None
         raise Damaged(f"{path}: damaged or not a checkpoint ({one_line(error)}); replace the file") from None
 
 

@@ -87,8 +87,10 @@ def in_words(error: Exception) -> UserError | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one line of at most 120 characters, or the error's type if the message is empty."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    """An error's message as one printable line of at most 120 characters, or the error's type if it is empty."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # PyTorch's messages switch to bold
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:120] or type(error).__name__
 
 
 @contextlib.contextmanager

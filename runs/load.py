@@ -15,6 +15,7 @@ from torch import Tensor
 from config import Config, DGNetConfig, TeacherConfig, read_yaml
 from data.folders import ImageList, read_split, require_identities
 from data.images import check_images
+from data.people import People, require_same_people
 from fast import accelerate
 from files import Damaged, read_tensors, write_tensors, write_text
 from networks import Generator
@@ -22,7 +23,7 @@ from parallel.collectives import average_gradients, own_part
 from reIDmodel import IdNet, build_id_net, build_teacher
 from runs.folder import RunFolder, open_run, resolve_data_root, run_config
 from runs.snapshot import read_network, snapshots
-from runs.weights import load_imagenet, load_network, load_vgg, start_from_teacher
+from runs.weights import load_imagenet, load_network, load_vgg, plain_names, start_from_teacher
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, set_threads
 
@@ -55,6 +56,7 @@ class TeacherFiles:
     height: int
     width: int
     data_root: str
+    people: People | None
 
     @property
     def weights(self) -> Path:
@@ -76,14 +78,10 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
                     f"{folder / 'opts.yaml'}: crop_image_height and crop_image_width must be whole numbers above 0 "
                     f"(got {height!r} and {width!r})"
                 )
-            return TeacherFiles(
-                folder,
-                stride,
-                str(opts.get("backbone", "resnet50")),
-                height,
-                width,
-                str(opts.get("data_root", "../Market/pytorch/")),
-            )
+            data_root, digest = str(opts.get("data_root", "../Market/pytorch/")), opts.get("classes")
+            people = People(digest, data_root) if isinstance(digest, str) else None
+            backbone = str(opts.get("backbone", "resnet50"))
+            return TeacherFiles(folder, stride, backbone, height, width, data_root, people)
     raise UserError(
         f"{output_path / 'models' / name / 'net_last.pth'}: no teacher of that name; "
         f"train it with: python train.py --config configs/teacher.yaml --name {name}"
@@ -93,8 +91,8 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
 def load_teacher(name: str, output_path: Path, classes: int | None = None) -> IdNet:
     """The net of teacher `name`, eval mode. With `classes` it must know as many identities."""
     files = find_teacher(name, output_path)
-    state = read_tensors(files.weights)
-    last = state.get("classifier.classifier.0.weight") if isinstance(state, dict) else None
+    state = plain_names(read_tensors(files.weights), files.weights)
+    last = state.get("classifier.classifier.0.weight")
     if not isinstance(last, Tensor) or last.dim() != 2:
         raise UserError(f"{files.weights}: not a teacher's weights (no classifier in it); replace the file")
     if classes is not None and len(last) != classes:
@@ -107,9 +105,18 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
     return net.eval()
 
 
-def save_teacher(run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: int) -> None:
+def require_teacher_of(people: People, name: str, output_path: Path, *, allow: str) -> None:
+    """Raise UserError unless teacher `name` was trained on these people; `allow` is the option that accepts others."""
+    theirs = find_teacher(name, output_path).people
+    require_same_people(theirs, people, what=f"teacher {name}", allow=allow)
+
+
+def save_teacher(
+    run: RunFolder, cfg: TeacherConfig, net: nn.Module, classes: int, people: People | None = None
+) -> None:
     """Write a trained teacher to the folder that DG-Net reads."""
     opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
+    opts |= {"classes": people.digest} if people else {}
     # The weights come last: a teacher exists once they do, and without the options they would be misread.
     write_text(run.model / "opts.yaml", yaml.safe_dump(opts, sort_keys=False))
     write_tensors(run.model / "net_last.pth", net.state_dict())
@@ -123,8 +130,12 @@ def build_trainer(
     output_path: Path,
     steps_per_epoch: int,
     initialise: bool,
+    people: People | None = None,
 ) -> DGNetTrainer | TeacherTrainer:
-    """The trainer of `cfg`; with `initialise` its trunk gets its starting weights (not when resuming)."""
+    """The trainer of `cfg`; with `initialise` its trunk gets its starting weights (not when resuming).
+
+    people  the identities behind the classes, which those of every teacher must be unless `trust_classes`
+    """
     together = dict(part=own_part(), average_gradients=average_gradients)
     if isinstance(cfg, TeacherConfig):
         trainer = TeacherTrainer(cfg, classes, device, steps_per_epoch=steps_per_epoch, **together)
@@ -132,6 +143,9 @@ def build_trainer(
             load_imagenet(trainer.net.model, cfg.backbone, cfg.backbone_weights)
         return trainer
     teachers = [load_teacher(name, output_path, classes) for name in cfg.teachers] if cfg.needs_teacher else []
+    if teachers and people and not cfg.trust_classes:
+        for name in cfg.teachers:
+            require_teacher_of(people, name, output_path, allow="--set trust_classes=true")
     vgg = load_vgg(cfg) if cfg.vgg_w > 0 else None
     trainer = DGNetTrainer(cfg, classes, device, teachers=teachers, vgg=vgg, **together)
     if initialise:

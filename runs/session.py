@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
 from data.loader import PairLoader
+from data.people import People, identify_people, people_of_generated, require_same_people
 from losses import RAMPED, loss_weights
 from networks import structure_input
 from parallel import collectives
@@ -30,6 +32,8 @@ from runs.snapshot import snapshots
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, set_deterministic
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Session:
     device: torch.device
     images: ImageList
     classes: int
+    people: People
     loaders: list[PairLoader]
     trainer: DGNetTrainer | TeacherTrainer
     max_iter: int
@@ -68,6 +73,7 @@ class Session:
         names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
         cpu = self.device.type == "cpu"
         return {
+            "classes": self.people.digest,
             "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
             "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device),
             "processes": collectives.world_size(),
@@ -84,6 +90,8 @@ def build_session(
     if cfg.precision == "auto":
         # The run's folder keeps what it is; of several processes the first decides.
         cfg = cfg.model_copy(update={"precision": collectives.gather(pick_precision(device, "auto"))[0]})
+    for phrase in cfg.unreached():
+        log.warning("the run is too short for %s", phrase)
     build = teacher_session if isinstance(cfg, TeacherConfig) else dgnet_session
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command
@@ -98,12 +106,18 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
     if cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
     images = training_images(cfg)
-    classes = num_classes(cfg, images)
+    classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
     options = loader_options(cfg, images, device)
     loaders = [PairLoader(images, seed=seed, **options) for seed in (2 * cfg.seed, 2 * cfg.seed + 1)]
     per_epoch = loaders[0].batches_per_epoch
     trainer = build_trainer(
-        cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resume
+        cfg,
+        classes,
+        device,
+        output_path=run.output_path,
+        steps_per_epoch=per_epoch,
+        initialise=not resume,
+        people=people,
     )
 
     def schedule(t: int) -> dict[str, float]:
@@ -113,7 +127,8 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
         return rates | {key: weights[term] for term, key in RAMPED.items()}
 
     return Session(
-        *(cfg, run, device, images, classes, loaders, trainer, cfg.max_iter, cfg.snapshot_save_iter, cfg.keep_every),
+        *(cfg, run, device, images, classes, people, loaders, trainer),
+        *(cfg.max_iter, cfg.snapshot_save_iter, cfg.keep_every),
         schedule,
         shown=("gen_total", "dis_total", "recon_x_a", "id", "teacher"),
         image_display_iter=cfg.image_display_iter,
@@ -126,16 +141,25 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
 def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """A teacher's run: one loader, of real images and of generated ones if there are any."""
     images, soft_labels, more = training_images(cfg), None, {}
-    classes = num_classes(cfg, images)
+    classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
     if cfg.extra_data is not None:
         extra = resolve_data_root(cfg.extra_data)
+        if not cfg.trust_classes:
+            for theirs in people_of_generated(extra, soft=cfg.extra_labels == "soft"):
+                require_same_people(theirs, people, what=f"extra_data {extra}", allow="--set trust_classes=true")
         images, soft_labels = add_generated(images, extra, cfg.extra_labels, skip_bad=cfg.skip_bad_images)
         more = {"extra_data": hashlib.sha256((extra / MANIFEST).read_bytes()).hexdigest()[:8]}
     options = loader_options(cfg, images, device)
     loader = PairLoader(images, seed=cfg.seed, with_positive=False, soft_labels=soft_labels, **options)
     per_epoch = loader.batches_per_epoch
     trainer = build_trainer(
-        cfg, classes, device, output_path=run.output_path, steps_per_epoch=per_epoch, initialise=not resume
+        cfg,
+        classes,
+        device,
+        output_path=run.output_path,
+        steps_per_epoch=per_epoch,
+        initialise=not resume,
+        people=people,
     )
 
     def schedule(t: int) -> dict[str, float]:
@@ -144,7 +168,7 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
 
     lengths = (cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch, cfg.keep_every * per_epoch)
     return Session(
-        *(cfg, run, device, images, classes, [loader], trainer, *lengths, schedule, ("id", "accuracy")),
+        *(cfg, run, device, images, classes, people, [loader], trainer, *lengths, schedule, ("id", "accuracy")),
         more_circumstances=more,
     )
 

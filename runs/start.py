@@ -6,9 +6,9 @@ import argparse
 import json
 import logging
 import shlex
-from pathlib import Path
 
-from config import Config, load_config
+from config import Config, find_config, load_config
+from data.people import People, require_same_people
 from files import is_part
 from parallel import collectives, launch
 from runs.folder import TEACHER_FILES, RunFolder, open_run, start_folder, update_config
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def read_options(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """The config with its overrides, and the run's folder. A resumed run may take the config in its folder."""
-    file = Path(args.config or ROOT / "configs" / "latest.yaml")
+    file = find_config(args.config or "configs/latest.yaml")
     run = open_run(args.output_path, args.name or file.stem)
     if args.config is None and args.name and args.resume and (args.resume != "auto" or run.config_file.is_file()):
         file = run.config_file
@@ -79,6 +79,10 @@ def restore(s: Session, resume: str) -> int:
     start = load_snapshot(folder, s.trainer, iteration, fall_back=resume == "auto")
     log.info("resumed %s after %d of %d steps", s.run.name, start, s.max_iter)
     manifest = read_manifest(folder, start)
+    digest = manifest["circumstances"].get("classes") if manifest else None
+    if digest is not None and not s.cfg.trust_classes:
+        then = People(digest, manifest["config"].get("data_root", "?"))
+        require_same_people(then, s.people, what=f"--resume {s.run.name}", allow="--set trust_classes=true")
     changed = changed_settings(manifest, s.cfg, s.circumstances) if manifest else {}
     if changed and start < s.max_iter:
         listing = ", ".join(f"{name} was {then}, is {now}" for name, (then, now) in changed.items())
@@ -89,5 +93,5 @@ def restore(s: Session, resume: str) -> int:
 def finish(s: Session) -> None:
     """Put a finished teacher where DG-Net looks for it."""
     if s.cfg.task == "teacher" and collectives.is_main() and not all((s.run.model / f).exists() for f in TEACHER_FILES):
-        save_teacher(s.run, s.cfg, s.trainer.net, s.classes)
+        save_teacher(s.run, s.cfg, s.trainer.net, s.classes, s.people)
         log.info("teacher written to %s", s.run.model)

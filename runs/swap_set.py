@@ -40,11 +40,12 @@ from data.generated import (
     write_rows,
 )
 from data.images import check_images, denormalise, iter_images, normalise
+from data.people import identify_people
 from files import make_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
 from runs.folder import generator_config, open_run, resolve_data_root
-from runs.load import find_teacher, load_teacher, pick_epoch
+from runs.load import find_teacher, load_teacher, pick_epoch, require_teacher_of
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
 from trainer import autocast
@@ -261,7 +262,7 @@ def compare_settings(out: Path, settings: dict[str, object]) -> None:
     """Raise UserError unless a generation with `settings` may continue the one in `out`."""
     before = read_settings(out)
     for key, value in settings.items():
-        if key not in ("count", "input", "name") and before.get(key) != value:
+        if key not in ("count", "input", "name", "data_root") and before.get(key) != value:
             raise UserError(
                 f"--out {out}: made with {key} {before.get(key)}, now {value}; give the same options to continue it, "
                 "or choose another --out"
@@ -345,9 +346,13 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     root, images = read_input(args, cfg)
     labelled = args.labels == "appearance"
     rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
-    teachers, classes = choose_teachers(args, cfg)
+    teachers, known = choose_teachers(args, cfg)
+    classes, people = (known.classes, identify_people(known, known_root(args, cfg))) if known else ([], None)
     model = load_swapper(run, device, str(iteration))
     loaded = [load_teacher(name, run.output_path, len(classes)).to(device) for name in teachers]
+    if people and not args.trust_classes:
+        for name in teachers:
+            require_teacher_of(people, name, run.output_path, allow="--trust-classes")
     nets = Nets(model, loaded, classes, args.precision, device)
     batch_size = args.batch_size or min(gather(choose_batch_size(nets, Path(args.out))))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
@@ -357,6 +362,9 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     # On a CPU rounding depends on the number of threads, too.
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
+    # Whose identities the names and the soft labels have: a training on the images compares them with its own.
+    settings |= {"identities": identify_people(images, root).digest if labelled else None}
+    settings |= {"classes": people.digest if people else None, "data_root": str(known_root(args, cfg))}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
     return generate(job, nets, settings, started)
 
@@ -368,10 +376,14 @@ def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageL
     return root, images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
 
 
-def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[str], list[str]]:
-    """The teachers' names and the identities of their classes; both empty without soft labels."""
+def known_root(args: argparse.Namespace, cfg: DGNetConfig) -> Path:
+    return resolve_data_root(args.data_root or cfg.data_root)
+
+
+def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[str], ImageList | None]:
+    """The teachers' names and the images of the identities that their classes are; neither without soft labels."""
     if args.no_soft_labels:
-        return [], []
+        return [], None
     teachers = [name.strip() for name in (args.teacher or cfg.teacher).split(",") if name.strip()]
     try:
         for name in teachers:
@@ -379,8 +391,7 @@ def choose_teachers(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[list[st
     except UserError as error:
         raise UserError(f"{error}; or name another --teacher, or go without: --no-soft-labels") from None
     try:
-        root = resolve_data_root(args.data_root or cfg.data_root)
-        return teachers, read_split(root, cfg.train_split, need_names=False).classes
+        return teachers, read_split(known_root(args, cfg), cfg.train_split, need_names=False)
     except UserError as error:
         raise UserError(f"{error}; soft labels need it: --data_root DIR, or --no-soft-labels") from None
 

@@ -22,6 +22,7 @@ from reIDmodel import IdNet
 from utils import UserError
 
 log = logging.getLogger(__name__)
+PREFIXES = ("module", "_orig_mod")
 
 
 class WrongNetwork(UserError):
@@ -81,7 +82,26 @@ def unwrap(content: Any, source: Path) -> Mapping[str, Tensor]:
     """The state_dict in `{'a': state_dict}`."""
     if not isinstance(content, Mapping) or not isinstance(content.get("a"), Mapping):
         raise UserError(f"{source}: not a checkpoint of this format (no state_dict as entry 'a'); replace the file")
-    return content["a"]
+    return plain_names(content["a"], source)
+
+
+def plain_names(content: Any, source: Path) -> Mapping[str, Tensor]:
+    """The state_dict that a file holds, bare or as entry `state_dict`, without the prefixes of other tools.
+
+    DataParallel puts `module` into the names, torch.compile `_orig_mod`. A note says which were taken off.
+    """
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{source}: not a state_dict of tensors; replace the file")
+    removed = [prefix for prefix in PREFIXES if any(prefix in name.split(".") for name in content)]
+    if not removed:
+        return content
+    plain = {".".join(part for part in name.split(".") if part not in PREFIXES): v for name, v in content.items()}
+    if len(plain) < len(content):
+        raise UserError(f"{source}: holds the same tensors with and without the prefix {removed[0]}; replace the file")
+    log.info("%s: taken off the names: %s", source, ", ".join(f"{prefix}." for prefix in removed))
+    return plain
 
 
 def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
@@ -102,7 +122,7 @@ def load_vgg(cfg: DGNetConfig) -> nn.Module:
     """VGG-16 up to relu5_3 with ImageNet weights from `vgg_weights` or torchvision's cache, frozen."""
     path = find_weights(VGG16_Weights.IMAGENET1K_V1.url, cfg.vgg_weights, "vgg_weights: FILE, or vgg_w: 0")
     net = vgg16(weights=None)
-    load_network(net, read_tensors(path), path)
+    load_network(net, plain_names(read_tensors(path), path), path)
     return net.features[:30].requires_grad_(False)
 
 
@@ -119,7 +139,7 @@ def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
     url = "" if file else next(iter(get_model_weights(name))).url
     path = find_weights(url, file, "--backbone-weights FILE, or pretrained: false")
     try:
-        trunk.load_state_dict(read_tensors(path))
+        trunk.load_state_dict(plain_names(read_tensors(path), path))
     except UserError:
         raise
     except Exception as error:

@@ -529,3 +529,30 @@ def test_what_may_be_cached(tmp_path: Path, text: str, value: bool | str) -> Non
 def test_what_may_not_be_cached(value: Any) -> None:
     with pytest.raises(UserError, match="cache_images: .*auto.*source.*resized"):
         parse_config({"data_root": "d", "cache_images": value}, "file")
+
+
+@pytest.mark.parametrize(
+    "values,keys",
+    [
+        (dict(max_iter=10, id_freeze_iter=10), ["id_freeze_iter"]),
+        (dict(max_iter=11, id_freeze_iter=10), []),
+        (dict(max_iter=11, warm_iter=10, warm_scale=0.1), ["warm_iter"]),
+        (dict(max_iter=12, warm_iter=10, warm_scale=0.1), []),
+        (dict(max_iter=11, warm_teacher_iter=10, warm_scale=0.1), ["warm_teacher_iter"]),
+        (dict(max_iter=11, warm_iter=10, warm_teacher_iter=10, warm_scale=0), []),
+        (dict(max_iter=11, warm_teacher_iter=10, warm_scale=0.1, max_teacher_w=0), []),
+        (dict(task="teacher", epochs=3, warm_epochs=3), ["warm_epochs"]),
+        (dict(task="teacher", epochs=4, warm_epochs=3), []),
+    ],
+)
+def test_what_a_run_is_too_short_for(values: dict, keys: list[str]) -> None:
+    """The weights and rates of the last step are those of the first one."""
+    task = values.get("task", "dgnet")
+    defaults = {} if task == "teacher" else dict(warm_iter=0, warm_teacher_iter=0)
+    cfg = parse_config(dict(data_root="") | defaults | values, "short")
+    assert [phrase.split()[0] for phrase in cfg.unreached()] == keys
+    if task == "dgnet":
+        first, last = loss_weights(cfg, 0), loss_weights(cfg, cfg.max_iter - 1)
+        assert (first["recon_s"] == last["recon_s"]) == ("warm_iter" in keys or cfg.warm_scale == 0)
+        unchanged = first["teacher"] == last["teacher"]
+        assert unchanged == ("warm_teacher_iter" in keys or cfg.warm_scale == 0 or cfg.max_teacher_w == 0)

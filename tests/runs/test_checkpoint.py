@@ -48,7 +48,7 @@ from runs.load import (
 from runs.release import export
 from runs.session import build_session
 from runs.snapshot import load_snapshot, prune_snapshots, remove_parts, save_snapshot, snapshots
-from runs.weights import load_network
+from runs.weights import load_network, plain_names
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, seed_everything
 
@@ -589,6 +589,30 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(UserError, match="cannot be written"):
         write_tensors(tmp_path / "nowhere" / "x.pt", {})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}], ids=["bare", "wrapped"])
+def test_prefixes_of_other_tools_are_taken_off(tmp_path: Path, caplog: Any, prefix: str, wrap: Callable) -> None:
+    net = build_teacher(4, backbone="resnet10w8")
+    folder = tmp_path / "models" / "best"
+    folder.mkdir(parents=True)
+    torch.save(wrap({f"{prefix}{name}": v for name, v in net.state_dict().items()}), folder / "net_last.pth")
+    (folder / "opts.yaml").write_text("backbone: resnet10w8")
+    assert_same_tensors(load_teacher("best", tmp_path).state_dict(), net.state_dict())
+    assert all(part in caplog.text for part in prefix.split("."))
+
+
+def test_a_prefix_that_hides_a_second_tensor_is_refused() -> None:
+    with pytest.raises(UserError, match="module"):
+        plain_names({"a": torch.zeros(1), "module.a": torch.ones(1)}, Path("both.pth"))
+
+
+def test_a_pickled_model_is_named_as_such(tmp_path: Path) -> None:
+    torch.save(nn.Linear(1, 1), tmp_path / "whole.pth")
+    with pytest.raises(UserError, match=r"state_dict\(\)") as raised:
+        read_tensors(tmp_path / "whole.pth")
+    assert str(raised.value).isprintable()
 
 
 # ------------------------------------------------------------------------------------- exact resuming

@@ -1,0 +1,109 @@
+"""Whose classes: nets and images made from another data set are refused, though the numbers agree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY_DGNET, TINY_TEACHER, merged
+
+from data.folders import read_split
+from data.people import identify_people
+from mannequins.dataset import make_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Losses that need the teacher from the first step on.
+DGNET = merged(TINY_DGNET, dict(teacher="tutor", teacher_w=0.5, max_iter=2, warm_scale=0))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many identities as `tiny_data` has."""
+    folder = tmp_path_factory.mktemp("strangers") / "mannequins"
+    make_dataset(folder, preset="tiny", seed=9)
+    return folder
+
+
+@pytest.fixture
+def train(script: Any, tmp_path: Path) -> Any:
+    def run(config: dict[str, Any], name: str, data: Path, *options: object, **settings: Any) -> Any:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config | dict(data_root=str(data))))
+        where = ("--name", name, "--output_path", tmp_path, "--device", "cpu", "--threads", 1)
+        changes = [f"{key}={value}" for key, value in settings.items()]
+        return script("train", "--config", tmp_path / f"{name}.yaml", *where, *options, "--set", "seed=0", *changes)
+
+    return run
+
+
+def copied(data: Path, to: Path) -> Path:
+    shutil.copytree(data, to)
+    return to
+
+
+def renamed(data: Path, to: Path) -> Path:
+    """A copy in which the first identity has become the last one."""
+    folder = copied(data, to) / "bounding_box_train"
+    first = min(path.name.split("_")[0] for path in folder.iterdir())
+    for path in folder.glob(f"{first}_*"):
+        path.rename(path.with_name(f"9000{path.name[4:]}"))
+    return to
+
+
+def test_a_copy_has_the_same_people_and_others_do_not(tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
+    def digest(root: Path, split: str = "train_all") -> str:
+        return identify_people(read_split(root, split, need_names=False), root).digest
+
+    here = digest(tiny_data)
+    assert digest(copied(tiny_data, tmp_path / "elsewhere")) == here
+    assert digest(strangers) != here
+    assert digest(renamed(tiny_data, tmp_path / "renamed")) != here
+    images = read_split(tiny_data, "train_all", need_names=False)
+    without_first = images.select([path != images.paths[0] for path in images.paths])
+    assert identify_people(without_first, tiny_data).digest == here
+
+
+def test_a_teacher_of_other_people(train: Any, tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
+    assert train(TINY_TEACHER | dict(epochs=1), "tutor", strangers).code == 0
+    for settings in ({}, dict(id_init="teacher")):
+        error = train(DGNET, "pupil", tiny_data, **settings).error
+        assert str(strangers) in error and str(tiny_data) in error and "trust_classes" in error
+    assert not (tmp_path / "outputs" / "pupil").exists()
+    assert train(DGNET, "pupil", strangers).code == 0
+    assert train(DGNET, "pupil2", tiny_data, trust_classes="true").code == 0
+    # A teacher of an earlier version, or the release's, does not say.
+    opts = tmp_path / "models" / "tutor" / "opts.yaml"
+    opts.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(opts.read_text()).items() if k != "classes"}))
+    outcome = train(DGNET, "pupil3", tiny_data)
+    assert outcome.code == 0 and "tutor" in outcome.err
+
+
+def test_a_run_is_not_resumed_on_other_people(train: Any, tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
+    alone = DGNET | dict(teacher_w=0, max_teacher_w=0)
+    assert train(alone, "run", tiny_data).code == 0
+    for data in (strangers, renamed(tiny_data, tmp_path / "renamed")):
+        error = train(alone, "run", data, "--resume", max_iter=3).error
+        assert str(data) in error and str(tiny_data) in error and "trust_classes" in error
+    assert train(alone, "run", copied(tiny_data, tmp_path / "moved"), "--resume", max_iter=3).code == 0
+    assert train(alone, "run", strangers, "--resume", max_iter=4, trust_classes="true").code == 0
+
+
+def test_generated_images_of_other_people(
+    train: Any, script: Any, tiny_data: Path, strangers: Path, tmp_path: Path
+) -> None:
+    assert train(DGNET | dict(teacher_w=0, max_teacher_w=0), "run", strangers).code == 0
+    assert train(TINY_TEACHER | dict(epochs=1), "tutor", tiny_data).code == 0
+    common = ("--name", "run", "--output_path", tmp_path, "--device", "cpu", "--threads", 1, "--count", 8)
+    error = script("generate", *common, "--out", tmp_path / "refused", "--teacher", "tutor").error
+    assert str(strangers) in error and str(tiny_data) in error and "--trust-classes" in error
+    assert script("generate", *common, "--out", tmp_path / "made", "--no-soft-labels").code == 0
+    settings = json.loads((tmp_path / "made" / "generate.json").read_text())
+    assert settings["identities"] == identify_people(read_split(strangers, "train_all"), strangers).digest
+    assert settings["classes"] is None
+    more = dict(extra_data=tmp_path / "made", epochs=1)
+    error = train(TINY_TEACHER, "learner", tiny_data, **more).error
+    assert str(strangers) in error and str(tiny_data) in error and "trust_classes" in error
+    assert train(TINY_TEACHER, "learner", strangers, **more).code == 0
