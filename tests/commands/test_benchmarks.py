@@ -17,7 +17,7 @@ from conftest import CPU
 from benchmarks import all as all_benchmarks
 from benchmarks import features, loader, ranking
 from data.folders import read_split
-from data.images import normalise, resized
+from data.images import decoded, normalise
 from reid_eval.features import Features, extract_features
 from reid_eval.ranking import SETTINGS
 from reIDmodel import build_id_net
@@ -57,7 +57,7 @@ def test_the_plain_pairs_are_the_loaders(tiny_data: Path) -> None:
     plain = loader.PlainPairs(read_split(tiny_data, "train_all", need_names=False))
     x, xp = plain.batch(8)
     assert x.shape == xp.shape == (8, 3, 256, 128) and x.dtype == torch.float32
-    whole = normalise(resized(plain.paths[3], 256, 128)[None])
+    whole = normalise(decoded(plain.paths[3], (256, 128))[None])
     padded = torch.nn.functional.pad(whole, (10, 10, 10, 10), mode="replicate")
     views = (view.unfold(2, 256, 1).unfold(3, 128, 1).flatten(2, 3)[0, 0] for view in (padded, padded.flip(3)))
     assert (torch.cat(list(views)) == plain.read(3)[0]).flatten(1).all(1).any()

@@ -670,7 +670,7 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
     assert f"no multi-query image of identity {int(first.name[:4])} in camera" in refused("--multi")
     person = next(query.iterdir())
     stranger = person.rename(query / f"anna_{person.name}")
-    assert f"{query}: anna_{person.name}: no identity and camera in the file name; rename it" in refused()
+    assert f"{stranger}: no identity and camera" in refused()
     stranger.unlink()
 
     for path in query.iterdir():
