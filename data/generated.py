@@ -145,8 +145,8 @@ def _parse_row(line: list[str]) -> Row:
         raise ValueError(f"{len(line)} columns instead of {len(Row._fields)}")
     row = Row(*line)
     inner = PurePosixPath(row.file)
-    if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts:
-        raise ValueError(f"{row.file[:80]!r} leads out of the manifest's folder")
+    if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts or len(row.file) > 1024:
+        raise ValueError(f"{row.file[:80]!r} is not the path of a file in the manifest's folder")
     for camera in (row.appearance_camera, row.structure_camera):
         if not re.fullmatch("[0-9]{1,18}", camera):
             raise ValueError(f"camera {camera[:20]!r} is not a whole number of at most 18 digits")
