@@ -363,8 +363,8 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
     # Whose identities the names and the soft labels have: a training on the images compares them with its own.
-    settings |= {"identities": identify_people(images, root).digest if labelled else None}
-    settings |= {"classes": people.digest if people else None, "data_root": str(known_root(args, cfg))}
+    settings |= {"identities": identify_people(images, root).mark if labelled else None}
+    settings |= {"classes": people.mark if people else None, "data_root": str(known_root(args, cfg))}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
     return generate(job, nets, settings, started)
 
