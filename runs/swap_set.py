@@ -29,8 +29,8 @@ from config import DGNetConfig
 from data.folders import UNFINISHED_MARK, ImageList, is_data_set, read_people, read_split
 from data.generated import (
     SETTINGS,
-    ManifestFile,
     Row,
+    commit_rows,
     count_pairs,
     draw_swap_pairs,
     format_soft_label,
@@ -294,10 +294,10 @@ def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str]) -> t
     count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
     bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
     try:
-        with bar, ManifestFile(job.out) as manifest, closing(make_together(job, nets, batches)) as results:
+        with bar, closing(make_together(job, nets, batches)) as results:
             for process, made, spent in results:
                 rows = [row for row in made if row.file not in present]
-                manifest.commit(rows)
+                commit_rows(job.out, rows)
                 bar.update(len(rows))
                 count += len(rows)
                 made_by[process] += len(made)

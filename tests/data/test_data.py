@@ -59,13 +59,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def test_parse_name() -> None:
-    expected = {
-        "0002_c1s1_000451_03.jpg": (2, 1),
-        "-1_c3s2_000031_02.jpg": (-1, 3),
-        "0000_c6s1_000010_01.jpg": (0, 6),
-        "0002_c15_0001.jpg": (2, 15),
-        "0005_c2_f0046985.jpg": (5, 2),
-    }
+    expected = {"0002_c1s1_000451_03.jpg": (2, 1), "-1_c3s2_000031_02.jpg": (-1, 3), "0005_c15_f004.jpg": (5, 15)}
     assert {name: parse_name(name) for name in expected} == expected
     for name in ("person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg"):
         with pytest.raises(UserError, match=name):
@@ -144,6 +138,8 @@ def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
             read_split(root, split)
         assert all(str(name) in str(error.value) for name in named)
 
+    with pytest.raises(UserError, match="bounding_box_train.*0002"):
+        require_identities(read_split(archive, "train_all").select(np.arange(10) < 4))
     refused(tmp_path / "nowhere", "query", tmp_path / "nowhere", "data_root")
     refused(archive, "test", "train_all", "multi-query")
     shutil.rmtree(archive / "gt_bbox")
@@ -158,41 +154,24 @@ def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
     refused(folder.parent, "train_all", folder, "0001_c1.jpg")
 
 
-def test_require_identities(archive: Path) -> None:
-    listed = read_split(archive, "train_all")
-    require_identities(listed)
-    with pytest.raises(UserError, match="bounding_box_train.*0002"):
-        require_identities(listed.select(listed.pids == 2))
-
-
 # ---- damaged images
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> dict[str, Path]:
-    """Files by what they are; the first four are good."""
-    files = {
-        "good": noise(tmp_path / "good.jpg"),
-        "tiny": noise(tmp_path / "tiny.png", (1, 1)),
-        "bitmap": noise(tmp_path / "bitmap.bmp"),
-        "mislabelled": tmp_path / "really_a_png.jpg",
-        "cut jpeg": noise(tmp_path / "cut.jpg", (64, 128)),
-        "cut png": noise(tmp_path / "cut.png", (64, 128)),
-        "cut bitmap": noise(tmp_path / "cut.bmp", (64, 128)),
-        "empty": tmp_path / "empty.jpg",
-        "text": tmp_path / "text.jpg",
-        "missing": tmp_path / "missing.jpg",
-    }
-    shutil.copy(files["tiny"], files["mislabelled"])
-    for kind in ("cut jpeg", "cut png", "cut bitmap"):
-        files[kind].write_bytes(files[kind].read_bytes()[:-200])
-    files["empty"].touch()
-    files["text"].write_text("this is no image\n")
-    return files
+def damaged(tmp_path: Path) -> list[Path]:
+    """Ten files, of which the first four are good."""
+    good = [noise(tmp_path / "good.jpg"), noise(tmp_path / "tiny.png", (1, 1)), noise(tmp_path / "bitmap.bmp")]
+    mislabelled = Path(shutil.copy(good[1], tmp_path / "really_a_png.jpg"))
+    cut = [noise(tmp_path / f"cut.{suffix}", (64, 128)) for suffix in ("jpg", "png", "bmp")]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-200])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("this is no image\n")
+    return [*good, mislabelled, *cut, *(tmp_path / f"{name}.jpg" for name in ("empty", "text", "missing"))]
 
 
-def test_check_images_agrees_with_loading(damaged: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
-    paths = list(damaged.values())
+def test_check_images_agrees_with_loading(damaged: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    paths = damaged
     assert check_images(paths, skip_bad=True) == [True] * 4 + [False] * 6
     warning = logged(caplog)
     assert warning.count("\n") == 1 and "6 of 10" in warning and "cut.jpg" in warning
@@ -220,12 +199,6 @@ def test_check_sees_through_thumbnails_and_trailing_bytes(tmp_path: Path) -> Non
     cut.write_bytes(with_thumbnail[:-100])
     trailing.write_bytes(with_thumbnail + bytes(10_000))
     assert check_images([cut, trailing], skip_bad=True) == [False, True]
-
-
-def test_check_refuses_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [noise(tmp_path / "a.png", (10, 10)), noise(tmp_path / "b.png", (40, 40))]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert check_images(paths, skip_bad=True) == [True, False]
 
 
 def test_load_image_modes(tmp_path: Path) -> None:
@@ -288,6 +261,8 @@ def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     first, second = take(loader(images, cache=True).batches(), 2)
     assert len(set(torch.cat([first.index, second.index]).tolist())) == 8  # two are dropped
     assert not np.array_equal(loader(images, seed=0).order(0), loader(images, seed=1).order(0))
+    with pytest.raises(UserError, match="10 .*batch_size 11"):
+        loader(images, batch_size=11)
 
 
 def test_positive_has_the_same_identity_and_differs(images: ImageList) -> None:
@@ -365,11 +340,6 @@ def test_a_dead_worker_ends_the_stream_in_one_line(images: ImageList) -> None:
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
-def test_more_images_in_a_batch_than_there_are(images: ImageList) -> None:
-    with pytest.raises(UserError, match="10 .*batch_size 11"):
-        loader(images, batch_size=11)
-
-
 @pytest.mark.parametrize("batch_size", [3, 5, 100])
 def test_iter_images(images: ImageList, batch_size: int) -> None:
     steps = [transforms.Resize((HEIGHT, WIDTH), 3), transforms.ToTensor()]
@@ -408,7 +378,7 @@ def photos(tmp_path: Path) -> ImageList:
 
 
 @pytest.mark.parametrize("resizing", [resize, resize_in_float])
-@pytest.mark.parametrize("size", [(256, 128), (64, 32), (384, 128), (100, 90)])
+@pytest.mark.parametrize("size", [(256, 128), (64, 32), (100, 90)])
 def test_resizing_in_batches_is_pillows_to_one_grey_level(
     photos: ImageList, resizing: Callable[..., torch.Tensor], size: tuple[int, int]
 ) -> None:
