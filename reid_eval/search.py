@@ -16,7 +16,7 @@ from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
-from visual_tools.page import Hit, Result, write_page
+from visual_tools.ranked_lists import Hit, Result, write_page
 
 
 def search(args: argparse.Namespace) -> None:
@@ -44,12 +44,11 @@ def search(args: argparse.Namespace) -> None:
     results = []
     # One more than asked for, since the query itself may be in the gallery; it is left out.
     for query, answers in zip(queries, index.search(to_vectors(features), args.top + 1), strict=True):
-        scores = {str(gallery / name): score for name, score in answers if not same_file(query, gallery / name)}
-        hits = list(scores.items())[: args.top]
+        hits = [(gallery / name, score) for name, score in answers if not same_file(query, gallery / name)][: args.top]
         print(f"\n{query}")
         for rank, (path, score) in enumerate(hits, 1):
             print(f"{rank:4}  {score:7.4f}  {path}")
-        cells = [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
+        cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
         results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
     page = Path(args.page) if args.page else folder / "results.html"
     notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]

@@ -30,9 +30,8 @@ from reid_eval.index import SearchIndex, fingerprint, open_index
 from reid_eval.ranking import Ranking
 from reIDmodel import IdNet, build_id_net, build_teacher
 from utils import ROOT, UserError
-from visual_tools.activation import activation_maps
-from visual_tools.page import Hit, Result, write_page
-from visual_tools.rank_figure import COLOURS, choose_queries
+from visual_tools.hirescam import activation_maps
+from visual_tools.ranked_lists import COLOURS, Hit, Result, choose_queries, write_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
@@ -144,7 +143,7 @@ class PageReader(HTMLParser):
 # ------------------------------------------------------------------------------------- ranked lists
 def test_worst_best_and_random_queries() -> None:
     ap, first = np.array([0.5, 0, 0.1, 1, 0.7, 0.2, 0.9]), np.array([2, 0, 9, 1, 1, 8, 1])
-    ranking = Ranking("standard", np.ones(1), 0.5, 0.5, ap, ap, first, 7, 1)
+    ranking = Ranking(np.ones(1), 0.5, 0.5, ap, ap, first, 7, 1)
     assert choose_queries(ranking, 1)[:2] == [("worst", 2), ("best", 3)]
     kind, query = choose_queries(ranking, 1)[2]
     assert kind == "random" and query in (0, 4, 5, 6)
@@ -254,7 +253,7 @@ def test_rank_figure_of_an_evaluation(runs: Runs, script: Script, model: str) ->
 
 def choose_by_page(page: PageReader, count: int) -> list[int]:
     ap = np.array([section["values"][0] for section in page.sections])
-    ranking = Ranking("standard", np.ones(1), 0, 0, ap, ap, np.ones(len(ap), int), len(ap), 0)
+    ranking = Ranking(np.ones(1), 0, 0, ap, ap, np.ones(len(ap), int), len(ap), 0)
     return [i for _, i in choose_queries(ranking, count)]
 
 
@@ -619,7 +618,7 @@ def test_recall_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = SearchIndex(tmp_path, tmp_path, "model", "a model")
     index.files = {str(i): (0, 0) for i in range(2000)}
-    index._replace(vectors, graph=True)
+    index.vectors = index_module.build_vectors(vectors, graph=True)
     recall = index._measure_recall()
     chosen = np.random.default_rng(0).permutation(2000)[:200]
     shares = []
