@@ -7,12 +7,10 @@ ours   what test.py does: threads decode while the net works, image and mirror i
 (per second of processor time on a CPU)
 
 The nets are that of configs/latest.yaml (ResNet-50, 256 x 128) and the demo's, with random weights, on drawn images.
-With `--teacher NAME` or `--name RUN`, also the mAP of that net in every precision.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -26,22 +24,9 @@ from torchvision import transforms
 
 from benchmarks.machine import benchmark_parser, compare, describe_machine, draw_images, finish, write_result
 from precision import has_bf16
-from reid_eval.features import extract_data_set, extract_features
-from reid_eval.report import evaluate_features, summary
+from reid_eval.features import extract_features
 from reIDmodel import build_id_net
-from runs.folder import resolve_data_root
-from runs.load import open_net
-from utils import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    UserError,
-    add_net_arguments,
-    between,
-    check_net_arguments,
-    pick_device,
-    run_cli,
-    set_threads,
-)
+from utils import IMAGENET_MEAN, IMAGENET_STD, between, pick_device, run_cli, set_threads
 
 PLAIN_BATCH = 32
 # By name: backbone, height, width, and the images of a round on a CPU and on a GPU.
@@ -104,58 +89,21 @@ def precisions(device: torch.device) -> list[str]:
     return ["fp32", *["bf16"] * has_bf16(device), *["fp16"] * (device.type == "cuda")]
 
 
-def measure_precision(args: argparse.Namespace, device: torch.device) -> dict:
-    """mAP and Rank-1 of a trained net in every precision of the device, on the net's data set or `--data`."""
-    tested = open_net(args, device)
-    root = resolve_data_root(args.data or tested.data_root)
-    scores = {}
-    for precision in precisions(device):
-        how = dict(size=tested.size, batch_size=None, device=device, precision=precision, progress=False)
-        sets = extract_data_set(tested.net, root, **how)
-        rows = summary(evaluate_features(sets.query, sets.gallery), sets.query, sets.gallery)["tables"]["single query"]
-        scores[precision] = {
-            row: {convention: {key: by[key] for key in ("mAP", "rank1")} for convention, by in values.items()}
-            for row, values in rows.items()
-        }
-    return {"net": tested.title, "precision": scores}
-
-
 def main() -> None:
-    parser = benchmark_parser("features", __doc__, device=False)
-    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS), help="of the speed part (default: both)")
+    parser = benchmark_parser("features", __doc__)
     parser.add_argument("--images", type=between(1), help="images in a round (default: 16 or 256 on a CPU, else 2048)")
     parser.add_argument("--repeats", type=between(1), default=3, help="rounds (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="the demo's net alone, a few images")
-    parser.add_argument("--data", metavar="DIR", help="data set of the trained net (default: that of its run)")
-    add_net_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="the demo's net alone, 64 images")
     args = parser.parse_args()
-    check_net_arguments(args)
-    if not (args.nets or args.quick or args.name or args.teacher):
-        raise UserError("--nets: name a net, or a trained one by --name or --teacher; there is nothing to measure")
-    if args.quick:
-        args.nets, args.images = ["demo"], args.images or 64
-
-    args.threads = args.threads or 1
-    set_threads(args.threads)
+    set_threads(1)
     device = pick_device(args.device)
-    result = {"machine": describe_machine(), "device": str(device), "threads": args.threads, "speed": {}}
-    print(f"on {device}, {result['machine']}", flush=True)
+    nets, count = (["demo"], args.images or 64) if args.quick else (list(NETS), args.images)
+    result = {"machine": describe_machine(), "device": str(device), "speed": {}}
     with tempfile.TemporaryDirectory() as folder:
-        images = draw_images(Path(folder), 8).paths if args.nets else []
-        for name in args.nets:
-            speed = result["speed"][name] = measure_speed(name, images, device, count=args.images, repeats=args.repeats)
-            print(f"{name}: {speed['images']} images{'':10}images/s  times plain  least cosine to plain")
-            for way, rate in speed["images/s"].items():
-                cosine = speed["least cosine to plain"].get(way, 1.0)
-                print(f"  {way:24}{rate:12.1f}{speed['times plain'][way]:11.2f}{cosine:18.5f}", flush=True)
-    if args.name or args.teacher:
-        result |= {"trained": measure_precision(args, device)}
-        print(f"{result['trained']['net']}{'':20}mAP, official   mAP, standard   Rank-1")
-        for precision, rows in result["trained"]["precision"].items():
-            for row, by in rows.items():
-                values = by["official"]["mAP"], by["standard"]["mAP"], by["official"]["rank1"]
-                print(f"  {precision:6}{row:30}" + "".join(f"{100 * value:12.2f}" for value in values))
-    print(f"written to {write_result(args.results, 'features', result)}")
+        images = draw_images(Path(folder), 8).paths
+        for name in nets:
+            result["speed"][name] = measure_speed(name, images, device, count=count, repeats=args.repeats)
+    write_result(args.results, "features", result)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from benchmarks.machine import benchmark_parser, describe_machine, write_result
 from mannequins.dataset import make_dataset
+from runs.snapshot import snapshots
 from utils import ROOT, UserError, between, run_cli
 
 STEPS_PER_KILL = 6  # about as many as a killed process makes
@@ -41,21 +40,13 @@ SETTINGS = dict(
 )
 
 
-@dataclass
 class Trial:
-    """A run that is started, killed and started again."""
+    """A run in `folder` that is started, killed and started again."""
 
-    folder: Path
-    config: Path
-    max_iter: int
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "outputs" / "run" / "checkpoints"
-
-    @property
-    def images(self) -> Path:
-        return self.folder / "outputs" / "run" / "images"
+    def __init__(self, folder: Path, config: Path, max_iter: int) -> None:
+        self.folder, self.config, self.max_iter = folder, config, max_iter
+        self.path = folder / "outputs" / "run"
+        folder.mkdir()
 
     def start(self, workers: int = 0) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(self.config), "--name", "run"]
@@ -67,67 +58,52 @@ class Trial:
     def finish(self) -> None:
         """Run to the end. Raises UserError with the end of the output if the run fails."""
         if status := self.start().wait():
-            raise UserError(f"{self.folder}: the run ended with status {status}: {self.output()}")
+            raise UserError(
+                f"{self.folder}: ended with status {status}: {(self.folder / 'out.txt').read_text()[-2000:]}"
+            )
 
-    def output(self) -> str:
-        return (self.folder / "out.txt").read_text()[-2000:]
-
-    def snapshots(self) -> set[str]:
-        return {name for name in names(self.checkpoints) if name.isdecimal()}
+    def newest(self) -> int:
+        return max(snapshots(self.path / "checkpoints"), default=0)
 
     def writing(self) -> str | None:
-        """What is being written at this moment: `snapshot`, `image` or None."""
-        if any(name.endswith(".part") for name in names(self.checkpoints)):
-            return "snapshot"
-        return "image" if any(name.endswith(".part") for name in names(self.images)) else None
+        """What is being written at this moment: `checkpoints`, `images` or None."""
+        return next((path.parent.name for path in self.path.glob("*/*.part")), None)
+
+    def files(self) -> dict[str, str]:
+        """Hashes of snapshots and images, without the manifests, which also hold the number of workers."""
+        paths = [p for kind in ("checkpoints", "images") for p in (self.path / kind).rglob("*") if p.is_file()]
+        return {
+            str(path.relative_to(self.path)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(paths)
+            if path.suffix != ".json"
+        }
 
 
-def names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
+def kill_once(trial: Trial, rng: random.Random, seconds: float) -> str:
+    """Start the run and kill it at a random moment; `seconds` is what a start-up and a few steps take.
 
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hashes of the files, without the manifests, which also hold the number of workers."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".json"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def kill_once(trial: Trial, rng: random.Random, start_up: float, step: float) -> str:
-    """Start the run and kill it at a random moment.
-
-    start_up, step  seconds of the undisturbed run's start-up and of a step
-    Returns what it was doing: start-up, step, snapshot or image; `nothing` if the run ended before.
+    Returns what it was doing: start-up, step, checkpoints or images; `nothing` if the run ended before.
     """
-    aim = rng.choice(["start-up", "step", "step", "snapshot", "snapshot", "snapshot", "image", "image"])
-    before = trial.snapshots()
-    process = trial.start(workers=rng.choice([0, 0, 2]))
-    began = time.monotonic()
-    early = rng.uniform(0, start_up)
-    fine = rng.uniform(0, 0.01)  # into the writing of a file
+    aim = rng.choice([None, None, "checkpoints", "checkpoints", "images"])
+    before, process, end = (
+        trial.newest(),
+        trial.start(rng.choice([0, 0, 2])),
+        time.monotonic() + rng.uniform(0, seconds),
+    )
     try:
-        while process.poll() is None:
-            progress = bool(trial.snapshots() - before)
-            if aim == "start-up" and (time.monotonic() - began > early or progress):
+        # A moment at random, or the writing of a file after a new snapshot.
+        while process.poll() is None and time.monotonic() < end + (60 if aim else 0):
+            if aim and trial.newest() > before and trial.writing() == aim:
+                time.sleep(rng.uniform(0, 0.01))
                 break
-            if aim == "step" and progress:
-                time.sleep(rng.uniform(0, 4 * step))
-                break
-            if progress and trial.writing() == aim:
-                time.sleep(fine)
-                break
-            time.sleep(0.0003 if progress else 0.005)
+            time.sleep(0.0003 if trial.newest() > before else 0.005)
         if process.poll() is not None:
-            if process.returncode:
-                raise UserError(f"the run ended by itself: {trial.output()}")
             return "nothing"
     finally:
         process.kill()
         process.wait()
     # Before the first new snapshot, a half-written file may be from the kill before this one.
-    return trial.writing() or "step" if trial.snapshots() - before else "start-up"
+    return trial.writing() or "step" if trial.newest() > before else "start-up"
 
 
 def main() -> int:
@@ -140,54 +116,32 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), args)
     result["seconds"] = round(time.monotonic() - began)
-    print(f"written to {write_result(args.results, 'kill_test', result)}")
+    write_result(args.results, "kill_test", result)
     return 0 if result["same_as_undisturbed"] and result["kills"] == args.kills else 1
 
 
 def run(scratch: Path, args: argparse.Namespace) -> dict:
     """Train both runs in `scratch`; returns the result for JSON."""
-    machine = describe_machine()
-    data = args.data or scratch / "data"
+    machine, data, config = describe_machine(), args.data or scratch / "data", scratch / "run.yaml"
     if not args.data:
         make_dataset(data, preset="tiny")
-    config = scratch / "run.yaml"
     config.write_text(yaml.safe_dump(SETTINGS | dict(data_root=str(data))))
     max_iter = STEPS_PER_KILL * args.kills + 4
     whole, killed = (Trial(scratch / name, config, max_iter) for name in ("whole", "killed"))
-    for trial in (whole, killed):
-        trial.folder.mkdir()
-
-    start = time.time()
+    began = time.time()
     whole.finish()
     # The first file in the run's folder shows when the steps began, near enough.
-    steps_began = (whole.folder / "outputs" / "run" / "config.yaml").stat().st_mtime
-    step, start_up = (time.time() - steps_began) / max_iter, steps_began - start
-    print(f"undisturbed: {max_iter} steps of {1000 * step:.0f} ms after {start_up:.1f} s of start-up", flush=True)
+    steps_began = (whole.path / "config.yaml").stat().st_mtime
+    seconds = steps_began - began + STEPS_PER_KILL * (time.time() - steps_began) / max_iter
 
-    rng = random.Random(args.seed)
-    moments: Counter[str] = Counter()
-    for k in range(args.kills):
-        moment = kill_once(killed, rng, start_up, step)
-        if moment == "nothing":
-            break
+    rng, moments = random.Random(args.seed), Counter()
+    while moments.total() < args.kills and (moment := kill_once(killed, rng, seconds)) != "nothing":
         moments[moment] += 1
-        newest = max(killed.snapshots(), default="none yet")
-        print(f"kill {k + 1}: {moment}; newest snapshot {newest}", flush=True)
+        print(f"kill {moments.total()}: {moment}; newest snapshot {killed.newest()}", flush=True)
     killed.finish()
-    files = {what: [contents(getattr(t, what)) for t in (whole, killed)] for what in ("checkpoints", "images")}
-    same = {what: expected == got for what, (expected, got) in files.items()}
-    kinds = ", ".join(f"{n} {name}" for name, n in moments.items())
-    print(f"{moments.total()} kills ({kinds}); the same as undisturbed: {same}")
-    return {
-        "kills": moments.total(),
-        "moments": dict(moments),
-        "seed": args.seed,
-        "steps": max_iter,
-        "same_as_undisturbed": all(same.values()),
-        "same": same,
-        "files_compared": {what: len(expected) for what, (expected, _) in files.items()},
-        "machine": machine,
-    }
+    files = whole.files()
+    same = dict(kills=moments.total(), moments=dict(moments), seed=args.seed, steps=max_iter)
+    return same | {"same_as_undisturbed": files == killed.files(), "files_compared": len(files), "machine": machine}
 
 
 if __name__ == "__main__":

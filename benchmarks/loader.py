@@ -136,8 +136,6 @@ def measure_share(name: str, data: Path, device: torch.device, *, steps: int, sk
         "batches": batch,
         "share waited": sum(waited[skipped:]) / sum(whole[skipped:]),
         "share of one thread": batch / step,
-        "waited": waited[skipped:],
-        "steps": whole[skipped:],
     }
 
 
@@ -157,25 +155,16 @@ def main() -> None:
         args.identities, args.batches, args.repeats = min(args.identities, 12), 1, min(args.repeats, 3)
         args.steps = args.steps or 2
         args.runs = [name for name in args.runs if not name.startswith("latest")]
-    result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size}
-    print(f"on {device}, {result['machine']}", flush=True)
+    result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size, "share": {}}
     with tempfile.TemporaryDirectory() as folder:
         images = draw_images(Path(folder), args.identities)
         sizes = dict(batch_size=min(args.batch_size, len(images)), batches=args.batches, repeats=args.repeats)
-        speed = measure_speed(images, device, **sizes)
-        print(f"{len(images)} images, one thread{'':12}images/s  times plain   cache MB")
-        for name, rate in speed["images/s"].items():
-            size = speed["cache_mb"].get(name, 0)
-            print(f"  {name:34}{rate:10.0f}{speed['times plain'][name]:12.2f}{size:12.1f}")
-        result |= {"images": len(images), "speed": speed, "share": {}}
-        print(f"{'a run':22}step, s  its batches, s   waited   batches / step, one thread")
+        result |= {"images": len(images), "speed": measure_speed(images, device, **sizes)}
         for name in args.runs:
             slow = device.type == "cpu" and name.startswith("latest")
             how = dict(steps=1, skipped=0) if slow else dict(steps=args.steps or 20, skipped=1)
-            share = result["share"][name] = measure_share(name, Path(folder) / "mannequins", device, **how)
-            shares = f"{100 * share['share waited']:9.3f} %{100 * share['share of one thread']:10.2f} %"
-            print(f"  {name:20}{share['step']:7.3f}{share['batches']:12.4f}{shares}", flush=True)
-    print(f"written to {write_result(args.results, 'loader', result)}")
+            result["share"][name] = measure_share(name, Path(folder) / "mannequins", device, **how)
+    write_result(args.results, "loader", result)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from data.folders import ImageList, read_split
 from files import write_json
@@ -35,33 +37,22 @@ def benchmark_parser(name: str, doc: str, *, device: bool = True) -> argparse.Ar
 
 
 def describe_machine() -> dict[str, Any]:
-    """The date, processor (without the host's name), memory, load and versions, ready for JSON.
-
-    `load` is the system's load average over the last minute. If it is above 0 before a benchmark starts, other
-    programs were running.
-    """
+    """The date, processor (without the host's name), memory, load average and versions, ready for JSON."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     machine = {
         "date": date.today().isoformat(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     if torch.cuda.is_available():
         machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return machine
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def draw_images(folder: Path, identities: int) -> ImageList:
@@ -84,9 +75,7 @@ def alternate(
     return seconds
 
 
-def compare(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, images: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
+def compare(ways: Mapping[str, Callable[[], Any]], repeats: int, images: int, device: torch.device) -> dict[str, Any]:
     """Images per second of each way to handle `images` images, and the ratios to the way called `plain`.
 
     Call every way once before: the first call sets things up.
@@ -95,7 +84,6 @@ def compare(
     return {
         "images/s": {name: images / statistics.median(values) for name, values in seconds.items()},
         "times plain": {name: median_ratio(seconds["plain"], values) for name, values in seconds.items()},
-        "seconds": seconds,
     }
 
 
@@ -115,8 +103,18 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> Path:
-    """Write `name`.json into `folder` in place of an earlier one. Raises UserError as `write_json`."""
+def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:
+    """Print a result and write it to `name`.json in `folder`, in place of an earlier one."""
     path = Path(folder) / f"{name}.json"
+    print(yaml.safe_dump({name: rounded(result)}, sort_keys=False, width=120), end="")
     write_json(path, result)
-    return path
+    print(f"written to {path}")
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with four digits, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

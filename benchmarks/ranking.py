@@ -1,4 +1,4 @@
-"""Speed and memory of ranking and re-ranking: `python -m benchmarks.ranking [--only PART]`.
+"""Speed and memory of ranking and re-ranking: `python -m benchmarks.ranking [speed | memory | rerank]`.
 
 speed   Market-1501's size: all score settings and both conventions in one pass, against one bare product of all
         features, which no ranking can avoid, and against the plain reference below, timed on a sample of the queries
@@ -11,12 +11,9 @@ The features are random; sizes, counts of labels and order are those of the data
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,7 @@ from benchmarks.machine import alternate, benchmark_parser, describe_machine, me
 from reid_eval.features import Features
 from reid_eval.ranking import BOTH, SETTINGS, rank
 from reid_eval.reranking import rerank
-from utils import ROOT, UserError, between, run_cli
+from utils import between, run_cli
 
 PARTS = ("speed", "memory", "rerank")
 HEADS = 2
@@ -116,11 +113,8 @@ def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> d
         plain = [s * nq / len(sampled) for s in plain]
         result[kind] = {
             "mAP": {name: by["official"].mAP for name, by in results.items()},
-            "seconds": seconds,
             "median": {name: statistics.median(values) for name, values in seconds.items()},
-            "plain reference, one setting, all queries (scaled)": statistics.median(plain),
             "ranking / bare product": median_ratio(ours, product),
-            "plain reference of one setting / ranking of all": median_ratio(plain, ours),
             "plain reference of all settings / ranking of all": len(SETTINGS) * median_ratio(plain, ours),
         }
     return result | {"settings": list(SETTINGS), "sampled queries": min(sample, nq), "repeats": repeats}
@@ -130,29 +124,21 @@ def measure_memory(nq: int, ng: int, dim: int) -> dict:
     """Peak memory of this process in bytes, less the features, and seconds of the ranking."""
     query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
     features = query.features.nbytes + gallery.features.nbytes
-    before, start = _peak(), time.perf_counter()
+    start = time.perf_counter()
     rank_sides(query, gallery, progress=True)
     seconds = time.perf_counter() - start
-    memory = {"beyond_features_before": before - features, "beyond_features": _peak() - features}
-    return {"features": features} | memory | {"seconds": seconds}
+    return {"features": features, "beyond_features": peak_memory() - features, "seconds": seconds}
 
 
 def measure_rerank(nq: int, ng: int, dim: int) -> dict:
     """Peak memory of this process in bytes, and seconds of one re-ranking; junk counts as images here."""
     query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
-    gallery = Features(gallery.features, np.maximum(gallery.pids, 0), gallery.camids)
     start = time.perf_counter()
-    distances = rerank(query.features, gallery.features)
-    seconds = time.perf_counter() - start
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
-    mAP = {
-        "before": rank_sides(query, gallery)[BOTH]["official"].mAP,
-        "after": rank(-distances, None, *labels)["scores"]["official"].mAP,
-    }
-    return {"images": nq + ng, "seconds": seconds, "peak": _peak(), "mAP": mAP}
+    rerank(query.features, gallery.features)
+    return {"images": nq + ng, "seconds": time.perf_counter() - start, "peak": peak_memory()}
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Greatest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
@@ -160,44 +146,22 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def in_new_process(part: str, nq: int, ng: int, dim: int) -> dict:
-    """The result of a `measure_` function in a process of its own, whose peak memory is then the function's."""
-    code = f"import json; from benchmarks.ranking import *; print(json.dumps(measure_{part}({nq}, {ng}, {dim})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{part}: the measuring process ended with status {done.returncode}; is the memory too small?")
-    return json.loads(done.stdout)
-
-
 def main() -> None:
     parser = benchmark_parser("ranking", __doc__, device=False)
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated (default: all)")
+    parser.add_argument("part", choices=PARTS, nargs="?", default="speed", help="what to measure (default: speed)")
     parser.add_argument("--queries", type=between(1), default=3368, help="number of queries (default: 3368)")
     parser.add_argument("--gallery", type=between(20), help="gallery images (default: 19732; memory: 500000)")
-    parser.add_argument("--dim", type=between(2), default=1024, help="numbers per image, both heads (default: 1024)")
+    parser.add_argument("--dim", type=between(1), default=512, help="numbers per head (default: 512)")
     parser.add_argument("--repeats", type=between(1), default=5, help="rounds of the speed part (default: 5)")
     parser.add_argument("--sample", type=between(1), default=100, help="queries of the plain reference (default: 100)")
     args = parser.parse_args()
-    if args.dim % HEADS:
-        raise UserError(f"--dim {args.dim}: must be even")
-    for part in args.only or PARTS:
-        sizes = args.queries, args.gallery or (500_000 if part == "memory" else 19_732), args.dim
-        result = {"machine": describe_machine(), "sizes": dict(zip(("queries", "gallery", "dim"), sizes, strict=True))}
-        print(f"{part}: {' x '.join(f'{n:,}' for n in sizes)} on {result['machine']}", flush=True)
-        if part == "speed":
-            result |= measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
-            for kind in KINDS:
-                print(f"  {kind} features, mAP " + ", ".join(f"{value:.3f}" for value in result[kind]["mAP"].values()))
-                for name, value in result[kind]["median"].items():
-                    print(f"    {name:50}{value:8.2f} s")
-                for name in [name for name in result[kind] if "/" in name]:
-                    print(f"    {name:50}{result[kind][name]:8.2f}")
-        else:
-            result |= in_new_process(part, *sizes)
-            memory = [name for name in ("features", "beyond_features", "peak") if name in result]
-            print("  " + "".join(f"{name} {result[name] / 1e9:.2f} GB, " for name in memory), end="")
-            print(f"{result['seconds']:.1f} s")
-        print(f"  written to {write_result(args.results, f'ranking-{part}', result)}")
+    sizes = args.queries, args.gallery or (500_000 if args.part == "memory" else 19_732), HEADS * args.dim
+    result = {"machine": describe_machine(), "sizes": dict(zip(("queries", "gallery", "dim"), sizes, strict=True))}
+    if args.part == "speed":
+        result |= measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
+    else:
+        result |= {"memory": measure_memory, "rerank": measure_rerank}[args.part](*sizes)
+    write_result(args.results, f"ranking-{args.part}", result)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ fp16        precision: fp16, channels_last: true, on CUDA only
 recompute   recompute: true, in bf16 if possible; not with --short
 
 Measures for each: seconds (median of the rounds; processor time on a CPU), the ratio to the plain step (median of the
-rounds' ratios), real images/s, and the peak memory of the step. Without --short also: kernels launched (on a CPU
-operations), the share of the machine's matrix product rate that the step reaches, and the real steps' seconds by phase.
+rounds' ratios), real images/s, the peak memory of the step, and without --short the kernels launched (on a CPU
+operations).
 """
 
 from __future__ import annotations
@@ -20,16 +20,11 @@ import ctypes
 import gc
 import statistics
 import threading
-from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.machine import (
     alternate,
@@ -43,7 +38,7 @@ from benchmarks.machine import (
 from benchmarks.plain import PlainTrainer
 from config import DGNetConfig, load_config
 from data.batch import Batch
-from precision import AUTOCAST, has_bf16, pick_precision
+from precision import has_bf16, pick_precision
 from reIDmodel import build_teacher
 from runs.session import to_device
 from trainer import DGNetTrainer
@@ -51,7 +46,6 @@ from utils import ROOT, UserError, between, pick_device, run_cli, set_threads
 
 CLASSES = 751
 AFTER_ALL_RAMPS = 40_000
-PHASES = ("encode", "decode", "classify", "update_discriminator", "generator_and_id_terms")
 
 
 def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
@@ -92,31 +86,6 @@ class Steps:
         # Always the step of one iteration: steps with a live and a frozen encoder take different times.
         self.trainer.step(*self.batches, self.t)
         finish(self.device)
-
-
-def phases(steps: Steps) -> dict[str, float]:
-    """Seconds of one step by phase. What remains are the backward passes and optimisers of the generator and id net."""
-    seconds: dict[str, float] = defaultdict(float)
-    clock = clock_of(steps.device)
-
-    def timed(name: str) -> Callable[..., Any]:
-        method = getattr(steps.trainer, name)
-
-        def run(*args: Any) -> Any:
-            finish(steps.device)
-            start = clock()
-            result = method(*args)
-            finish(steps.device)
-            seconds[name] += clock() - start
-            return result
-
-        return run
-
-    with patch.multiple(steps.trainer, **{name: timed(name) for name in PHASES}):
-        start = clock()
-        steps()
-        whole = clock() - start
-    return dict(seconds) | {"backward and optimisers": whole - sum(seconds.values())}
 
 
 def peak_memory(steps: Steps) -> int:
@@ -163,34 +132,6 @@ def launches(steps: Steps) -> int:
     return sum(event.device_type == wanted and not event.cpu_children for event in profile.events())
 
 
-class CountFlops(TorchDispatchMode):
-    """Adds up the operations of convolutions and products. FlopCounterMode cannot: it fails on the gradient penalty."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square product, the best of six."""
-    n, clock = 8192 if device.type == "cuda" else 1536, clock_of(device)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        finish(device)
-        start = clock()
-        a @ b
-        finish(device)
-        best = min(best, clock() - start)
-    return 2 * n**3 / best
-
-
 def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool) -> dict[str, Any]:
     """The measurements that this module's docstring lists, by variant, ready for JSON."""
     made = {
@@ -203,41 +144,14 @@ def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool)
     result: dict[str, Any] = {}
     for name, steps in made.items():
         median = statistics.median(seconds[name])
-        result[name] = row = {
-            "peak_memory": memory[name],
-            "seconds": seconds[name],
+        result[name] = {
             "median": median,
             "images_per_second": 2 * cfg.batch_size / median,
             "plain / this": median_ratio(seconds["plain"], seconds[name]),
+            "peak_memory": memory[name],
             "memory / plain": memory[name] / max(1, memory["plain"]),
-        }
-        if short:
-            continue
-        if not isinstance(steps.trainer, PlainTrainer):
-            row["phases"] = phases(steps)
-        row["launches"] = launches(steps)
-        with CountFlops() as counter:
-            steps()
-        row["flops"] = counter.total
-        torch.backends.cuda.matmul.allow_tf32 = name != "plain"  # as the step's convolutions
-        rate = matrix_rate(device, AUTOCAST[steps.trainer.precision] or torch.float32)
-        row["share_of_matrix_rate"] = counter.total / median / rate
+        } | ({} if short else {"launches": launches(steps)})
     return result
-
-
-def show(result: dict[str, Any]) -> str:
-    """The measurements as lines of text."""
-    lines = [f"  {'':14}{'s/step':>9}{'plain/this':>12}{'images/s':>10}{'memory GB':>11}{'launches':>10}{'of rate':>9}"]
-    for name, row in result.items():
-        line = f"  {name:14}{row['median']:9.3f}{row['plain / this']:12.2f}{row['images_per_second']:10.2f}"
-        line += f"{row['peak_memory'] / 1e9:11.2f}"
-        line += f"{row['launches']:10,}{row['share_of_matrix_rate']:9.0%}" if "launches" in row else ""
-        lines.append(line)
-    for name, row in result.items():
-        if "phases" in row:
-            split = ", ".join(f"{phase.replace('_', ' ')} {seconds:.3f}" for phase, seconds in row["phases"].items())
-            lines.append(f"  {name}: {split} s")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -246,7 +160,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=between(2), help="pairs per step (default: the config's; 2 on a CPU)")
     parser.add_argument("--rounds", type=between(1), help="alternating rounds (default: 20 on CUDA, 3 on a CPU)")
     parser.add_argument("--threads", type=between(1), default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--short", action="store_true", help="leave out phases, launches and the share of the rate")
+    parser.add_argument("--short", action="store_true", help="leave out recompute and the count of launches")
     args = parser.parse_args()
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -255,20 +169,17 @@ def main() -> None:
     cfg = load_config(args.config, settings)
     if not isinstance(cfg, DGNetConfig):
         raise UserError(f"--config {args.config}: is a teacher's; give a DG-Net run's, such as configs/latest.yaml")
-
     result: dict[str, Any] = {
         "machine": describe_machine() | {"threads": torch.get_num_threads()},
         "device": device.type,
+        "config": Path(args.config).name,
         "batch_size": cfg.batch_size,
         "size": [cfg.crop_image_height, cfg.crop_image_width],
         "backbone": cfg.backbone,
     }
-    print(f"train_step: {Path(args.config).name}, batch {cfg.batch_size}, on {result['machine']}", flush=True)
     rounds = args.rounds or (20 if device.type == "cuda" else 3)
     result["variants"] = measure(cfg, device, rounds=rounds, short=args.short)
-    print(show(result["variants"]))
-    name = f"train_step-{device.type}-batch{cfg.batch_size}"
-    print(f"  written to {write_result(args.results, name, result)}")
+    write_result(args.results, f"train_step-{device.type}-batch{cfg.batch_size}", result)
 
 
 if __name__ == "__main__":

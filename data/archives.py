@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from data.folders import (
     ARCHIVE_FOLDERS,
-    IMAGE_SUFFIXES,
     PREPARED_FOLDER,
     SPLITS,
+    SUFFIXES,
     TRAINING_SPLITS,
+    is_image_name,
     list_folders,
     list_images,
     read_archive,
@@ -29,7 +30,6 @@ from data.folders import (
 from utils import UserError
 
 VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
-MSMT17_LISTS = {split: f"list_{split}.txt" for split in ("train", "val", "query", "gallery")}
 MSMT17_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2: training images, the others
 CUHK03_FOLDERS = ("labeled", "detected")
 CSV_NAME = "dataset.csv"
@@ -66,7 +66,7 @@ def flat_archive(root: Path, folders: dict[str, str] = ARCHIVE_FOLDERS) -> Split
     `ARCHIVE_FOLDERS` are those of Market-1501, DukeMTMC-reID and either half of CUHK03-NP, `VERI_FOLDERS` those of
     VeRi-776. Multi-query images are optional. Raises UserError for missing or empty folders and unreadable names.
     """
-    _require(root, list(dict.fromkeys(name for split, name in folders.items() if split != "multi-query")))
+    _require(root, *dict.fromkeys(name for split, name in folders.items() if split != "multi-query"))
     splits: Splits = {}
     for split, name in folders.items():
         if (root / name).is_dir():
@@ -83,34 +83,30 @@ def msmt17(root: Path) -> Splits:
     archive counts identities from 0, which means distractor elsewhere, so 1 is added to all.
     Raises UserError for missing files and for lines of another form.
     """
-    _require(root, [*MSMT17_LISTS.values()])
+    lists = {split: root / f"list_{split}.txt" for split in ("train", "val", "query", "gallery")}
+    _require(root, *(file.name for file in lists.values()))
     versions = [folders for folders in MSMT17_FOLDERS if all((root / folder).is_dir() for folder in folders)]
     if len(versions) != 1:
-        raise UserError(
-            f"--data_root {root}: must hold either train/ and test/ (V1) or mask_train_v2/ and mask_test_v2/ (V2); "
-            f"it holds {'both' if versions else 'neither'}, unpack one version into a folder of its own"
-        )
-    train_folder, test_folder = (root / folder for folder in versions[0])
-    splits: Splits = {}
-    for split, name in MSMT17_LISTS.items():
-        folder = train_folder if split in TRAINING_SPLITS else test_folder
-        lines = enumerate(_read_text(root / name).splitlines(), 1)
-        splits[split] = [_msmt17_image(folder, line.strip(), root / name, i) for i, line in lines if line.strip()]
+        what = "either train/ and test/ (V1) or mask_train_v2/ and mask_test_v2/ (V2)"
+        raise UserError(f"--data_root {root}: must hold {what}; unpack one version into a folder of its own")
+    splits: Splits = {"train_all": []}
+    for split, file in lists.items():
+        folder = root / versions[0][split not in TRAINING_SPLITS]
+        lines = enumerate(_read_text(file).splitlines(), 1)
+        splits[split] = [_msmt17_image(folder, line.strip(), f"{file}: line {i}") for i, line in lines if line.strip()]
         if not splits[split]:
-            raise UserError(f"{root / name}: names no image; unpack the archive again")
-    return {"train_all": splits["train"] + splits["val"]} | splits
+            raise UserError(f"{file}: names no image; unpack the archive again")
+    return splits | {"train_all": splits["train"] + splits["val"]}
 
 
-def _msmt17_image(folder: Path, line: str, file: Path, number: int) -> SourceImage:
+def _msmt17_image(folder: Path, line: str, where: str) -> SourceImage:
     path, _, identity = line.rpartition(" ")
     name = path.rpartition("/")[2]
     camera = (name.split("_") + [""] * 3)[2]
     if not (re.fullmatch(_NUMBER, identity) and re.fullmatch(_NUMBER, camera)):
-        raise UserError(
-            f"{file}: line {number}: {line[:80]!r} is not a path and an identity as in "
-            "'0000/0000_000_01_0303morning_0008_0.jpg 0'; unpack the archive again"
-        )
-    _require_inside(folder, path, f"{file}: line {number}")
+        raise UserError(f"{where}: {line[:80]!r} is not a path with a camera and an identity; unpack the archive again")
+    if _leads_out(path):
+        raise UserError(f"{where}: {path!r} leads out of {folder}; unpack the archive again")
     return _renamed(folder / path, int(identity) + 1, int(camera), name)
 
 
@@ -119,7 +115,7 @@ def cuhk03_np(root: Path) -> dict[str, Path]:
 
     `root` holds one or both of them, or is one of them. Raises UserError for any other folder.
     """
-    _require(root, [])
+    _require(root)
     if root.resolve().name in CUHK03_FOLDERS:
         return {root.resolve().name: root}
     boxes = {name: root / name for name in CUHK03_FOLDERS if (root / name).is_dir()}
@@ -137,12 +133,11 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> UserD
 
     Raises UserError for images outside folders, and for fewer than two identities to train on or none to test with.
     """
-    _require(root, [])
-    loose = list_images(root)
-    if loose:
+    _require(root)
+    if loose := list_images(root):
         raise UserError(f"{loose[0]}: lies in no identity's folder; move it into one")
-    by_name = {name: list_images(root / name) for name in list_folders(root) if name != PREPARED_FOLDER}
-    by_name = {name: paths for name, paths in by_name.items() if paths}
+    folders = [name for name in list_folders(root) if name != PREPARED_FOLDER]
+    by_name = {name: paths for name in folders if (paths := list_images(root / name))}
     if not by_name:
         raise UserError(f"--data_root {root}: no images in its sub-folders; expected one sub-folder per identity")
 
@@ -158,18 +153,14 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> UserD
         if name not in tested:
             train += images
         else:
-            query += [images[chosen]] if len(images) > 1 else []
-            gallery += [image for i, image in enumerate(images) if i != chosen or len(images) == 1]
+            query += images[chosen : chosen + 1] if len(images) > 1 else []
+            gallery += images[:chosen] + images[chosen + 1 :] if len(images) > 1 else images
     if test_fraction < 1 and len(by_name) - len(tested) < 2:
-        raise UserError(
-            f"--data_root {root}: {len(by_name)} identities leave {len(by_name) - len(tested)} to train on, at least 2 "
-            "are needed; add identities, lower --test-fraction, or use --test-fraction 1 for evaluation alone"
-        )
+        remedy = "lower --test-fraction, or use 1 for evaluation alone"
+        raise UserError(f"--data_root {root}: {len(by_name)} identities leave fewer than 2 to train on; {remedy}")
     if test_fraction > 0 and not query:
-        raise UserError(
-            f"--data_root {root}: none of the {len(tested)} identities to test on has two images, a query and a match; "
-            "add images, or use --test-fraction 0 for training alone"
-        )
+        remedy = "add images, or use --test-fraction 0 for training alone"
+        raise UserError(f"--data_root {root}: no identity to test on has two images, a query and a match; {remedy}")
     splits = (_training_splits(train) if train else {}) | ({"query": query, "gallery": gallery} if query else {})
     return UserData(splits, False, numbers)
 
@@ -184,25 +175,24 @@ def table(root: Path, file: Path) -> UserData:
 
     Raises UserError that names file and row for anything else.
     """
-    _require(root, [])
+    _require(root)
     rows = _read_rows(file)
-    first_number, first = rows[0]
-    seen: dict[tuple[str, str], int] = {}
-    for number, row in rows:
+    first, top = next(iter(rows.items()))
+    listed: dict[tuple[str, str], int] = {}
+    for number, row in rows.items():
         where = f"{file}: row {number}"
-        _check_row(root, row, where)
-        if bool(row["camera"]) != bool(first["camera"]):
-            raise UserError(
-                f"{where}: {'a' if row['camera'] else 'no'} camera, unlike row {first_number}; fill the column in "
-                "every row or in none"
-            )
-        earlier = seen.setdefault((row["path"], row["split"]), number)
+        if defect := _defect(root, row):
+            raise UserError(f"{where}: {defect}")
+        if bool(row["camera"]) != bool(top["camera"]):
+            raise UserError(f"{where}: unlike row {first} in the column camera; fill it in every row or in none")
+        row["path"] = os.path.normpath(row["path"])
+        earlier = listed.setdefault((row["path"], row["split"]), number)
         if earlier != number:
             raise UserError(f"{where}: the same image and split as row {earlier}; remove one of them")
 
-    numbers = number_identities(row["identity"] for _, row in rows if row["identity"] != str(JUNK))
+    numbers = number_identities(row["identity"] for row in rows.values() if row["identity"] != str(JUNK))
     by_split: Splits = {}
-    for _, row in rows:
+    for row in rows.values():
         source = root / row["path"]
         # Images in different folders may have the same name, so the new name contains a hash of the path.
         name = f"{source.stem}-{hashlib.sha256(row['path'].encode()).hexdigest()[:10]}{source.suffix}"
@@ -216,20 +206,61 @@ def table(root: Path, file: Path) -> UserData:
     elif "train" in by_split:
         by_split |= _training_splits(by_split.pop("train"))
     splits = {split: by_split[split] for split in SPLITS if split in by_split}
-    return UserData(splits, bool(first["camera"]), numbers)
+    return UserData(splits, bool(top["camera"]), numbers)
 
 
-def number_identities(names: Iterable[str]) -> dict[str, int]:
-    """Numbers above 0 for identities: their names, if all are distinct numbers above 0, else 1, 2, ... as sorted."""
-    names = sorted(set(names))
-    if all(re.fullmatch(_NUMBER, name) and int(name) > 0 for name in names):
-        numbers = {name: int(name) for name in names}
-        if len(set(numbers.values())) == len(names):
-            return numbers
-    return {name: number for number, name in enumerate(names, 1)}
+def _read_rows(file: Path) -> dict[int, dict[str, str]]:
+    """The rows of a CSV by number, the line on which each ends, as an editor counts lines."""
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    try:
+        reader.fieldnames = header = [name.strip() for name in reader.fieldnames or []]
+        lines = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{file}: row {reader.reader.line_num}: not CSV ({error}); check its quotation marks") from None
+    if any(header.count(name) != 1 for name in CSV_COLUMNS if name != "camera" or "camera" in header):
+        raise UserError(f"{file}: row 1: must name the columns path, identity, split and, if any, camera, with commas")
+    rows = {}
+    for number, row in lines:
+        if not any(cell and cell.strip() for name, cell in row.items() if name is not None):
+            continue
+        if None in row or None in row.values():
+            raise UserError(f"{file}: row {number}: not a field for each of {len(header)} columns; quote commas")
+        rows[number] = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
+    if not rows:
+        raise UserError(f"{file}: no row below the header; list one image per row")
+    return rows
+
+
+def _defect(root: Path, row: dict[str, str]) -> str | None:
+    """What is wrong with the values of a row, and the remedy."""
+    path, identity, camera, split = (row[name] for name in CSV_COLUMNS)
+    if not (path and identity and split):
+        return "path, identity or split is empty; fill it in, or remove the row"
+    if split not in CSV_SPLITS:
+        return f"split {split[:80]!r}: use one of {', '.join(CSV_SPLITS)}"
+    if identity == str(JUNK) and split != "gallery":
+        return f"identity -1 is junk, which belongs into the gallery and not into {split}"
+    if camera and not re.fullmatch(_NUMBER, camera):
+        return f"camera {camera[:80]!r} is not a whole number of 0 or more; number the cameras"
+    if not is_image_name(path):
+        return f"{path[:80]} is no image by its name; use {SUFFIXES}"
+    if _leads_out(path):
+        return f"{path[:80]!r} leads out of {root}; give paths of files in it, relative to it"
+    if not (root / path).is_file():
+        return f"{root / path}: no such file; paths are relative to --data_root"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
+def number_identities(names: Iterable[str]) -> dict[str, int]:
+    """Numbers above 0 for identities: their names, if all are distinct numbers above 0, else 1, 2, ... as sorted."""
+    names = sorted(set(names))
+    numbers = {name: int(name) for name in names if re.fullmatch(_NUMBER, name) and int(name) > 0}
+    if len(set(numbers.values())) == len(names):
+        return numbers
+    return {name: number for number, name in enumerate(names, 1)}
+
+
 def _renamed(source: Path, pid: int, camid: int, name: str) -> SourceImage:
     token = f"{pid:04d}" if pid >= 0 else str(pid)
     return SourceImage(source, pid, token, f"{token}_c{camid}_{name}")
@@ -244,16 +275,27 @@ def _training_splits(images: list[SourceImage]) -> Splits:
     return {"train_all": images, "train": train, "val": list(first.values())}
 
 
-def _require(root: Path, names: list[str]) -> None:
+def _require(root: Path, *names: str) -> None:
     """Raise UserError unless `root` holds files or folders of these names; suggest the sub-folder that does."""
     if not root.is_dir():
         raise UserError(f"--data_root {root}: no such folder; give the folder of the unpacked archive")
-    missing = [name for name in names if not (root / name).exists()]
-    if missing:
+    if missing := [name for name in names if not (root / name).exists()]:
         inside = [child for child in sorted(root.iterdir()) if all((child / name).exists() for name in names)]
         what = ", ".join(name if Path(name).suffix else f"{name}/" for name in missing)
         remedy = inside[0] if inside else "the folder of the unpacked archive"
         raise UserError(f"--data_root {root}: no {what} in it; give {remedy}")
+
+
+def _leads_out(path: str) -> bool:
+    """Whether a listed path leads out of its folder: lists may come from anywhere."""
+    return os.path.isabs(path) or Path(os.path.normpath(path)).parts[:1] == ("..",)
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """The rows as a CSV file; names of files may be any bytes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _read_text(file: Path) -> str:
@@ -262,55 +304,3 @@ def _read_text(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{file}: cannot be read ({why})") from None
-
-
-def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV by column, with their numbers: the lines on which they end, counted as an editor does."""
-    reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    except csv.Error as error:
-        raise UserError(f"{file}: row {reader.line_num}: not CSV ({error}); check its quotation marks") from None
-    header = lines[0][1] if lines else []
-    missing = [name for name in CSV_COLUMNS if name not in header and name != "camera"]
-    repeated = [name for name in CSV_COLUMNS if header.count(name) > 1]
-    if missing or repeated:
-        raise UserError(
-            f"{file}: row 1: {'no column' if missing else 'more than one column'} {', '.join(missing or repeated)}; "
-            "the first row must name the columns path, identity, split and, if there are cameras, camera, with commas"
-        )
-    if len(lines) == 1:
-        raise UserError(f"{file}: no row below the header; list one image per row")
-    rows = []
-    for number, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise UserError(
-                f"{file}: row {number}: {len(cells)} fields for {len(header)} columns; quote fields that hold commas"
-            )
-        rows.append((number, {"camera": ""} | dict(zip(header, cells, strict=True))))
-    return rows
-
-
-def _require_inside(folder: Path, path: str, where: str) -> None:
-    """Raise UserError for a listed path that leads out of its folder: lists may come from anywhere."""
-    if os.path.isabs(path) or Path(os.path.normpath(path)).parts[:1] == ("..",):
-        raise UserError(f"{where}: {path!r} leads out of {folder}; give paths of files in it, relative to it")
-
-
-def _check_row(root: Path, row: dict[str, str], where: str) -> None:
-    """Raise UserError for a value that cannot be used. Normalises the path, so that equal paths compare equal."""
-    for column in ("path", "identity", "split"):
-        if not row[column]:
-            raise UserError(f"{where}: no {column}; fill it in, or remove the row")
-    if row["split"] not in CSV_SPLITS:
-        raise UserError(f"{where}: split {row['split']!r}: use one of {', '.join(CSV_SPLITS)}")
-    if row["identity"] == str(JUNK) and row["split"] != "gallery":
-        raise UserError(f"{where}: identity -1 is junk, which belongs into the gallery and not into {row['split']}")
-    if row["camera"] and not re.fullmatch(_NUMBER, row["camera"]):
-        raise UserError(f"{where}: camera {row['camera']!r} is not a whole number of 0 or more; number the cameras")
-    if Path(row["path"]).suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"{where}: {row['path']} is no image by its name; use {' '.join(sorted(IMAGE_SUFFIXES))}")
-    _require_inside(root, row["path"], where)
-    if not (root / row["path"]).is_file():
-        raise UserError(f"{where}: {root / row['path']}: no such file; paths are relative to --data_root")
-    row["path"] = os.path.normpath(row["path"])

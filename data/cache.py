@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import decoded, fill, load_image, resized
-from utils import UserError
-
-Shape = tuple[int, int, int, int]
+from data.images import decoded, fill, load_image
+from utils import UserError, one_line
 
 
 class Machine(NamedTuple):
@@ -43,7 +42,7 @@ def cached_images(
 
     mode      False: None. "source": h and w are those of the files, or height and width where the files' sizes
               differ. "resized" or True: height and width. "auto": "source", unless that is larger than "resized"
-    limit_mb  in units of 10**6 bytes. The result is None, with a note on stderr, for images that need more
+    limit_mb  in units of 10**6 bytes. The result is None, with a note, for images that need more
     machine   None: in this process's memory. With several processes, the first one writes the images to a file in the
               system's temporary folder; all of them map it into memory, and it is deleted
 
@@ -51,43 +50,40 @@ def cached_images(
     """
     if not mode:
         return None
-    size = height, width
+    decode = partial(_decode, paths, mode, (height, width), limit_mb)
     if machine is None:
-        return _decode(paths, mode, size, limit_mb, lambda shape: torch.empty(shape, dtype=torch.uint8))
+        return decode(partial(torch.empty, dtype=torch.uint8))
+    answer: Path | UserError | None = None
     with tempfile.TemporaryDirectory(prefix="images-") if machine.first else contextlib.nullcontext() as folder:
-        file = machine.tell(_write(Path(folder), paths, mode, size, limit_mb) if machine.first else None)
-        if isinstance(file, UserError):
-            raise file
+        if machine.first:
+            file = Path(folder) / "images.npy"
+            try:
+                answer = None if decode(partial(_allocate, file)) is None else file
+            except UserError as error:
+                answer = error
+        answer = machine.tell(answer)
+        if isinstance(answer, UserError):
+            raise answer
         # A private mapping: processes share the memory, but a change would be the process's own.
-        pixels = None if file is None else torch.from_numpy(np.load(file, mmap_mode="c"))
+        pixels = None if answer is None else torch.from_numpy(np.load(answer, mmap_mode="c"))
         machine.tell(None)  # By now every process has mapped the file, so that it can go.
     return pixels
 
 
-def _write(
-    folder: Path, paths: Sequence[Path], mode: bool | str, size: tuple[int, int], limit_mb: int
-) -> Path | UserError | None:
-    """Decode into a file in `folder`. Returns its path, None where there is no cache, or the error for all."""
-    part, file = folder / "images.part", folder / "images.npy"
-
-    def allocate(shape: Shape) -> Tensor:
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        # Without this, a full disk would show as a crash while the images are written.
-        with open(part, "r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, part.stat().st_size)
-        return torch.from_numpy(pixels)
-
-    try:
-        if _decode(paths, mode, size, limit_mb, allocate) is None:
-            return None
-    except UserError as error:
-        return error
-    os.replace(part, file)
-    return file
+def _allocate(file: Path, shape: tuple[int, ...]) -> Tensor:
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    # Without this, a full disk would show as a crash while the images are written.
+    with open(file, "r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return torch.from_numpy(pixels)
 
 
 def _decode(
-    paths: Sequence[Path], mode: bool | str, size: tuple[int, int], limit_mb: int, allocate: Callable[[Shape], Tensor]
+    paths: Sequence[Path],
+    mode: bool | str,
+    size: tuple[int, int],
+    limit_mb: int,
+    allocate: Callable[[tuple[int, ...]], Tensor],
 ) -> Tensor | None:
     """All images in memory that `allocate` gives, at the first size of those that `mode` allows and that fits."""
     sizes, trouble = [size], []
@@ -95,19 +91,19 @@ def _decode(
         width, height = load_image(paths[0]).size
         if (height, width) != size and (mode == "source" or height * width <= prod(size)):
             sizes = [(height, width), size]
-    for height, width in sizes:
-        shape = (len(paths), 3, height, width)
+    for kept in sizes:
+        shape = (len(paths), 3, *kept)
         megabytes = f"{prod(shape) / 1e6:,.0f} MB"
         if prod(shape) > limit_mb * 10**6:
-            trouble.append(f"{megabytes} at {height} x {width} are more than cache_limit_mb {limit_mb}")
+            trouble.append(f"{megabytes} at {kept[0]} x {kept[1]} are more than cache_limit_mb {limit_mb}")
             continue
         try:
             pixels = allocate(shape)
         except (OSError, RuntimeError) as error:
-            trouble.append(f"no room for {megabytes} ({' '.join(str(error).split())[:80]})")
+            trouble.append(f"no room for {megabytes} ({one_line(error)})")
             continue
         try:
-            fill(pixels, _decoder((height, width), size), paths)
+            fill(pixels, partial(_pixels, kept=kept, size=size), paths)
         except _Unequal as error:
             trouble.append(f"{error}, so all are kept at {size[0]} x {size[1]}")
             continue
@@ -118,16 +114,9 @@ def _decode(
     return None
 
 
-def _decoder(kept: tuple[int, int], size: tuple[int, int]) -> Callable[[Path], Tensor]:
-    """A function from a file to pixels (3, *kept): resized to `size`, or as they are, all equal or _Unequal."""
-    if kept == size:
-        return lambda path: resized(path, *size)
-
-    def source(path: Path) -> Tensor:
-        pixels = decoded(path)
-        if pixels.shape[1:] != kept:
-            height, width = pixels.shape[1:]
-            raise _Unequal(f"{path.name} is {height} x {width}, not {kept[0]} x {kept[1]}")
-        return pixels
-
-    return source
+def _pixels(path: Path, kept: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A file's pixels (3, *kept): resized to `size`, or as they are. Raises _Unequal for a file of another size."""
+    pixels = decoded(path, size if kept == size else None)
+    if pixels.shape[1:] != kept:
+        raise _Unequal(f"{path.name} is not of {kept[0]} x {kept[1]} pixels")
+    return pixels

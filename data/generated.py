@@ -9,12 +9,10 @@ FOLDER/.unfinished          there until every image is, so that nobody trains on
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -22,10 +20,11 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from data.archives import csv_bytes
 from data.folders import UNFINISHED_MARK, ImageList
 from data.images import check_images
 from files import part_of, write_whole
-from utils import UserError
+from utils import UserError, one_line
 
 MANIFEST = "manifest.csv"
 SETTINGS = "generate.json"
@@ -79,14 +78,13 @@ def plan_rows(images: ImageList, root: Path, pairs: np.ndarray, *, labelled: boo
     """
     sources = [path.relative_to(root).as_posix() for path in images.paths]
     tokens, cameras = images.tokens, images.camids.tolist()
-    # File names need a number; folders may have any name.
-    numbers = [t if re.fullmatch("[0-9]{1,18}", t) else f"{p:04d}" for t, p in zip(tokens, images.pids, strict=True)]
     rows = []
     for index, (a, s) in enumerate(pairs.tolist()):
-        folder, number = (tokens[a], numbers[a]) if labelled else (UNLABELLED, UNLABELLED)
-        name = f"{number}_c{cameras[s]}s1_{index:06d}_00{suffix}"
-        both = sources[a], sources[s], tokens[a], tokens[s], cameras[a], cameras[s]
-        rows.append(Row(f"{SPLIT}/{folder}/{name}", *both, soft_label=""))
+        folder = number = tokens[a] if labelled else UNLABELLED
+        if not re.fullmatch("[0-9]{1,18}", number):  # File names need a number; folders may have any name.
+            number = f"{images.pids[a]:04d}"
+        file = f"{SPLIT}/{folder}/{number}_c{cameras[s]}s1_{index:06d}_00{suffix}"
+        rows.append(Row(file, sources[a], sources[s], tokens[a], tokens[s], cameras[a], cameras[s], soft_label=""))
     return rows
 
 
@@ -113,15 +111,9 @@ def parse_soft_label(text: str) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ the manifest
-def _encode(rows: Sequence[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Write the manifest, whole or not at all."""
-    write_whole(folder / MANIFEST, lambda file: file.write(_encode([Row._fields, *rows])))
+    write_whole(folder / MANIFEST, lambda file: file.write(csv_bytes([Row._fields, *rows])))
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -130,33 +122,35 @@ def read_rows(folder: Path) -> list[Row]:
     Raises UserError if it is missing or damaged, and if it names files outside of its folder.
     """
     path = folder / MANIFEST
+    rows: dict[str, Row] = {}
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
             lines = csv.reader(stream, strict=True)
             if next(lines, None) != list(Row._fields):
-                raise UserError(f"{path}: not a manifest of generate.py; its first line must name the columns")
-            rows = [_parse_row(line, f"{path}: line {lines.line_num}") for line in lines]
+                raise ValueError("the first line does not name the columns of generate.py")
+            for line in lines:
+                row = _parse_row(line)
+                if rows.setdefault(row.file, row) is not row:
+                    raise ValueError(f"{row.file[:80]} is listed twice")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder made by generate.py") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: damaged ({error}); generate the data set again") from None
-    for file, times in Counter(row.file for row in rows).items():
-        if times > 1:
-            raise UserError(f"{path}: {file} is listed {times} times; generate the data set again")
-    return rows
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}: line {lines.line_num}: {error}; generate the data set again") from None
+    return list(rows.values())
 
 
-def _parse_row(line: list[str], where: str) -> Row:
+def _parse_row(line: list[str]) -> Row:
+    """A row of the manifest. Raises ValueError for one that generate.py does not write."""
     if len(line) != len(Row._fields):
-        raise UserError(f"{where}: {len(line)} columns instead of {len(Row._fields)}; generate the data set again")
+        raise ValueError(f"{len(line)} columns instead of {len(Row._fields)}")
     row = Row(*line)
     inner = PurePosixPath(row.file)
     if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts:
-        raise UserError(f"{where}: {row.file!r} leads out of the manifest's folder; generate the data set again")
-    cameras = row.appearance_camera, row.structure_camera
-    if not all(re.fullmatch("[0-9]{1,18}", camera) for camera in cameras):
-        raise UserError(f"{where}: cameras {cameras} are not whole numbers; generate the data set again")
-    return row._replace(appearance_camera=int(cameras[0]), structure_camera=int(cameras[1]))
+        raise ValueError(f"{row.file[:80]!r} leads out of the manifest's folder")
+    for camera in (row.appearance_camera, row.structure_camera):
+        if not re.fullmatch("[0-9]{1,18}", camera):
+            raise ValueError(f"camera {camera[:20]!r} is not a whole number of at most 18 digits")
+    return row._replace(appearance_camera=int(row.appearance_camera), structure_camera=int(row.structure_camera))
 
 
 class ManifestFile:
@@ -166,7 +160,7 @@ class ManifestFile:
         self.folder = folder
         self._file = open(folder / MANIFEST, "ab", buffering=0)
         if self._file.tell() == 0:
-            self._append(_encode([Row._fields]))
+            self._append([Row._fields])
 
     def __enter__(self) -> ManifestFile:
         return self
@@ -177,20 +171,20 @@ class ManifestFile:
     def commit(self, rows: Sequence[Row]) -> None:
         """Rename the finished images of `rows` and list them. After an exception, none is listed or exists."""
         end = self._file.seek(0, os.SEEK_END)
+        paths = [self.folder / row.file for row in rows]
         try:
-            for row in rows:
-                path = self.folder / row.file
+            for path in paths:
                 os.replace(part_of(path), path)
-            self._append(_encode(rows))
+            self._append(rows)
         except BaseException:
             self._file.truncate(end)
-            for row in rows:
-                (self.folder / row.file).unlink(missing_ok=True)
+            for path in paths:
+                path.unlink(missing_ok=True)
             raise
 
-    def _append(self, data: bytes) -> None:
-        # A disk that is nearly full may take only the beginning.
-        while data:
+    def _append(self, rows: Sequence[Sequence[object]]) -> None:
+        data = csv_bytes(rows)
+        while data:  # A disk that is nearly full may take only the beginning.
             data = data[self._file.write(data) :]
 
 
@@ -240,11 +234,10 @@ class SoftLabels:
 
 def soften(label: dict[int, float], num_classes: int) -> tuple[float, dict[int, float]]:
     """Floor and peaks of a soft label: what its classes leave of 1 is spread evenly over the rest."""
-    rest, others = 1 - sum(label.values()), num_classes - len(label)
-    if rest <= 0 or not others:
-        total = sum(label.values())
+    total, others = sum(label.values()), num_classes - len(label)
+    if total >= 1 or not others:
         return 0.0, {k: p / total for k, p in label.items()}
-    floor = rest / others
+    floor = (1 - total) / others
     return floor, {k: p - floor for k, p in label.items()}
 
 
@@ -259,23 +252,23 @@ def add_generated(
     Raises UserError for an unfinished or damaged data set, for identities that `images` do not have, and for `soft`
     if the manifest has no soft labels.
     """
-    rows = read_rows(folder)
+    rows, manifest = read_rows(folder), folder / MANIFEST
     if (folder / UNFINISHED_MARK).exists():
         raise UserError(f"extra_data {folder}: its generation was interrupted; run the same generate.py command again")
     if not rows:
         raise UserError(f"extra_data {folder}: no images in it; generate some")
-    classes, manifest = images.classes, folder / MANIFEST
-    label_of = {token: label for label, token in enumerate(classes)}
-    pid_of = dict(zip(images.tokens, images.pids.tolist(), strict=True))
-    _require_known((row.appearance_id for row in rows), label_of, manifest)
-    keep = check_images([folder / row.file for row in rows], skip_bad=skip_bad)
+    classes = {token: label for label, token in enumerate(images.classes)}
+    for row in rows:
+        _check_known(row.appearance_id, classes, manifest)
+    paths = [folder / row.file for row in rows]
+    keep = check_images(paths, skip_bad=skip_bad)
     rows = [row for row, fine in zip(rows, keep, strict=True) if fine]
-    tokens = [row.appearance_id for row in rows]
+    pid_of = dict(zip(images.tokens, images.pids.tolist(), strict=True))
     both = ImageList(
-        images.paths + [folder / row.file for row in rows],
-        np.concatenate([images.pids, np.array([pid_of[token] for token in tokens], dtype=np.int64)]),
-        np.concatenate([images.camids, np.array([row.structure_camera for row in rows], dtype=np.int64)]),
-        images.tokens + tokens,
+        images.paths + [path for path, fine in zip(paths, keep, strict=True) if fine],
+        [*images.pids, *(pid_of[row.appearance_id] for row in rows)],
+        [*images.camids, *(row.structure_camera for row in rows)],
+        images.tokens + [row.appearance_id for row in rows],
     )
     if policy == "one_hot":
         return both, None
@@ -283,7 +276,7 @@ def add_generated(
     if policy == "lsro":
         labels += [(1 / len(classes), {})] * len(rows)
     else:
-        labels += [_manifest_label(row, label_of, manifest) for row in rows]
+        labels += [_manifest_label(row, classes, manifest) for row in rows]
     width = max(len(peaks) for _, peaks in labels)
     top, peak = np.zeros((len(labels), width), np.int64), np.zeros((len(labels), width))
     for i, (_, peaks) in enumerate(labels):
@@ -291,23 +284,22 @@ def add_generated(
     return both, SoftLabels(len(classes), np.array([floor for floor, _ in labels]), top, peak)
 
 
-def _manifest_label(row: Row, label_of: dict[str, int], manifest: Path) -> tuple[float, dict[int, float]]:
+def _manifest_label(row: Row, classes: dict[str, int], manifest: Path) -> tuple[float, dict[int, float]]:
+    """Floor and peaks of a row's soft label, by the numbers of the classes."""
     if not row.soft_label:
-        raise UserError(
-            f"{manifest}: {row.file} has no soft label; generate with a --teacher, or set extra_labels: one_hot"
-        )
+        remedy = "generate with a --teacher, or set extra_labels: one_hot"
+        raise UserError(f"{manifest}: {row.file} has no soft label; {remedy}")
     try:
         label = parse_soft_label(row.soft_label)
     except ValueError as error:
-        raise UserError(f"{manifest}: soft label of {row.file}: {error}; generate the data set again") from None
-    _require_known(label, label_of, manifest)
-    return soften({label_of[token]: probability for token, probability in label.items()}, len(label_of))
+        why = f"soft label of {row.file}: {one_line(error)}"
+        raise UserError(f"{manifest}: {why}; generate the data set again") from None
+    for token in label:
+        _check_known(token, classes, manifest)
+    return soften({classes[token]: probability for token, probability in label.items()}, len(classes))
 
 
-def _require_known(tokens: Iterable[str], label_of: dict[str, int], manifest: Path) -> None:
-    for token in tokens:
-        if token not in label_of:
-            raise UserError(
-                f"{manifest}: identity {token} is not among the {len(label_of)} of the training folder "
-                f"({min(label_of)} to {max(label_of)}); set extra_data to images generated from this config's data_root"
-            )
+def _check_known(token: str, classes: dict[str, int], manifest: Path) -> None:
+    if token not in classes:
+        remedy = "set extra_data to images generated from this config's data_root"
+        raise UserError(f"{manifest}: identity {token[:80]} is not in the training folder; {remedy}")

@@ -9,8 +9,10 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,16 +27,21 @@ from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, one_line
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")
 # What Pillow raises on a broken file.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
-_TAIL_BYTES = 4096
-_NAMED_IN_MESSAGE = 3
+
+
+@contextmanager
+def _open(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Read an image's header. Pillow only warns of an image up to twice as large as it allows."""
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
+        yield image
 
 
 def load_image(path: str | Path) -> Image.Image:
     """Decode a file to an upright RGB image. Raises UserError naming a file that cannot be decoded."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        with _open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):
                 # Pillow would clip 16-bit gray at 255, not scale it.
@@ -47,14 +54,11 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove the file") from None
 
 
-def decoded(path: str | Path) -> Tensor:
-    """Decode a file: (3, h, w) uint8, at the file's size."""
-    return torch.from_numpy(np.array(load_image(path))).permute(2, 0, 1).contiguous()
-
-
-def resized(path: str | Path, height: int, width: int) -> Tensor:
-    """Decode a file and resize it with Pillow, bicubic: (3, height, width) uint8."""
-    image = load_image(path).resize((width, height), Image.Resampling.BICUBIC)
+def decoded(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode a file: (3, h, w) uint8, at the file's size, or at `size` (h, w) by Pillow's bicubic resizing."""
+    image = load_image(path)
+    if size is not None:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -80,21 +84,24 @@ def resize_in_float(pixels: Tensor, height: int, width: int) -> Tensor:
 def decode_images(paths: Sequence[str | Path], height: int, width: int) -> Tensor:
     """Decode and resize all images into memory: (n, 3, height, width) uint8."""
     pixels = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-    fill(pixels, lambda path: resized(path, height, width), paths)
+    fill(pixels, lambda path: decoded(path, (height, width)), paths)
     return pixels
 
 
 def fill(pixels: Tensor, decode: Callable[[Path], Tensor], paths: Sequence[str | Path]) -> None:
     """Decode all images into `pixels` (n, 3, H, W), in threads. Raises the first error of `decode`."""
-
-    def put(i: int) -> None:
-        pixels[i] = decode(paths[i])
-
-    pool = ThreadPoolExecutor(decode_threads())
-    try:
+    with _threads() as pool:
+        images = pool.map(lambda i: pixels[i].copy_(decode(paths[i])), range(len(paths)))
         # Drained for its errors; the bar shows on a terminal only.
-        for _ in tqdm(pool.map(put, range(len(paths))), "images", total=len(paths), leave=False, disable=None):
-            pass
+        deque(tqdm(images, "images", total=len(paths), leave=False, disable=None), maxlen=0)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode; Pillow lets go of the interpreter lock meanwhile. What is queued ends with the context."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -124,45 +131,28 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def iter_images(
-    paths: Sequence[str | Path],
-    height: int,
-    width: int,
-    batch_size: int,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
+    paths: Sequence[str | Path], height: int, width: int, batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
     """Batches for evaluation, in the order of `paths`: (<= batch_size, 3, height, width) float32 on `device`.
 
     Images are resized, bicubic, and normalised with the ImageNet mean and std. Pillow resizes them; if they are for a
-    GPU and a batch's files have one size, the GPU does (see `resize`).
-
-    num_workers  threads that decode; 0: as many as `decode_threads`
-    Raises UserError naming an undecodable file.
+    GPU and a batch's files have one size, the GPU does (see `resize`). Raises UserError naming an undecodable file.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be at least 1")
     device = torch.device(device)
-    starts = range(0, len(paths), batch_size)
-    pool = ThreadPoolExecutor(num_workers or decode_threads())
+    size = (height, width) if device.type == "cpu" else None
+    with _threads() as pool:
 
-    def submit(start: int) -> list[Future[Tensor]]:
-        some = paths[start : start + batch_size]
-        if device.type == "cpu":
-            return [pool.submit(resized, path, height, width) for path in some]
-        return [pool.submit(decoded, path) for path in some]
+        def submit(start: int) -> list[Future[Tensor]]:
+            return [pool.submit(decoded, path, size) for path in paths[start : start + batch_size]]
 
-    try:
         # One batch is decoded while the caller works on the one before it.
-        ahead = deque(submit(start) for start in starts[:2])
-        for start in range(2 * batch_size, len(paths) + 2 * batch_size, batch_size):
+        ahead = deque([submit(0), submit(batch_size)])
+        for start in range(0, len(paths), batch_size):
             images = [future.result() for future in ahead.popleft()]
-            if start < len(paths):
-                ahead.append(submit(start))
+            ahead.append(submit(start + 2 * batch_size))
             if len({image.shape for image in images}) > 1:
                 images = [resize(image[None], height, width)[0] for image in images]
             yield normalise(resize(to_device(torch.stack(images), device), height, width))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -170,25 +160,16 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def decode_threads() -> int:
-    # Pillow lets go of the interpreter lock while it decodes and resizes.
-    return min(8, os.cpu_count() or 1)
-
-
 # ---------------------------------------------------------------------------------------------- checks
 def check_images(
-    paths: Sequence[Path],
-    *,
-    skip_bad: bool,
-    remedy: str = "set skip_bad_images: true in the config",
-    minimum: int = 1,
+    paths: Sequence[Path], *, skip_bad: bool, remedy: str = "set skip_bad_images: true in the config", minimum: int = 1
 ) -> list[bool]:
     """Look at the header and the end of every file; True where it is a usable image.
 
     Bad files are empty, no image, cut short, or of an absurd size. Pixels are decoded only where header and end leave
     a doubt, so that 13,000 files take seconds.
 
-    skip_bad  False: raise UserError if any file is bad. True: name them in a line on stderr
+    skip_bad  False: raise UserError if any file is bad. True: name them in a warning
     remedy    what the error offers besides replacing the files
     Raises UserError also if fewer than `minimum` images remain.
     """
@@ -196,8 +177,7 @@ def check_images(
         defects = list(pool.map(_defect, paths, chunksize=64))
     bad = [f"{path} ({why})" for path, why in zip(paths, defects, strict=True) if why is not None]
     if bad:
-        more = len(bad) - _NAMED_IN_MESSAGE
-        named = ", ".join(bad[:_NAMED_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
+        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         summary = f"{len(bad)} of {len(paths)} images cannot be read: {named}"
         if not skip_bad:
             raise UserError(f"{summary}; replace them, or {remedy}")
@@ -214,12 +194,10 @@ def _defect(path: Path) -> str | None:
             size = file.seek(0, os.SEEK_END)
             if size == 0:
                 return "empty file"
-            file.seek(max(0, size - _TAIL_BYTES))
+            file.seek(max(0, size - 4096))
             tail = file.read()
             file.seek(0)
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                    return f"{image.width} x {image.height} pixels are too many"
+            with _open(file) as image:
                 if not _ends_well(image.format, tail):
                     image.load()
     except Image.DecompressionBombError:

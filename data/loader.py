@@ -7,7 +7,6 @@ therefore continues the interrupted one, and the number of workers does not chan
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections import deque
@@ -21,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data.augment import augment
 from data.batch import ALL, Batch, Part
 from data.folders import ImageList
 from data.generated import SoftLabels
-from data.images import normalise, resize, resized, to_device
+from data.images import decoded, normalise, resize, to_device
 from utils import UserError, one_line
 
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
@@ -40,8 +39,7 @@ class _Raw(NamedTuple):
     Pixels are bytes, because worker processes hand them over and a GPU fetches them: a quarter of floats.
     """
 
-    pixels: Tensor  # (n, 3, h, w) uint8
-    chosen: Tensor  # (N or 2N,) which of them, then the draws of `augment`
+    pixels: Tensor  # (N or 2N, 3, h, w) uint8, then the draws of `augment`
     flip: Tensor
     top: Tensor
     left: Tensor
@@ -86,13 +84,14 @@ class PairLoader:
     def __post_init__(self) -> None:
         n = len(self.images)
         if n < self.batch_size:
-            where = os.path.commonpath([path.parent for path in self.images.paths]) if n else "the data set"
             raise UserError(
-                f"{where}: {n} training images are fewer than batch_size {self.batch_size}; "
+                f"{self.images.folder}: {n} training images are fewer than batch_size {self.batch_size}; "
                 "lower batch_size or add images"
             )
         self.device = torch.device(self.device)
         self.batches_per_epoch = n // self.batch_size
+        cached = self.pixels is not None and self.pixels.shape[2:] != (self.height, self.width)
+        self.resized_by = f"PyTorch, {self.device.type}" if cached else "Pillow"
         self._labels = self.images.labels()
         # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
         self._by_label = np.argsort(self._labels, kind="stable")
@@ -100,14 +99,6 @@ class PairLoader:
         self._first = np.cumsum(self._size) - self._size
         self._place = np.empty(n, dtype=np.int64)
         self._place[self._by_label] = np.arange(n) - self._first[self._labels[self._by_label]]
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    @property
-    def resized_by(self) -> str:
-        """What resizes the images: "Pillow", or "PyTorch, DEVICE" from a cache at the files' size."""
-        if self.pixels is None or self.pixels.shape[2:] == (self.height, self.width):
-            return "Pillow"
-        return f"PyTorch, {self.device.type}"
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches of iterations start, start + 1, ... without end, made ahead in the background."""
@@ -121,27 +112,22 @@ class PairLoader:
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) the permutation of the images in an epoch; its batches are consecutive slices."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, _PERMUTATION, epoch))
-            self._epoch = (epoch, rng.permutation(len(self.images)))
-        return self._epoch[1]
+        return np.random.default_rng((self.seed, _PERMUTATION, epoch)).permutation(len(self.images))
 
     def files(self, iteration: int) -> list[Path]:
         """The files of the batch of one iteration, of all processes: those of x, then those of xp."""
-        index, positives, _ = self._choose(iteration)
-        return [self.images.paths[i] for i in np.concatenate([index, *positives])]
+        return [self.images.paths[i] for i in self._draw(iteration)[0]]
 
     # ------------------------------------------------------------------------------------------------ draws
-    def _choose(self, iteration: int) -> tuple[np.ndarray, list[np.ndarray], list[tuple[np.ndarray, ...]]]:
-        """For the whole batch: the index of x; that of xp, if there is one; the draws of their augmentations."""
+    def _draw(self, iteration: int) -> tuple[np.ndarray, ...]:
+        """For the whole batch, x then xp: positions in the image list, mirror or not, top and left of the crop."""
         epoch, step = divmod(iteration, self.batches_per_epoch)
         index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         rng = np.random.default_rng((self.seed, _DRAW, iteration))
-        draws, positives = [self._draw_augmentation(rng)], []
+        draws = [(index, *self._draw_augmentation(rng))]
         if self.with_positive:
-            positives = [self._draw_positives(rng, index)]
-            draws.append(self._draw_augmentation(rng))
-        return index, positives, draws
+            draws.append((self._draw_positives(rng, index), *self._draw_augmentation(rng)))
+        return tuple(map(np.concatenate, zip(*draws, strict=True)))
 
     def _draw_augmentation(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(N,) mirror or not, (N,) top and (N,) left of the crop."""
@@ -160,30 +146,21 @@ class PairLoader:
     # ----------------------------------------------------------------------------------------------- images
     def _raw(self, iteration: int) -> _Raw:
         n = self.batch_size // self.part.count
-        index, positives, draws = self._choose(iteration)
-        index = self.part.rows(index, n)
-        chosen = np.concatenate([index, *(self.part.rows(positive, n) for positive in positives)])
-        flip, top, left = (
-            torch.from_numpy(self.part.rows(np.concatenate(parts), n)) for parts in zip(*draws, strict=True)
-        )
-        here = torch.arange(len(chosen))
+        chosen, *draws = (torch.from_numpy(self.part.rows(drawn, n)) for drawn in self._draw(iteration))
         if self.pixels is None:
-            pixels = torch.stack([resized(self.images.paths[i], self.height, self.width) for i in chosen])
-        elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
-            pixels, here = self.pixels, torch.from_numpy(chosen)
+            pixels = torch.stack([decoded(self.images.paths[i], (self.height, self.width)) for i in chosen.tolist()])
         else:
-            pixels = self.pixels[torch.from_numpy(chosen)]
-        return _Raw(pixels, here, flip, top, left, torch.from_numpy(index.copy()))
+            pixels = self.pixels[chosen]
+        return _Raw(pixels, *draws, chosen[:n])
 
     def _finish(self, raw: _Raw) -> Batch:
-        pixels, *draws = (to_device(part, self.device) for part in raw[:5])
+        pixels, *draws = (to_device(part, self.device) for part in raw[:4])
         images = normalise(augment(resize(pixels, self.height, self.width), *draws, self.pad))
         index, n = raw.index, len(raw.index)
-        y = to_device(torch.from_numpy(self._labels[index.numpy()]), self.device)
-        q = None
+        y, q = self._labels[index.numpy()], None
         if self.soft_labels is not None:
             q = to_device(torch.from_numpy(self.soft_labels.rows(index.numpy())), self.device)
-        return Batch(images[:n], images[n:], y, index, q)
+        return Batch(images[:n], images[n:], to_device(torch.from_numpy(y), self.device), index, q)
 
     # ------------------------------------------------------------------------------------------- background
     def _batches_from_thread(self, start: int) -> Iterator[Batch]:
@@ -200,11 +177,18 @@ class PairLoader:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def __getitem__(self, iteration: int) -> _Raw | UserError:
+        """In a worker: the raw batch, or the error, which would arrive as a page of traceback if it were raised."""
+        try:
+            return self._raw(iteration)
+        except UserError as error:
+            return error
+
     def _batches_from_workers(self, start: int) -> Iterator[Batch]:
-        others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         stream = iter(
             DataLoader(
-                _Iterations(self),
+                self,
                 batch_size=None,  # A worker makes whole batches, which are returned in the order of the iterations.
                 sampler=count(start),
                 num_workers=self.num_workers,
@@ -212,7 +196,7 @@ class PairLoader:
                 generator=torch.Generator(),  # Otherwise starting workers would advance the global generator.
             )
         )
-        workers = set(multiprocessing.active_children()) - others
+        workers = set(multiprocessing.active_children()) - before
         if threading.current_thread() is threading.main_thread():
             # PyTorch's handler would raise in the middle of a step; a dead worker is noticed between steps as well.
             signal.signal(signal.SIGCHLD, handler)
@@ -234,20 +218,6 @@ class PairLoader:
             del stream  # This ends the workers. They ignore SIGTERM, so one that hangs has to be killed.
             for worker in workers:
                 worker.kill()
-
-
-class _Iterations(Dataset):
-    """Item t is the raw batch of iteration t."""
-
-    def __init__(self, loader: PairLoader) -> None:
-        self.loader = loader
-
-    def __getitem__(self, iteration: int) -> _Raw | UserError:
-        try:
-            return self.loader._raw(iteration)
-        except UserError as error:
-            # Raised in a worker, it would arrive as a page of traceback.
-            return error
 
 
 def _ignore_signals(_: int) -> None:

@@ -13,7 +13,7 @@ if not __package__:  # run as a file, from any directory
 from data.folders import data_set_name, other_data_set, read_split
 from files import write_json
 from mannequins.dataset import load_factors
-from utils import UserError, add_run_arguments, run_cli
+from utils import UserError, add_run_arguments, between, run_cli
 
 if TYPE_CHECKING:
     from mannequins.truth import Swaps
@@ -44,15 +44,7 @@ ERRORS = {
     "psnr": ("PSNR dB", 1),
     "ssim": ("SSIM", 3),
 }
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generated swaps against the renderer's own drawing (embedded data).")
-    add_run_arguments(parser, name="demo")
-    parser.add_argument("--data_root", help="embedded data set (default: the run's)")
-    parser.add_argument("--count", type=int, default=512, help="swaps to draw (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of swaps")
-    return parser.parse_args()
+Cells = tuple[list[str], dict[str, list[str]]]  # heads of the columns, and the cells of each row by its label
 
 
 def ask_teacher(
@@ -77,63 +69,10 @@ def ask_teacher(
     features = extract_features(net, gallery.paths, height=size[0], width=size[1], batch_size=64, device=model.device)
     known = Features(features, gallery.pids, gallery.camids)
     by_reid = recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
-    if training is None:
-        return by_reid, {}
-    people = read_split(root, "train_all")
-    if people.num_classes != net.num_classes:
+    people = read_split(root, "train_all") if training else None
+    if people is None or people.num_classes != net.num_classes:
         return by_reid, {}
     return by_reid, classify(net, size, training, people.labels(), device=model.device)
-
-
-def swap_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """The table of `swaps.json`: heads of the columns, and a row's cells by its label, "-" where empty."""
-    asked = "recognised" in result
-    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
-    rows = {}
-    for row, label in LABELS.items():
-        errors = result["images"].get(row, {})  # in a file of an earlier version without some
-        cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
-        if asked:
-            official = result["recognised"].get(row, {}).get("official", {})
-            top1 = result["top1"].get(row)
-            cells += [f"{100 * official[key]:.1f}" if official else "-" for key in ("rank1", "mAP")]
-            cells += [f"{100 * top1:.1f}" if top1 is not None else "-"]
-        if errors or asked and row in result["recognised"]:
-            rows[label] = cells
-    return heads, rows
-
-
-def format_swaps(result: dict[str, Any]) -> str:
-    """The table of `swaps.json` for a terminal."""
-    heads, rows = swap_table(result)
-    lines = [" " * 35 + "".join(f"{head:>11}" for head in heads)]
-    lines += [f"  {label:33}" + "".join(f"{cell:>11}" for cell in cells) for label, cells in rows.items()]
-    return "\n".join(lines)
-
-
-def describe_shares(shares: dict[str, dict[str, float]]) -> str:
-    """What `clothes_shares` found, in words: "shade 39 and 48 %, pattern 71 and 3 %, colour 1 and 35 %"."""
-    parts = ((name, *(round(100 * share[side]) for side in ("structure", "truth"))) for name, share in shares.items())
-    return ", ".join(f"{name} {structure} and {truth} %" for name, structure, truth in parts)
-
-
-def named_table(named: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], dict[str, list[str]]]:
-    """The table of `name_people`'s result: heads of the columns, and the cells of each row by its label."""
-    heads = [f"{head}: {whose}" for head, sides in next(iter(named.values())).items() for whose in sides]
-    rows = {
-        NAMED[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
-        for row, by_head in named.items()
-    }
-    return heads, rows
-
-
-def format_named(named: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The same for a terminal: a line for each head."""
-    heads, rows = named_table(named)
-    lines = [" " * 28 + "".join(f"  {label}" for label in rows)]
-    for k, head in enumerate(heads):
-        lines.append(f"  {head:26}" + "".join(f"  {cells[k]:>{len(label)}}" for label, cells in rows.items()))
-    return "\n".join(lines)
 
 
 def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: bool) -> tuple[dict[str, Any], list[str]]:
@@ -176,13 +115,57 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
     return result, notes
 
 
+# -------------------------------------------------------------------------------------------------- tables
+def swap_table(result: dict[str, Any]) -> Cells:
+    """The table of `swaps.json`; cells without a value are "-"."""
+    asked = result.get("recognised", {})
+    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
+    rows = {}
+    for row, label in LABELS.items():
+        errors = result["images"].get(row, {})  # in a file of an earlier version without some
+        cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
+        if asked:
+            shares = asked.get(row, {}).get("official", {}) | {"top1": result["top1"].get(row)}
+            values = [shares.get(key) for key in ("rank1", "mAP", "top1")]
+            cells += ["-" if value is None else f"{100 * value:.1f}" for value in values]
+        if errors or row in asked:
+            rows[label] = cells
+    return heads, rows
+
+
+def named_table(named: dict[str, dict[str, dict[str, float]]]) -> Cells:
+    """The table of `name_people`'s result."""
+    heads = [f"{head}: {whose}" for head, sides in next(iter(named.values())).items() for whose in sides]
+    rows = {
+        NAMED[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
+        for row, by_head in named.items()
+    }
+    return heads, rows
+
+
+def describe_shares(shares: dict[str, dict[str, float]]) -> str:
+    """What `clothes_shares` found, in words: "shade 39 and 48 %, pattern 71 and 3 %, colour 1 and 35 %"."""
+    parts = {name: [round(100 * share[side]) for side in ("structure", "truth")] for name, share in shares.items()}
+    return ", ".join(f"{name} {structure} and {truth} %" for name, (structure, truth) in parts.items())
+
+
+def format_table(heads: list[str], rows: dict[str, list[str]]) -> str:
+    """A table for a terminal."""
+    lines = [["", *heads], *([label, *cells] for label, cells in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        f"  {label:{widths[0]}}" + "".join(f"  {cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True))
+        for label, *cells in lines
+    )
+
+
 def format_result(result: dict[str, Any], teacher: str) -> str:
     """What a terminal shows of `measure`'s result."""
     lines = [
         f"{result['name']} after {result['iteration']} steps, {result['pairs']} swaps of test images, L1 on the "
         f"changed pixels (grey levels): generated {result['generated']:.1f}, copying the structure image "
         f"{result['copy']:.1f}, reduction {100 * result['reduction']:.1f} %",
-        format_swaps(result),
+        format_table(*swap_table(result)),
         f"clothes of the structure image and of the truth in generated swaps: {describe_shares(result['shares'])}",
     ]
     if "recognised" in result:
@@ -191,20 +174,18 @@ def format_result(result: dict[str, Any], teacher: str) -> str:
             "(official convention); top-1: its classes, swaps of training images"
         )
     if "named" in result:
-        count = min(result["pairs"], TRAINING_SWAPS)
-        lines += [
-            f"whom the run's heads name, {count} swaps of training images, percent",
-            format_named(result["named"]),
-        ]
+        lines.append("whom the run's heads name, swaps of training images, percent")
+        lines.append(format_table(*named_table(result["named"])))
     return "\n".join(lines)
 
 
 def main() -> None:
-    args = parse_args()
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    parser = argparse.ArgumentParser(description="Generated swaps against the renderer's own drawing (embedded data).")
+    add_run_arguments(parser, name="demo")
+    parser.add_argument("--data_root", help="embedded data set (default: the run's)")
+    parser.add_argument("--count", type=between(1), default=512, help="swaps to draw (default: 512)")
+    parser.add_argument("--seed", type=between(0), default=0, help="of the choice of swaps")
+    args = parser.parse_args()
 
     from runs.folder import resolve_data_root
     from runs.swapper import open_swapper

@@ -11,12 +11,14 @@ or sleeves, hair, bag and build. No test identity wears the colour pair of a tra
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import math
+import os
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +30,12 @@ from tqdm import tqdm
 
 from data.folders import UNFINISHED_MARK
 from mannequins.render import BAGS, CAMERAS, HAIR_STYLES, OCCLUDERS, RGB, UPPER_KINDS, Appearance, Body, Shot, render
-from utils import UserError, run_cli
+from utils import UserError, between, run_cli
 
 TRAIN, TEST, QUERY, GT = "bounding_box_train", "bounding_box_test", "query", "gt_bbox"
 DRAWING = 1  # Raise it when the drawing changes, so that old folders are not taken for current ones.
 JPEG_QUALITY = 95
+CHUNK = 64  # images that a process draws at a time
 
 GARMENTS: dict[str, RGB] = {
     "red": (206, 46, 48),
@@ -157,13 +160,6 @@ def _pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _colour_pairs(rng: np.random.Generator, settings: Settings) -> list[tuple[RGB, RGB]]:
-    """Every pair of two garment colours, upper and lower, shuffled."""
-    garments = list((VIVID if settings.vivid else GARMENTS).values())
-    pairs = [(upper, lower) for upper in garments for lower in garments if upper != lower]
-    return [pairs[k] for k in rng.permutation(len(pairs))]
-
-
 def _grey(colour: RGB) -> float:
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
@@ -198,21 +194,19 @@ def _body(rng: np.random.Generator, hair: str, bag: str) -> Body:
     )
 
 
-def _groups(rng: np.random.Generator, settings: Settings, split: str, pairs: list[tuple[RGB, RGB]]) -> list[Person]:
-    train = split == "train"
-    count = settings.train_ids if train else settings.test_ids
-    group_size = settings.group_size if train else settings.test_group_size
+def _groups(
+    rng: np.random.Generator, settings: Settings, split: str, count: int, group_size: int, pairs: list[tuple[RGB, RGB]]
+) -> list[Person]:
+    """`count` people in groups that share an outfit, whose members differ in pattern or sleeves, hair and bag."""
     people = []
+    looks = [(hair, bag) for hair in HAIR_STYLES for bag in BAGS]
     for group in range(math.ceil(count / group_size)):
         outfit = _outfit(rng, pairs[group % len(pairs)], settings)
         kinds = [UPPER_KINDS[k] for k in rng.permutation(len(UPPER_KINDS))[:2]]
-        looks = [(hair, bag) for hair in HAIR_STYLES for bag in BAGS]
         order = rng.permutation(len(looks))
-        for member in range(min(group_size, count - len(people))):
-            appearance = dataclasses.replace(
-                outfit, upper_kind=_pick(rng, kinds), sleeves=_pick(rng, ("long", "short"))
-            )
-            people.append(Person(appearance, _body(rng, *looks[order[member]]), split, group))
+        for look in order[: min(group_size, count - len(people))]:
+            worn = replace(outfit, upper_kind=_pick(rng, kinds), sleeves=_pick(rng, ("long", "short")))
+            people.append(Person(worn, _body(rng, *looks[look]), split, group))
     return people
 
 
@@ -252,10 +246,12 @@ def _plan(settings: Settings) -> Factors:
     # People: train and test identities are numbered in one shuffled range, as in Market-1501.
     train_groups = math.ceil(settings.train_ids / settings.group_size)
     test_groups = math.ceil(settings.test_ids / settings.test_group_size)
-    pairs = _colour_pairs(people_rng, settings)
+    garments = VIVID if settings.vivid else GARMENTS
+    pairs = [(upper, lower) for upper in garments.values() for lower in garments.values() if upper != lower]
+    pairs = [pairs[k] for k in people_rng.permutation(len(pairs))]
     share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
-    identities = _groups(people_rng, settings, "train", pairs[:share])
-    identities += _groups(people_rng, settings, "test", pairs[share:])
+    identities = _groups(people_rng, settings, "train", settings.train_ids, settings.group_size, pairs[:share])
+    identities += _groups(people_rng, settings, "test", settings.test_ids, settings.test_group_size, pairs[share:])
     numbers = 1 + people_rng.permutation(len(identities))
     people = {f"{k:04d}": person for k, person in sorted(zip(numbers.tolist(), identities, strict=True))}
 
@@ -267,19 +263,18 @@ def _plan(settings: Settings) -> Factors:
         frames[camera] += int(rng.integers(5, 26))
         frame = int(frames[camera])
         name = f"{label}_c{camera}s{1 + frame // 20000}_{frame:06d}_{box:02d}.jpg"
-        images[name] = Sight(person, dataclasses.replace(shot, **changes), folders)
+        images[name] = Sight(person, replace(shot, **changes), folders)
 
     for key, person in people.items():
+        train = person.split == "train"
         seen_by = int(rng.integers(settings.min_cameras, n + 1))
-        if person.split == "train":
-            seen_by = min(seen_by, settings.train_cameras)
-        for camera in sorted(1 + rng.permutation(n)[:seen_by]):
+        seen_by = min(seen_by, settings.train_cameras) if train else seen_by
+        for camera in sorted((1 + rng.permutation(n)[:seen_by]).tolist()):
             frames[camera] += int(rng.integers(40, 200))
             for box in range(1, settings.images_per_camera + 1):
-                folders = (TRAIN,) if person.split == "train" else (TEST, GT)
-                add(key, key, int(camera), box, folders)
-            if person.split == "test":  # box 00 is the hand-drawn one, as in Market-1501
-                add(key, key, int(camera), 0, (QUERY, GT))
+                add(key, key, camera, box, (TRAIN,) if train else (TEST, GT))
+            if not train:  # box 00 is the hand-drawn one, as in Market-1501
+                add(key, key, camera, 0, (QUERY, GT))
     for k in range(settings.distractors + settings.junk):
         key = f"stranger-{k:04d}"
         outfit = _outfit(people_rng, _pick(people_rng, pairs), settings)
@@ -313,35 +308,24 @@ class Factors:
         person = self.people[sight.person]
         return person.appearance, person.body, sight.shot
 
-    def image(self, name: str, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-        """The image as drawn, before JPEG: (H, W, 3) uint8."""
-        return render(*self.factors_of(name), size)
-
     def true_swap(self, appearance_of: str, structure_of: str, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-        """The right answer to a swap: these clothes on that body in that shot, (H, W, 3) uint8."""
-        appearance = self.factors_of(appearance_of)[0]
-        _, body, shot = self.factors_of(structure_of)
-        return render(appearance, body, shot, size)
+        """The right answer to a swap: these clothes on that body in that shot, (H, W, 3) uint8.
 
-    def names(self, folder: str) -> list[str]:
-        """The sorted file names of one folder."""
-        return sorted(name for name, sight in self.images.items() if folder in sight.folders)
+        The swap of an image with itself is the image as drawn, before JPEG.
+        """
+        return render(self.factors_of(appearance_of)[0], *self.factors_of(structure_of)[1:], size)
 
+    def dump(self) -> str:
+        """JSON with a line per person and per image."""
 
-_FACTORS = TypeAdapter(Factors)
+        def block(entries: dict) -> str:
+            lines = (f"  {json.dumps(key)}: {json.dumps(asdict(value))}" for key, value in entries.items())
+            return "{\n" + ",\n".join(lines) + "\n }"
 
-
-def _dump(factors: Factors) -> str:
-    """JSON with a line per person and per image."""
-
-    def block(entries: dict) -> str:
-        lines = (f"  {json.dumps(key)}: {json.dumps(dataclasses.asdict(value))}" for key, value in entries.items())
-        return "{\n" + ",\n".join(lines) + "\n }"
-
-    return (
-        f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(factors.settings.model_dump())},\n'
-        f' "people": {block(factors.people)},\n "images": {block(factors.images)}\n}}\n'
-    )
+        return (
+            f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(self.settings.model_dump())},\n'
+            f' "people": {block(self.people)},\n "images": {block(self.images)}\n}}\n'
+        )
 
 
 def is_embedded(path: Path | str) -> bool:
@@ -357,11 +341,10 @@ def load_factors(path: Path | str) -> Factors:
         table = json.loads(path.read_bytes())
         if table["drawing"] != DRAWING:
             raise UserError(f"{path}: written by another version of the renderer; make the data set again")
-        factors = _FACTORS.validate_python(table)
+        factors = TypeAdapter(Factors).validate_python(table)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); make it with python -m mannequins.dataset"
-        ) from None
+        remedy = "make it with python -m mannequins.dataset"
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -377,14 +360,13 @@ def load_factors(path: Path | str) -> Factors:
 # ---------------------------------------------------------------- writing
 
 
-def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> int:
+def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> None:
     for person, name, sight in entries:
         buffer = io.BytesIO()
         picture = Image.fromarray(render(person.appearance, person.body, sight.shot))
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         for folder in sight.folders:
             (out / folder / name).write_bytes(buffer.getvalue())
-    return len(entries)
 
 
 def make_dataset(
@@ -399,8 +381,6 @@ def make_dataset(
     Raises UserError for bad settings, a folder that holds anything else, and one that cannot be written.
     """
     out = Path(out)
-    if workers < 1:
-        raise UserError(f"workers={workers}: must be at least 1")
     settings = make_settings(seed, preset, difficulty, **changes)
     done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
@@ -410,21 +390,22 @@ def make_dataset(
                 raise UserError(f"{out}: holds a data set with {key}={old}, not {new}; choose another folder")
         print(f"{out}: complete already, {len(present.images)} images")
         return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is not a folder")
     factors = _plan(settings)
-    text = _dump(factors)
-    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    interrupted = part.is_file() and part.read_text(encoding="utf-8", errors="replace") == text
-    if names and names != [part.name] and not interrupted:
-        raise UserError(f"{out}: is not empty ({names[0]}) and no start of this data set; choose another folder")
-
+    text = factors.dump()
+    entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
+    chunks = [entries[k : k + CHUNK] for k in range(0, len(entries), CHUNK)]
     try:
+        names = sorted(os.listdir(out)) if out.exists() else []
+        interrupted = part.is_file() and part.read_text(encoding="utf-8", errors="replace") == text
+        if names and names != [part.name] and not interrupted:
+            raise UserError(f"{out}: is not empty ({names[0]}) and no start of this data set; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         for folder in (TRAIN, TEST, QUERY, GT):
             (out / folder).mkdir(exist_ok=True)
-        _draw_all(out, factors, workers)
+        with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+            drawn = (pool.map if pool else map)(_write_images, repeat(out), chunks)
+            deque(tqdm(drawn, "drawing", total=len(chunks), unit=f" x {CHUNK} images", disable=None), maxlen=0)
         try:
             part.replace(done)
         except FileNotFoundError:
@@ -437,19 +418,6 @@ def make_dataset(
     print(f"{out}: {len(factors.images)} images")
 
 
-def _draw_all(out: Path, factors: Factors, workers: int) -> None:
-    entries = [(factors.people[sight.person], name, sight) for name, sight in factors.images.items()]
-    chunks = [entries[k : k + 64] for k in range(0, len(entries), 64)]
-    with tqdm(total=len(entries), desc="drawing", unit="image", disable=None) as bar:
-        if workers == 1:
-            for chunk in chunks:
-                bar.update(_write_images(out, chunk))
-            return
-        with ProcessPoolExecutor(workers) as pool:
-            for count in pool.map(_write_images, repeat(out), chunks):
-                bar.update(count)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Draw the embedded pedestrian data set in Market-1501's layout, with the factors of every image."
@@ -459,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--difficulty", type=float, default=1.0, help=f"factor on {', '.join(DIFFICULTY_KEYS)} (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw (%(default)s)")
+    parser.add_argument("--workers", type=between(1), default=1, help="processes that draw (%(default)s)")
     demo = make_settings()
     for name, key in Settings.model_fields.items():
         note = f"{key.description} (demo: {getattr(demo, name)})"

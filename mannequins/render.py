@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal, get_args
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -20,6 +21,7 @@ from pydantic import Field
 Level = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Level, Level, Level]
 Point = tuple[float, float]
+Paint = RGB | Image.Image  # a colour, or a cloth to cut from
 
 OVERSAMPLE = 4
 
@@ -109,8 +111,7 @@ def _paint(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int]
     """Person and occluder without scene: colour times coverage, (H, W, 3) in 0..255, and coverage, (H, W, 1)."""
     painter = _Painter(size, shot.light_side)
     _Figure(painter, appearance, body, shot).paint()
-    if shot.occluder != "none":
-        _paint_occluder(painter, shot.occluder, shot.occluder_x)
+    _paint_occluder(painter, shot.occluder, shot.occluder_x)
     return painter.finish()
 
 
@@ -134,27 +135,24 @@ class _Painter:
         self.light_side = light_side
         self.unit = 1.0
 
-    def tube(
-        self, points: Sequence[Point], radii: Sequence[float], paint: RGB | Image.Image, tone: float = 1.0
-    ) -> None:
-        """A limb through `points`, `radii` thick there; `paint` is a colour or a cloth to cut from."""
+    def tube(self, points: Sequence[Point], radii: Sequence[float], paint: Paint, tone: float = 1.0) -> None:
+        """A limb through `points`, `radii` thick there."""
 
         def trace(draw: ImageDraw.ImageDraw, width: float, shift: float, fill: RGB | int) -> None:
-            spots = [
-                (x + shift * r * self.unit, y, r * self.unit * width) for (x, y), r in zip(points, radii, strict=True)
-            ]
+            placed = zip(points, radii, strict=True)
+            spots = [(x + shift * r * self.unit, y, r * self.unit * width) for (x, y), r in placed]
             for x, y, r in spots:
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-            for (x0, y0, r0), (x1, y1, r1) in zip(spots, spots[1:], strict=False):
+            for (x0, y0, r0), (x1, y1, r1) in pairwise(spots):
                 length = math.hypot(x1 - x0, y1 - y0) or 1.0
                 nx, ny = (y0 - y1) / length, (x1 - x0) / length
-                one_side = [(x0 + nx * r0, y0 + ny * r0), (x1 + nx * r1, y1 + ny * r1)]
-                other_side = [(x1 - nx * r1, y1 - ny * r1), (x0 - nx * r0, y0 - ny * r0)]
-                draw.polygon(one_side + other_side, fill=fill)
+                near = [(x0 + nx * r0, y0 + ny * r0), (x1 + nx * r1, y1 + ny * r1)]
+                far = [(x1 - nx * r1, y1 - ny * r1), (x0 - nx * r0, y0 - ny * r0)]
+                draw.polygon(near + far, fill=fill)
 
         self._lay(trace, paint, tone)
 
-    def column(self, x: float, y: float, rows: Sequence[Point], paint: RGB | Image.Image, girth: float = 1.0) -> None:
+    def column(self, x: float, y: float, rows: Sequence[Point], paint: Paint, girth: float = 1.0) -> None:
         """A standing part at (x, y) from `rows` of (height below y, half width of `girth`), in units."""
 
         def trace(draw: ImageDraw.ImageDraw, width: float, shift: float, fill: RGB | int) -> None:
@@ -179,7 +177,7 @@ class _Painter:
         pixels = max(1, round(width * self.unit))
         ImageDraw.Draw(self.shade).line((start, end), fill=round(255 * tone), width=pixels)
 
-    def _lay(self, trace: Callable[..., None], paint: RGB | Image.Image, tone: float) -> None:
+    def _lay(self, trace: Callable[..., None], paint: Paint, tone: float) -> None:
         if isinstance(paint, Image.Image):
             cut = Image.new("L", self.mask.size, 0)
             trace(ImageDraw.Draw(cut), 1.0, 0.0, 255)
@@ -233,18 +231,14 @@ class _Figure:
         # The lower ankle stands on the ground, which lifts and drops everything above.
         self.hip = 0.045 - min(leg[2][1] for leg in self.legs)
         self.lift = self.hip - 0.515
-        for joint in (j for leg in self.legs for j in leg):
-            joint[1] += self.hip
-        for joint in (j for arm in self.arms for j in arm):
-            joint[1] += self.lift
+        for limbs, up in ((self.legs, self.hip), (self.arms, self.lift)):
+            for joint in (joint for limb in limbs for joint in limb):
+                joint[1] += up
 
     def at(self, x: float, y: float, z: float) -> Point:
         """Pixels of a point; what is nearer to the camera is a little lower in the picture."""
         across = x * self.front + z * self.side
-        return (
-            self.origin[0] + across * self.unit,
-            self.origin[1] - (y - 0.10 * self.depth(x, z)) * self.unit,
-        )
+        return self.origin[0] + across * self.unit, self.origin[1] - (y - 0.10 * self.depth(x, z)) * self.unit
 
     def upper_at(self, x: float, y: float, z: float) -> Point:
         return self.at(x, y + self.lift, z)
@@ -260,33 +254,31 @@ class _Figure:
     def paint(self) -> None:
         """From the far side to the near side."""
         cloth = self.cloth()
-        arms = sorted(self.arms, key=lambda arm: self.depth(arm[1][0], arm[2][2]))
-        is_near = [self.depth(arm[1][0], (arm[1][2] + arm[2][2]) / 2) > -0.03 for arm in arms]
-        bag, bag_near = self.body.bag, self.side * (1 if self.body.bag == "handbag" else -1) > -0.3
+        arms: dict[bool, list] = {False: [], True: []}  # far, near
+        for arm in sorted(self.arms, key=lambda arm: self.depth(arm[1][0], arm[2][2])):
+            arms[bool(self.depth(arm[1][0], (arm[1][2] + arm[2][2]) / 2) > -0.03)].append(arm)
+        bag_near = self.side * (1 if self.body.bag == "handbag" else -1) > -0.3
         if self.towards:
-            if bag == "backpack":
-                self.backpack()
+            self.backpack()
             self.tail()
-        for arm, near in zip(arms, is_near, strict=True):
-            if not near:
-                self.arm(arm, cloth, 0.80)
+        for arm in arms[False]:
+            self.arm(arm, cloth, 0.80)
         if not bag_near:
             self.carried_bag()
         self.clothed_legs()
         self.torso(cloth)
         self.straps()
-        if bag == "backpack" and not self.towards:
+        if not self.towards:
             self.backpack()
         self.head()
         if not self.towards:
             self.tail()
         if bag_near:
             self.carried_bag()
-        for arm, near in zip(arms, is_near, strict=True):
-            if near:
-                self.arm(arm, cloth, 1.0)
+        for arm in arms[True]:
+            self.arm(arm, cloth, 1.0)
 
-    def cloth(self) -> RGB | Image.Image:
+    def cloth(self) -> Paint:
         """The upper garment's colour, or a sheet of its pattern to cut parts from."""
         look, size = self.look, self.painter.mask.size
         if look.upper_kind == "plain":
@@ -337,7 +329,7 @@ class _Figure:
                 start = x + lean / 2 + t * waist * unit, y + 0.09 * unit
                 painter.fold(start, (start[0] + t * 0.03 * unit, y + long * unit), 0.010, 0.82)
 
-    def arm(self, joints: list[np.ndarray], cloth: RGB | Image.Image, tone: float) -> None:
+    def arm(self, joints: list[np.ndarray], cloth: Paint, tone: float) -> None:
         painter, skin = self.painter, self.look.skin
         shoulder, elbow, hand = (self.at(*joint) for joint in joints)
         painter.oval(hand[0], hand[1] + 0.012 * self.unit, 0.022, 0.028, skin, tone)
@@ -348,15 +340,13 @@ class _Figure:
             end = self.at(*(0.28 * joints[0] + 0.72 * joints[1]))
             painter.tube([shoulder, end], (0.038, 0.039), cloth, tone)
 
-    def torso(self, cloth: RGB | Image.Image) -> None:
+    def torso(self, cloth: Paint) -> None:
         painter, unit = self.painter, self.unit
         x, y = self.upper_at(0, 0.855, 0.01)
         rows = []  # from the neck to the hem; widths are shares of the chest's
-        for below, share in zip(
-            (0.0, 0.012, 0.028, 0.05, 0.09, 0.16, 0.26, 0.34, 0.395),
-            (0.34, 0.56, 0.82, 1.00, 1.07, 1.02, 0.92, 0.98, 1.00),
-            strict=True,
-        ):
+        heights = (0.0, 0.012, 0.028, 0.05, 0.09, 0.16, 0.26, 0.34, 0.395)
+        shares = (0.34, 0.56, 0.82, 1.00, 1.07, 1.02, 0.92, 0.98, 1.00)
+        for below, share in zip(heights, shares, strict=True):
             rows.append((below, self.girth(self.wide * share, self.deep * min(1.0, share))))
         painter.column(x, y, rows, cloth)
         r, waist, hem = rows[6][1] * unit, y + 0.26 * unit, y + 0.391 * unit
@@ -396,6 +386,8 @@ class _Figure:
             painter.column(*self.upper_at(0, 0.90, -0.03), rows, tone, self.girth(0.076, 0.05))
 
     def backpack(self) -> None:
+        if self.body.bag != "backpack":
+            return
         x, y = self.upper_at(0, 0.685, -self.deep - 0.03)
         r = self.girth(0.086, 0.05)
         rows = ((-0.115, 0.6), (-0.10, 0.9), (-0.06, 1.0), (0.105, 0.95), (0.125, 0.65))
@@ -450,13 +442,12 @@ def _paint_occluder(painter: _Painter, kind: str, where: float) -> None:
 # ---------------------------------------------------------------- scenes
 
 
-@dataclass(frozen=True)
-class _Scene:
+class _Scene(NamedTuple):
     wall: RGB
     ground: RGB
     horizon: float  # where the wall meets the ground, of the height
     texture: str  # panels, bricks, sky, plain
-    thing: str  # key of _THINGS
+    thing: str  # of those that `_thing` lists
     thing_x: float  # of the width
     thing_colour: RGB
 
@@ -508,53 +499,48 @@ def _scene(camera: int, height: int, width: int) -> tuple[np.ndarray, int]:
     if scene.texture != "sky":
         draw.rectangle((0, floor - 0.012 * h, full, floor), fill=_tone(scene.wall, 0.82))
     x = margin * OVERSAMPLE + scene.thing_x * w
-
-    def box(x0: float, y0: float, x1: float, y1: float, gain: float, colour: RGB = scene.thing_colour) -> None:
-        """A rectangle: x in widths from the thing's centre, y in heights from the top."""
-        draw.rectangle((x + x0 * w, y0 * h, x + x1 * w, y1 * h), fill=_tone(colour, gain))
-
-    def ball(x0: float, y0: float, r: float, gain: float) -> None:
-        cx, cy, r = x + x0 * w, y0 * h, r * w
-        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=_tone(scene.thing_colour, gain))
-
-    _THINGS[scene.thing](box, ball, scene.horizon)
+    for x0, y0, x1, y1, gain, *colour in _thing(scene.thing, scene.horizon):
+        paint = _tone(colour[0] if colour else scene.thing_colour, gain)
+        draw.rectangle((x + x0 * w, y0 * h, x + x1 * w, y1 * h), fill=paint)
+    if scene.thing == "tree":
+        for x0, y0, r, gain in ((-0.14, 0.20, 0.22, 0.92), (0.12, 0.16, 0.24, 0.96), (0.0, 0.08, 0.26, 1.06)):
+            cx, cy, r = x + x0 * w, y0 * h, r * w
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=_tone(scene.thing_colour, gain))
     return np.asarray(image.reduce(OVERSAMPLE), np.float32), margin
 
 
-def _door(box: Callable[..., None], ball: Callable[..., None], floor: float) -> None:
-    box(-0.20, 0.120, 0.20, floor, 1.25)
-    box(-0.17, 0.135, 0.17, floor, 1.0)
-    box(-0.11, 0.170, 0.11, 0.34, 0.9)
-    box(-0.11, 0.370, 0.11, floor - 0.03, 0.9)
+def _thing(name: str, floor: float) -> list[tuple]:
+    """The rectangles of what stands in a scene: x in widths from its centre, y in heights from the top, gain, colour.
 
-
-def _window(box: Callable[..., None], ball: Callable[..., None], floor: float) -> None:
+    The colour is the thing's if none is given; `floor` is the height of the horizon.
+    """
     frame = (224, 222, 216)
-    box(-0.23, 0.070, 0.23, 0.380, 1.0, frame)
-    box(-0.20, 0.085, -0.015, 0.365, 1.0)
-    box(0.015, 0.085, 0.20, 0.365, 1.0)
-    box(-0.25, 0.380, 0.25, 0.395, 0.9, frame)
-
-
-def _tree(box: Callable[..., None], ball: Callable[..., None], floor: float) -> None:
-    box(-0.05, 0.2, 0.01, floor + 0.06, 1.0, (122, 106, 92))
-    box(0.01, 0.2, 0.05, floor + 0.06, 1.0, (106, 92, 80))
-    ball(-0.14, 0.20, 0.22, 0.92)
-    ball(0.12, 0.16, 0.24, 0.96)
-    ball(0.0, 0.08, 0.26, 1.06)
-
-
-def _bench(box: Callable[..., None], ball: Callable[..., None], floor: float) -> None:
-    box(-0.24, floor, -0.20, floor + 0.1, 0.7)
-    box(0.20, floor, 0.24, floor + 0.1, 0.7)
-    box(-0.30, floor - 0.07, 0.30, floor - 0.025, 0.95)
-    box(-0.30, floor + 0.01, 0.30, floor + 0.045, 1.1)
-
-
-def _post(box: Callable[..., None], ball: Callable[..., None], floor: float) -> None:
-    box(-0.045, 0.0, 0.045, floor + 0.08, 1.0)
-    box(-0.045, 0.0, -0.010, floor + 0.08, 1.2)
-    box(-0.080, floor + 0.06, 0.080, floor + 0.09, 0.85)
-
-
-_THINGS = {"door": _door, "window": _window, "tree": _tree, "bench": _bench, "post": _post}
+    return {
+        "door": [
+            (-0.20, 0.120, 0.20, floor, 1.25),
+            (-0.17, 0.135, 0.17, floor, 1.0),
+            (-0.11, 0.170, 0.11, 0.34, 0.9),
+            (-0.11, 0.370, 0.11, floor - 0.03, 0.9),
+        ],
+        "window": [
+            (-0.23, 0.070, 0.23, 0.380, 1.0, frame),
+            (-0.20, 0.085, -0.015, 0.365, 1.0),
+            (0.015, 0.085, 0.20, 0.365, 1.0),
+            (-0.25, 0.380, 0.25, 0.395, 0.9, frame),
+        ],
+        "tree": [
+            (-0.05, 0.2, 0.01, floor + 0.06, 1.0, (122, 106, 92)),
+            (0.01, 0.2, 0.05, floor + 0.06, 1.0, (106, 92, 80)),
+        ],
+        "bench": [
+            (-0.24, floor, -0.20, floor + 0.1, 0.7),
+            (0.20, floor, 0.24, floor + 0.1, 0.7),
+            (-0.30, floor - 0.07, 0.30, floor - 0.025, 0.95),
+            (-0.30, floor + 0.01, 0.30, floor + 0.045, 1.1),
+        ],
+        "post": [
+            (-0.045, 0.0, 0.045, floor + 0.08, 1.0),
+            (-0.045, 0.0, -0.010, floor + 0.08, 1.2),
+            (-0.080, floor + 0.06, 0.080, floor + 0.09, 0.85),
+        ],
+    }[name]

@@ -88,13 +88,14 @@ def draw_swaps(
     names = [path.name for path in images.paths]
     known = np.flatnonzero([name in factors.images for name in names])
     chosen = known[choose_pairs([factors.images[names[i]].person for i in known], count, seed)]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("appearance", "copy", "generated", "reconstruction")}
     sources = [iter_images([images.paths[i] for i in role], *size, batch_size) for role in chosen.T[:2]]
     with torch.no_grad():
-        for x_app, x_str in zip(*sources, strict=True):
-            for part, x in zip(parts.values(), (x_app, x_str, swap(x_app, x_str), swap(x_str, x_str)), strict=True):
-                part.append(to_uint8(x))
-    drawn = {name: np.concatenate(batches) for name, batches in parts.items()}
+        batches = [
+            [to_uint8(x) for x in (x_app, x_str, swap(x_app, x_str), swap(x_str, x_str))]
+            for x_app, x_str in zip(*sources, strict=True)
+        ]
+    parts = map(np.concatenate, zip(*batches, strict=True))
+    drawn = dict(zip(("appearance", "copy", "generated", "reconstruction"), parts, strict=True))
     for name, role in (("true", 0), ("other", 2)):
         swaps = [factors.true_swap(names[row[role]], names[row[1]]) for row in chosen]
         drawn[name] = np.stack([shrink(image, size) for image in swaps])
@@ -170,13 +171,10 @@ def take_apart(images: np.ndarray, changed: np.ndarray) -> dict[str, np.ndarray]
     "pattern"  (n, H, W, 1) the rest of that mean, which is what the structure encoder sees of a grey image
     "colour"   (n, H, W, 3) the image less that mean
     """
-    gray, sigma = images.mean(axis=3), images.shape[1] / 16
-
-    def blur(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, (0, sigma, sigma))
-
+    gray, sigma = images.mean(axis=3), (0, images.shape[1] / 16, images.shape[1] / 16)
     # Unchanged pixels are equal in structure image and truth. If they were mixed in, they would count as both.
-    shade = np.where(changed, blur(gray * changed) / np.maximum(blur(changed.astype(np.float64)), 1e-9), gray)
+    total, weight = (gaussian_filter(values, sigma) for values in (gray * changed, changed.astype(np.float64)))
+    shade = np.where(changed, total / np.maximum(weight, 1e-9), gray)
     return {"shade": shade[..., None], "pattern": (gray - shade)[..., None], "colour": images - gray[..., None]}
 
 
@@ -200,11 +198,16 @@ def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
 
 
 # ------------------------------------------------------------------------------------- does the teacher agree
-def _inputs(images: np.ndarray, size: tuple[int, int], device: torch.device, batch_size: int) -> Iterator[Tensor]:
-    """Images (n, H, W, 3) uint8 as normalised batches of (height, width)."""
-    for k in range(0, len(images), batch_size):
-        pixels = np.stack([shrink(image, size) for image in images[k : k + batch_size]])
-        yield normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)
+def _forward(
+    forward: Callable[[Tensor], Sequence[Tensor]], images: np.ndarray, size: tuple[int, int], device: torch.device
+) -> list[np.ndarray]:
+    """What `forward` gives for images (n, H, W, 3) uint8, normalised and (height, width) large: arrays (n, ...)."""
+    parts = []
+    with torch.inference_mode():
+        for k in range(0, len(images), 64):
+            pixels = np.stack([shrink(image, size) for image in images[k : k + 64]])
+            parts.append(forward(normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)))
+    return [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
 
 
 def _rows_and_sources(swaps: Swaps) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -214,14 +217,7 @@ def _rows_and_sources(swaps: Swaps) -> Iterator[tuple[str, np.ndarray, np.ndarra
 
 
 def recognise(
-    net: nn.Module,
-    size: tuple[int, int],
-    swaps: Swaps,
-    images: ImageList,
-    gallery: Features,
-    *,
-    device: torch.device,
-    batch_size: int = 64,
+    net: nn.Module, size: tuple[int, int], swaps: Swaps, images: ImageList, gallery: Features, *, device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Re-identification by `net` with the images of swaps as queries: `{row: {convention: {"rank1", "mAP", ...}}}`.
 
@@ -233,8 +229,7 @@ def recognise(
     """
     result = {}
     for row, pictures, source in _rows_and_sources(swaps):
-        batches = _inputs(pictures, size, device, batch_size)
-        features = torch.cat([embed_images(net, x).float().cpu() for x in batches]).numpy()
+        (features,) = _forward(lambda x: [embed_images(net, x).float()], pictures, size, device)
         queries = Features(features, images.pids[source], images.camids[source])
         setting, _ = main_setting(features.shape[1])
         results = evaluate_features(queries, gallery)
@@ -242,43 +237,26 @@ def recognise(
     return result
 
 
-def predict(
-    net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device, batch_size: int = 64
-) -> list[np.ndarray]:
+def predict(net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device) -> list[np.ndarray]:
     """The class (n,) of images (n, H, W, 3) uint8 by each head of `net`, in eval mode, which reads them at `size`."""
-    with torch.inference_mode():
-        parts = [net(x)[1] for x in _inputs(images, size, device, batch_size)]
-    return [torch.cat(head).argmax(dim=1).cpu().numpy() for head in zip(*parts, strict=True)]
+    return _forward(lambda x: [head.argmax(dim=1) for head in net(x)[1]], images, size, device)
 
 
 def classify(
-    net: nn.Module,
-    size: tuple[int, int],
-    swaps: Swaps,
-    labels: np.ndarray,
-    *,
-    device: torch.device,
-    batch_size: int = 64,
+    net: nn.Module, size: tuple[int, int], swaps: Swaps, labels: np.ndarray, *, device: torch.device
 ) -> dict[str, float]:
     """How often `net`'s first head gives the class of the appearance image (of the reconstruction: the structure's).
 
     labels  (number of images,) the class of every image in the list that `swaps` were drawn from
     """
-    result = {}
-    for row, pictures, source in _rows_and_sources(swaps):
-        given = predict(net, size, pictures, device=device, batch_size=batch_size)[0]
-        result[row] = float((given == labels[source]).mean())
-    return result
+    return {
+        row: float((predict(net, size, pictures, device=device)[0] == labels[source]).mean())
+        for row, pictures, source in _rows_and_sources(swaps)
+    }
 
 
 def name_people(
-    net: nn.Module,
-    heads: Sequence[str],
-    swaps: Swaps,
-    labels: np.ndarray,
-    *,
-    device: torch.device,
-    batch_size: int = 64,
+    net: nn.Module, heads: Sequence[str], swaps: Swaps, labels: np.ndarray, *, device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Whom each head of a run's `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
 
@@ -299,10 +277,9 @@ def name_people(
     wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
     result = {}
     for row, images in rows.items():
-        classes = predict(net, images.shape[1:3], images, device=device, batch_size=batch_size)
+        classes = dict(zip(heads, predict(net, images.shape[1:3], images, device=device), strict=True))
         result[row] = {
-            head: {whose: float((given == y).mean()) for whose, y in wanted.items()}
-            for head, given in zip(heads, classes, strict=True)
+            head: {whose: float((given == y).mean()) for whose, y in wanted.items()} for head, given in classes.items()
         }
     return result
 

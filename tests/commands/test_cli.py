@@ -27,6 +27,7 @@ from data.folders import check_test_set
 from mannequins.dataset import make_dataset
 from parallel import collectives
 from reIDmodel import build_teacher
+from runs.folder import RunFolder
 from utils import ROOT, UserError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -669,7 +670,7 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
     assert f"no multi-query image of identity {int(first.name[:4])} in camera" in refused("--multi")
     person = next(query.iterdir())
     stranger = person.rename(query / f"anna_{person.name}")
-    assert f"{query}: anna_{person.name}: no identity and camera in the file name; rename it" in refused()
+    assert f"{stranger}: no identity and camera" in refused()
     stranger.unlink()
 
     for path in query.iterdir():
@@ -832,39 +833,10 @@ def test_other_errors_keep_their_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds,best",
-    [([4, 2.2, 2.1, 1], 4), ([4, 2.2, 2.1, 2.0], 2), ([4, 3.9, 8, 9], 1)],
-    ids=["free cores", "two are free", "busy cores"],
-)
-def test_the_demo_takes_the_threads_that_are_quickest(
-    monkeypatch: pytest.MonkeyPatch, seconds: list[float], best: int
-) -> None:
-    clock, threads = [0.0], [1]
-
-    def now() -> float:
-        clock[0] += seconds[threads[0] - 1] / 2
-        return clock[0]
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
-    monkeypatch.setattr(demo.time, "perf_counter", now)
-    assert demo.quickest_threads(4) == best and threads == [4]
-
-
-def test_the_demo_goes_on_with_the_threads_it_had(copied: Runs) -> None:
-    assert demo.threads_before(copied.run) == 1
-    assert demo.threads_before(copied.folder / "outputs" / "tutor") == 1
-    assert demo.threads_before(copied.folder / "outputs" / "other") is None
-    for path in (copied.run / "checkpoints").glob("*/manifest.json"):
-        path.write_text("{")
-    assert demo.threads_before(copied.run) is None
-
-
-@pytest.mark.parametrize(
     "options, words",
     [
-        (["--name", "a/b"], "must be a plain folder name"),
-        (["--teacher", "a/b"], "must be a plain folder name"),
+        (["--name", "a/b"], "a/b"),
+        (["--teacher", "a/b"], "a/b"),
         (["--teacher", "demo"], "--name and --teacher"),
         (["--seed", "-1"], "seed: "),
         (["--threads", "0"], "--threads 0"),
@@ -877,10 +849,8 @@ def test_the_demo_refuses_before_it_begins(script: Script, tmp_path: Path, optio
 
 
 def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
-    demo.check_settings(trained.run, {"seed": 0, "teacher": "tutor"})
     with pytest.raises(UserError, match="seed 0"):
-        demo.check_settings(trained.run, {"teacher": "tutor", "seed": 3})
-    demo.check_settings(trained.run / "gone", {"seed": 3})
+        demo.train("DG-Net", demo.CONFIG, RunFolder(trained.folder, "tiny"), [], {"teacher": "tutor", "seed": 3})
 
 
 def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:

@@ -195,8 +195,8 @@ def test_recognition_asks_for_the_appearance() -> None:
     net = Colour()
     known = embed_images(net, normalise(torch.from_numpy(painted([0, 1, 2])).permute(0, 3, 1, 2))).numpy()
     gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
-    found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"), batch_size=2)
-    top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"), batch_size=2)
+    found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"))
+    top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"))
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
@@ -220,7 +220,7 @@ def test_whom_the_heads_name() -> None:
     images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
     swaps = Swaps(i, j, images)
     ab = build_id_net("AB", 3, backbone="resnet10w8")
-    found = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"), batch_size=2)
+    found = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"))
     assert list(found) == ["generated", "true", "generated changed", "true changed"]
     named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in found.items()}
     assert list(found["true"]) == ["primary", "fine-grained"]

