@@ -84,21 +84,19 @@ def extract_features(
     precision: str = "fp32",
     progress: bool = True,
 ) -> np.ndarray:
-    """Features (n, heads, dim) float32 of the images in `paths`, in their order.
+    """Features (n, heads, dim) float32 of the images in `paths`, in their order; (0, 1, 0) for an empty list.
 
     Several processes share the batches, and each returns all features. The batches are those of a single process, so
     the features are equal to the bit.
 
     Args:
         net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
-        paths: image files; an empty list gives an empty (0, 1, 0) array.
         height, width: size in pixels at which the images are read.
         batch_size: images per pass. None: 32 on a CPU; on a GPU 512, halved until a pass fits in its memory.
         precision: of the net, "fp32", "bf16", "fp16" or "auto" (`precision.pick_precision`).
         progress: show a progress bar on stderr if it is a terminal.
 
-    Raises:
-        UserError: an image that cannot be read, a batch that does not fit, fp16 on a CPU.
+    Raises UserError for an image that cannot be read, a batch that does not fit, and fp16 on a CPU.
     """
     device = torch.device(device)
     precision = pick_precision(device, precision)

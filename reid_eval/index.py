@@ -61,8 +61,7 @@ def build_vectors(vectors: np.ndarray, *, graph: bool) -> faiss.Index:
     if graph:
         index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = BUILD_WIDTH
-    starts = range(0, len(vectors), _BLOCK)
-    for start in tqdm(starts, "graph", leave=False, disable=None if graph else True):
+    for start in tqdm(range(0, len(vectors), _BLOCK), "graph", leave=False, disable=None if graph else True):
         index.add(vectors[start : start + _BLOCK])
     return index
 
@@ -98,10 +97,8 @@ class SearchIndex:
             skip_bad: omit unreadable images with a warning, instead of stopping.
 
         Returns how many images were "added", "changed", "removed" and "unreadable". A long update is saved every few
-        minutes, so that an interrupted one continues from there.
-
-        Raises:
-            UserError: an empty gallery, unreadable images without `skip_bad`, a folder that cannot be written.
+        minutes, so that an interrupted one continues from there. Raises UserError for an empty gallery, unreadable
+        images without `skip_bad`, and a folder that cannot be written.
         """
         present = {os.path.relpath(path, self.gallery): _stamp(path) for path in find_images(self.gallery, "--gallery")}
         known = dict(self.files)
@@ -111,8 +108,8 @@ class SearchIndex:
         minimum = 0 if kept else 1
         usable = check_images(paths, skip_bad=skip_bad, remedy="give --skip-bad-images", minimum=minimum)
         changed = len(kept) < len(known)
-        if changed:  # HNSW cannot delete, so the index is built anew
-            self._rebuild(self._all_vectors()[kept], graph=self.approximate)
+        if changed:  # HNSW cannot delete
+            self._rebuild(kept, graph=self.approximate)
             self.files = {name: stamp for name, stamp in known.items() if present.get(name) == stamp}
         added = self._add({n: present[n] for n, good in zip(new, usable, strict=True) if good}, embed, skip_bad)
         if not self.files:
@@ -121,7 +118,7 @@ class SearchIndex:
         if self.approximate != graph:
             if added:
                 self.save()  # building the graph takes long, too
-            self._rebuild(self._all_vectors(), graph=graph)
+            self._rebuild(list(range(len(self))), graph=graph)
             changed = True
         if graph and self.recall is None:
             changed, self.recall = True, self._measure_recall()
@@ -152,7 +149,7 @@ class SearchIndex:
             if not np.isfinite(vectors).all():
                 raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
             if self.vectors is None:
-                self._rebuild(vectors[:0], graph=False)
+                self.vectors = build_vectors(vectors[:0], graph=False)
             self._require_width(vectors)
             self.vectors.add(vectors)
             self.files |= {name: stamps[name] for name in block}
@@ -163,10 +160,8 @@ class SearchIndex:
                 saved = time.monotonic()
         return added
 
-    def _all_vectors(self) -> np.ndarray:
-        return self.vectors.reconstruct_n(0, self.vectors.ntotal)
-
-    def _rebuild(self, vectors: np.ndarray, *, graph: bool) -> None:
+    def _rebuild(self, rows: list[int], *, graph: bool) -> None:
+        vectors = self.vectors.reconstruct_n(0, self.vectors.ntotal)[rows]
         self.vectors, self.recall = build_vectors(vectors, graph=graph), None
 
     def _measure_recall(self) -> float:
@@ -271,10 +266,9 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
 
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        status = path.stat()
+        return path.stat().st_size, path.stat().st_mtime_ns
     except OSError:  # removed since it was listed, which reading it will report
         return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _decodes(path: Path) -> bool:

@@ -93,19 +93,15 @@ def rank(
         query: (nq, heads, dim) or (nq, dim) features. If `gallery` is None: the (nq, ng) scores themselves, where
             greater is better; the only setting is then called "scores".
         gallery: (ng, heads, dim) or (ng, dim) features.
-        q_pids, g_pids: (nq,), (ng,) integer identities. A query of identity -1 has no match.
-        q_camids, g_camids: (nq,), (ng,) integer cameras. Not used without `remove_same_camera`.
+        q_pids, g_pids: integer identities. A query of identity -1 has no match.
+        q_camids, g_camids: integer cameras. Not used without `remove_same_camera`.
         settings: weights of the heads by name (default: `default_settings`). The score is the sum over h of
             weights[h] * query[:, h] . gallery[:, h].
-        remove_same_camera: False is for data without cameras: only the query image itself is left out, and junk
-            counts as wrong.
-        q_keys, g_keys: (nq,), (ng,) names of the images. Without `remove_same_camera` they identify the query image in
-            the gallery: it has the query's identity and name. Without names nothing is left out.
-        max_rank: length of the CMC.
-        progress: show a progress bar on stderr if it is a terminal and ranking takes more than a few seconds.
+        remove_same_camera: False leaves out only the query image itself, which the gallery shows under the query's
+            identity and name (`q_keys`, `g_keys`), and counts junk as wrong.
 
-    Raises:
-        UserError: arrays that do not fit together, an empty side, values that are not finite, no query with a match.
+    Raises UserError for arrays that do not fit together, an empty side, values that are not finite, and if no query has
+    a match.
     """
     q_pids, g_pids = np.asarray(q_pids), np.asarray(g_pids)
     scores = None

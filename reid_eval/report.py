@@ -55,16 +55,14 @@ def evaluate_features(
 ) -> list[ReidResult]:
     """Every task under every score setting and convention, in the order of the table.
 
-    Several processes share the rankings, and each returns all results.
-
     Args:
         query, gallery: features and labels of both sides.
         multi: multi-query images; adds the tasks in which their means replace the queries.
         rerank: adds the k-reciprocal re-ranked tasks (k1 20, k2 6, lambda 0.3).
         remove_same_camera: False is for data without cameras (see `ranking.rank`).
 
-    Raises:
-        UserError: as `ranking.rank`, `reranking.multi_query` and `reranking.rerank`.
+    Several processes share the rankings, and each returns all results. Raises UserError as `ranking.rank`,
+    `reranking.multi_query` and `reranking.rerank`.
     """
     from parallel import collectives
     from reid_eval import reranking

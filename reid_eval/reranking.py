@@ -63,18 +63,12 @@ def rerank(
     - d_J(p, g) = 1 - sum min(V_p, V_g) / sum max(V_p, V_g);
     - the result is (1 - lambda) d_J + lambda d.
 
-    d is the squared Euclidean distance of the (weighted) features divided by the greatest from p, which puts
-    it on d_J's scale: without that, one lambda would mean another thing for every model.
-    Neighbour lists, V and the overlaps are sparse, so memory grows with n * k1 but for the result.
+    d is the squared Euclidean distance of the (weighted) features divided by the greatest from p, which puts it on
+    d_J's scale. Neighbour lists, V and the overlaps are sparse, so memory grows with n * k1 but for the result.
 
-    Args:
-        query, gallery: (nq, heads, dim), (ng, heads, dim) features, without junk.
-        weights: of the heads, as in `ranking.rank`, none negative; all 1 when None.
-        k1, k2: neighbours, 1 <= k2, 1 <= k1; cut to the number of images.
-        lambda_value: 0..1, the share of the original distance.
-
-    Raises:
-        UserError: k1, k2, lambda or weights out of range.
+    `query` and `gallery` are (nq, heads, dim) and (ng, heads, dim) features without junk; `weights` of the heads are as
+    in `ranking.rank`, none negative, all 1 when None; k1 and k2 are at least 1 and cut to the number of images; lambda
+    is in 0..1. Raises UserError for values out of range.
     """
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
         raise UserError(f"re-ranking: k1 {k1}, k2 {k2}, lambda {lambda_value}; k must be >= 1, lambda in 0..1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def search(args: argparse.Namespace) -> None:
     embed = partial(extract_features, tested.net, **how)
 
     gallery = Path(args.gallery)
-    folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
+    # By default the index is in the model's folder, never among the user's images.
+    digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
+    folder = Path(args.index or tested.folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}")
     index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
     changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
     kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
@@ -53,13 +56,6 @@ def search(args: argparse.Namespace) -> None:
     page = Path(args.page) if args.page else folder / "results.html"
     notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
-
-
-def default_folder(base: Path, gallery: Path) -> Path:
-    """The folder of a gallery's index: inside the model's folder `base`, never among the user's images."""
-    path = gallery.resolve()
-    digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
-    return base / "search" / f"{path.name or 'root'}-{digest[:8]}"
 
 
 def same_file(a: Path, b: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import io
 import shlex
@@ -146,10 +147,8 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         lists = attempt("retrievals", lambda: read_lists(folder))
     steps, circumstances = next(reversed(snapshots(run.checkpoints)), None), {}
     if steps is not None:
-        try:
+        with contextlib.suppress(Damaged):  # the report can do without
             circumstances = (read_manifest(run.checkpoints, steps) or {}).get("circumstances", {})
-        except Damaged:
-            pass  # the report can do without
     generation, swaps, truth = [], None, None
     if generates:
         generation = attempt("generation", lambda: generation_tables(run)) or []
@@ -162,12 +161,10 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     rates = scalars.get("images_per_second")
     return {
         "name": run.name,
-        "kind": "DG-Net" if generates else "teacher",
         "generates": generates,
         "date": date.today().isoformat(),
         "steps": steps,
-        "max_steps": cfg.max_iter if generates else None,
-        "data_root": cfg.data_root,
+        "cfg": cfg,
         "highlights": highlights(reid, truth, None if rates is None else np.median(rates[1])),
         "panels": {title: data_uri(svg, "svg+xml") for title, svg in draw_panels(scalars).items()},
         "reid_tables": reid,
