@@ -55,9 +55,9 @@ def test_copies_are_made_where_links_cannot(archive: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "link", no_links)
     prepare_market(archive)
-    target = archive / "pytorch" / "query" / "0003" / MARKET_NAMES["query"][0]
-    assert not target.samefile(archive / "query" / MARKET_NAMES["query"][0])
-    assert target.read_bytes() == (archive / "query" / MARKET_NAMES["query"][0]).read_bytes()
+    source = archive / "query" / MARKET_NAMES["query"][0]
+    target = archive / "pytorch" / "query" / "0003" / source.name
+    assert not target.samefile(source) and target.read_bytes() == source.read_bytes()
 
 
 def test_prepare_goes_on_after_an_interruption(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,17 +91,12 @@ def test_prepare_overwrites_nothing(archive: Path, caplog: pytest.LogCaptureFixt
         prepare_market(archive)
     assert listing(archive) == before
     target.unlink()
-    stranger = noise(archive / "pytorch" / "query" / "0003" / "0003_c9s1_1.jpg")
-    prepare_market(archive)
-    assert stranger.exists()
-    assert stranger.name in logged(caplog)
-
-
-def test_prepare_without_gt_bbox(archive: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(archive / "gt_bbox")
+    stranger = noise(archive / "pytorch" / "query" / "0003" / "0003_c9s1_1.jpg")
     assert "multi-query" not in prepare_market(archive)
-    assert "gt_bbox" in logged(caplog)
-    assert not (archive / "pytorch" / "multi-query").exists()
+    assert stranger.exists()
+    notes = logged(caplog)
+    assert stranger.name in notes and "gt_bbox" in notes
 
 
 def test_prepare_command(archive: Path, script: Script, tmp_path: Path) -> None:
