@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils import add_batch_argument, add_net_arguments, check_net_arguments, run_cli
+from utils import add_batch_argument, add_net_arguments, between, check_net_arguments, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,7 +21,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-cameras", action="store_true", help="leave out nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features here too, .npz or .mat")
     parser.add_argument(
-        "--rank-figure", type=int, metavar="N", help="picture of the N worst, N best and N other queries; page of all"
+        "--rank-figure",
+        type=between(1, 100),
+        metavar="N",
+        help="picture of the N worst, N best and N other queries; page of all",
     )
     args = parser.parse_args()
     check_net_arguments(args)

@@ -24,6 +24,7 @@ from data.folders import ImageList
 from data.images import iter_images, to_uint8
 from files import read_tensors
 from gen_eval.similarity import ssim
+from runs.weights import find_weights
 from utils import UserError
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -43,19 +44,9 @@ class Protocol:
 
 
 # -------------------------------------------------------------------------------------------- networks
-def find_weights(url: str, folder: Path | None) -> Path:
-    """The file that `url` names, in `folder` or PyTorch's cache. Raises UserError that says which file to put where."""
-    name, cache = url.rsplit("/", 1)[1], Path(torch.hub.get_dir()) / "checkpoints"
-    for place in (folder, cache):
-        if place is not None and (place / name).is_file():
-            return place / name
-    raise UserError(f"put {name} ({url}) into {cache}, or give --weights DIR with the folder that holds it")
-
-
 def load_inception(folder: Path | None, device: torch.device) -> Network:
     """The Inception of published FIDs (TensorFlow's of 2015, with its resizing): images to (N, 2048)."""
-    path = find_weights(URL_INCEPTION_V3, folder)
-    read_tensors(path)  # refuses anything but tensors, while the library would unpickle it
+    path = _weights(URL_INCEPTION_V3, folder)
     try:
         net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (RuntimeError, TypeError, AttributeError):
@@ -66,8 +57,7 @@ def load_inception(folder: Path | None, device: torch.device) -> Network:
 
 def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
     """LPIPS 0.1 on AlexNet: pairs of images (N, 3, H, W) uint8, H and W at least 32, to distances (N,)."""
-    path = find_weights(AlexNet_Weights.IMAGENET1K_V1.url, folder)
-    read_tensors(path)
+    path = _weights(AlexNet_Weights.IMAGENET1K_V1.url, folder)
     cache = torch.hub.get_dir()
     # The library reads AlexNet from PyTorch's cache only, so the cache points to the folder of the file for a moment.
     with tempfile.TemporaryDirectory() as stand_in:
@@ -82,15 +72,20 @@ def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
     return lambda a, b: net(a / 255, b / 255, normalize=True).flatten()
 
 
+def _weights(url: str, folder: Path | None) -> Path:
+    """The file of `url` in `folder` or in PyTorch's cache, which holds nothing but tensors."""
+    given = folder / url.rsplit("/", 1)[1] if folder else None
+    path = find_weights(url, str(given) if given and given.is_file() else None, "--weights DIR with the file in it")
+    read_tensors(path)  # the libraries would unpickle anything
+    return path
+
+
 # -------------------------------------------------------------------------------------------- measures
 def image_features(images: ImageList, network: Network, protocol: Protocol, device: torch.device) -> Tensor:
     """Features (n, D) float64 of all images, on the CPU. Raises UserError for a file that cannot be decoded."""
-    parts = []
-    with torch.inference_mode(), tqdm(total=len(images), desc="features", leave=False, disable=None) as bar:
-        for x in _byte_batches(images.paths, protocol):
-            parts.append(network(x.to(device)).double().cpu())
-            bar.update(len(x))
-    return torch.cat(parts)
+    with torch.inference_mode():
+        batches = tqdm(_byte_batches(images.paths, protocol), "feature batches", leave=False, disable=None)
+        return torch.cat([network(x.to(device)).double().cpu() for x in batches])
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -137,11 +132,10 @@ def pair_scores(
     """The mean of every measure over pairs (n, 2) of image indices."""
     values: dict[str, list[Tensor]] = {name: [] for name in measures}
     sides = [_byte_batches([images.paths[i] for i in side], protocol) for side in pairs.T]
-    with torch.inference_mode(), tqdm(total=len(pairs), desc="pairs", leave=False, disable=None) as bar:
-        for a, b in zip(*sides, strict=True):
+    with torch.inference_mode():
+        for a, b in tqdm(zip(*sides, strict=True), "batches of pairs", leave=False, disable=None):
             for name, measure in measures.items():
                 values[name].append(measure(a.to(device), b.to(device)).double().cpu())
-            bar.update(len(a))
     return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
 
 
@@ -152,8 +146,7 @@ def _byte_batches(paths: list[Path], protocol: Protocol) -> Iterator[Tensor]:
 
 # ------------------------------------------------------------------------------------------- all scores
 def score(
-    real: ImageList,
-    fake: ImageList | None,
+    sides: dict[str, ImageList],
     protocol: Protocol,
     device: torch.device,
     *,
@@ -165,7 +158,7 @@ def score(
     """Compute every score whose weights and images are there.
 
     Args:
-        real, fake: the images, of which `protocol.count` are drawn from each side.
+        sides: the images, "real" and possibly "fake", of which `protocol.count` are drawn from each side.
         real_vs_real: also FID and KID between two random halves of the real images, which are the floor.
         weights: folder of weights, besides PyTorch's cache.
         network, lpips: replace Inception and LPIPS.
@@ -178,34 +171,33 @@ def score(
         UserError: fewer images than `protocol.count` or two (four for halves), an image that cannot be decoded, or no
             score at all.
     """
-    sets = {"real": real} if fake is None else {"real": real, "fake": fake}
-    sets = {name: draw_images(images, name, protocol) for name, images in sets.items()}
-    if real_vs_real and len(sets["real"]) < 4:
-        raise UserError(f"--real: {len(sets['real'])} images cannot be halved; give four or more")
-    scores: dict[str, dict[str, float]] = {name: {"images": len(images)} for name, images in sets.items()}
+    sides = {name: draw_images(images, name, protocol) for name, images in sides.items()}
+    if real_vs_real and len(sides["real"]) < 4:
+        raise UserError(f"--real: {len(sides['real'])} images cannot be halved; give four or more")
+    scores: dict[str, dict[str, float]] = {name: {"images": len(images)} for name, images in sides.items()}
     missing = []
 
-    compares = real_vs_real or fake is not None
-    try:
-        network = network or (load_inception(weights, device) if compares else None)
-    except UserError as error:
-        missing.append(f"FID, KID: {error}")
-    if compares and network is not None:
-        features = {name: image_features(images, network, protocol, device) for name, images in sets.items()}
-        compared = {name: (features["real"], side) for name, side in features.items() if name != "real"}
-        if real_vs_real:
-            order = np.random.default_rng(protocol.seed).permutation(len(features["real"]))
-            half = len(order) // 2
-            compared["real"] = features["real"][order[:half]], features["real"][order[half:]]
-        for name, (a, b) in compared.items():
-            scores[name] |= {"fid": frechet_distance(a, b), "kid": kernel_distance(a, b, protocol.seed)}
+    if real_vs_real or "fake" in sides:
+        try:
+            network = network or load_inception(weights, device)
+        except UserError as error:
+            missing.append(f"FID, KID: {error}")
+        else:
+            features = {name: image_features(images, network, protocol, device) for name, images in sides.items()}
+            compared = {"fake": (features["real"], features["fake"])} if "fake" in sides else {}
+            if real_vs_real:
+                order = np.random.default_rng(protocol.seed).permutation(len(features["real"]))
+                first, second = order[: len(order) // 2], order[len(order) // 2 :]
+                compared["real"] = features["real"][first], features["real"][second]
+            for name, (a, b) in compared.items():
+                scores[name] |= {"fid": frechet_distance(a, b), "kid": kernel_distance(a, b, protocol.seed)}
 
     measures: dict[str, PairMeasure] = {"ssim": ssim}
     try:
         measures["lpips"] = lpips or load_lpips(weights, device)
     except UserError as error:
         missing.append(f"LPIPS: {error}")
-    for name, images in sets.items():
+    for name, images in sides.items():
         try:
             pairs = draw_pairs(images.pids, protocol.pairs, protocol.seed)
         except UserError as error:

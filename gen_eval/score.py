@@ -30,6 +30,7 @@ PUBLISHED = {
 }
 PUBLISHED_NOTE = "published, Market-1501 (the DG-Net paper, which does not state its whole protocol)"
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
+PROTOCOL_KEYS = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")  # that are shown with the scores
 FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
 
 
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gen_eval.score",
         description="FID and KID between two folders of images, SSIM and LPIPS between images of one identity. Weights "
-        "are looked for in PyTorch's cache and in --weights; a score without its weights says which file to put where.",
+        "are looked for in --weights and PyTorch's cache, then downloaded; a score without its weights names the file.",
     )
     parser.add_argument("--real", required=True, metavar="DIR", help="data set, folder per person, or loose images")
     parser.add_argument("--fake", metavar="DIR", help="generated images, in any of these forms")
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=between(0, 2**32 - 1), default=0, help="of images, halves, pairs and KID's subsets (default: 0)"
     )
-    parser.add_argument("--weights", metavar="DIR", help="folder with the weights, besides PyTorch's cache")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the weights, besides PyTorch's cache")
     parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
@@ -64,26 +65,25 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.fake is None and not args.real_vs_real:
         raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
-    if args.weights and not Path(args.weights).expanduser().is_dir():
+    if args.weights and not args.weights.is_dir():
         raise UserError(f"--weights {args.weights}: no such folder; give the folder that holds the weights")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; give a file")
     return args
 
 
-def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dict[str, Any]:
-    """The protocol as it applies to these images, ready for JSON."""
-
-    sides = {"real": real} if fake is None else {"real": real, "fake": fake}
+def describe(sides: dict[str, ImageList], protocol: Protocol) -> dict[str, Any]:
+    """The protocol as it applies to the images of "real" and possibly "fake", ready for JSON."""
     subset = min(KID_SUBSET_SIZE, *(protocol.count or len(images) for images in sides.values()))
-    return {
+    about = {
         name: {
             "images": len(images),
             "identities": len(set(images.pids.tolist())),
             "formats": dict(Counter(path.suffix.lower() for path in images.paths)),
         }
         for name, images in sides.items()
-    } | {
+    }
+    return about | {
         "drawn": f"{protocol.count} images of each at random" if protocol.count else "all images",
         "preparation": f"decoded, upright, RGB, resized to {protocol.size[0]} x {protocol.size[1]} (bicubic, 8 bit), "
         "not cropped, not compressed again",
@@ -96,17 +96,6 @@ def describe(real: ImageList, fake: ImageList | None, protocol: Protocol) -> dic
         "pairs": protocol.pairs,
         "seed": protocol.seed,
     }
-
-
-def format_scores(scores: dict[str, dict[str, float]]) -> str:
-    """Scores and published rows as a table for a terminal."""
-    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
-    lines = [" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values())]
-    for rows in (scores, published):
-        if rows is published:
-            lines.append(f"{PUBLISHED_NOTE}:")
-        lines += [f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row)) for name, row in rows.items()]
-    return "\n".join(lines)
 
 
 def score_cells(row: dict[str, float | None]) -> list[str]:
@@ -126,40 +115,43 @@ def print_scores(
     weights: Path | None = None,
 ) -> dict[str, Any]:
     """Compute and print the scores with their protocol; returns both, ready for JSON. Raises as `metrics.score`."""
-
-    scores, missing = score(real, fake, protocol, device, real_vs_real=real_vs_real, weights=weights)
-    stated = describe(real, fake, protocol)
-    for key in ("real", "fake"):
-        if key in stated:
-            formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[key]["formats"].items())
-            print(f"{key}: {stated[key]['images']} images of {stated[key]['identities']} identities ({formats})")
-    for key in ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed"):
+    sides = {"real": real} | ({"fake": fake} if fake else {})
+    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, weights=weights)
+    stated = describe(sides, protocol)
+    for side in sides:
+        formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[side]["formats"].items())
+        print(f"{side}: {stated[side]['images']} images of {stated[side]['identities']} identities ({formats})")
+    for key in PROTOCOL_KEYS:
         print(f"{key}: {stated[key]}")
-    print(format_scores(scores))
+    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
+    print(" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values()))
+    for rows in (scores, published):
+        if rows is published:
+            print(f"{PUBLISHED_NOTE}:")
+        for name, row in rows.items():
+            print(f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row)))
+    half = scores["real"]["images"] // 2
     if real_vs_real:
-        print(f"FID and KID of real: one random half ({scores['real']['images'] // 2} images) against the other")
+        print(f"FID and KID of real: one random half ({half} images) against the other")
     for line in missing:
         print(f"not computed: {line}")
-    fewest = min(row["images"] // (2 if name == "real" and real_vs_real else 1) for name, row in scores.items())
+    fewest = min([row["images"] for row in scores.values()] + [half] * real_vs_real)
     if any("fid" in row for row in scores.values()) and fewest < FULL_RANK:
         print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
-    if fake is not None and set(stated["real"]["formats"]) != set(stated["fake"]["formats"]):
+    if fake and set(stated["real"]["formats"]) != set(stated["fake"]["formats"]):
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
-    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
     return {"scores": scores, "not_computed": missing, "protocol": stated, "published": published}
 
 
 def main() -> None:
     args = parse_args()
-
     device = pick_device(args.device)
     set_threads(args.threads)
     real = read_people(args.real, args.split, option="--real")
     fake = read_people(args.fake, option="--fake", generated=True) if args.fake else None
     check_images([*real.paths, *(fake.paths if fake else [])], skip_bad=False, remedy="remove them")
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
-    weights = Path(args.weights).expanduser() if args.weights else None
-    result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=weights)
+    result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

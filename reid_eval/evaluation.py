@@ -17,13 +17,11 @@ from reid_eval.report import SINGLE, evaluate_features, format_comparison, forma
 from runs.folder import resolve_data_root
 from runs.load import TestNet, open_net
 from utils import UserError
-from visual_tools.rank_figure import check_count, write_rank_figure
+from visual_tools.ranked_lists import write_ranked_lists
 
 
 def run_test(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate on every data set that the options name."""
-    if args.rank_figure is not None:
-        check_count(args.rank_figure)
     if args.save_features:
         check_feature_file(args.save_features)
     tested = open_net(args, device)
@@ -48,21 +46,19 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     beside it is a feature file that also holds the results per query (see `per_query`).
     """
     cameras = not args.no_cameras
-    how = dict(batch_size=args.batchsize, precision=args.precision, device=device)
-    sets = extract_data_set(tested.net, data_root, size=tested.size, multi=args.multi, **how)
+    how = dict(size=tested.size, batch_size=args.batchsize, precision=args.precision, device=device)
+    sets = extract_data_set(tested.net, data_root, multi=args.multi, **how)
     query, gallery = sets.query, sets.gallery
     results = evaluate_features(query, gallery, multi=sets.multi, rerank=args.rerank, remove_same_camera=cameras)
     report = summary(results, query, gallery, remove_same_camera=cameras)
     if not is_main():
         return report  # process 0 writes
     home, name = resolve_data_root(tested.data_root), data_set_name(data_root)
-    suffix = other_data_set(data_root, home)
-    trained = f", trained on {data_set_name(home)}" if suffix else ""
-    title = f"{tested.title}{trained}, tested on {name} ({data_root})"
+    suffix, trained_on = other_data_set(data_root, home), data_set_name(home)
+    title = f"{tested.title}{f', trained on {trained_on}' if suffix else ''}, tested on {name} ({data_root})"
     print(f"{title}\n{format_table(report)}")
-    header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration}
-    header |= {"trained_on": data_set_name(home), "tested_on": name, "test_dir": str(data_root)}
-    header |= {"precision": args.precision}
+    header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration, "trained_on": trained_on}
+    header |= {"tested_on": name, "test_dir": str(data_root), "precision": args.precision}
     written = [tested.folder / f"reid{suffix}.json"]
     write_json(written[0], header | report)
     written += save_features(tested.folder / f"reid{suffix}.npz", query, gallery, sets.multi, **per_query(results))
@@ -72,7 +68,7 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
         setting, _ = main_setting(query.features.shape[1])
         main = {row.convention: row.ranking for row in results if (row.task, row.setting) == (SINGLE, setting)}
         asked = dict(count=args.rank_figure, title=title, remove_same_camera=cameras)
-        written += write_rank_figure(tested.folder, suffix, query, gallery, main, **asked)
+        written += write_ranked_lists(tested.folder, suffix, query, gallery, main, **asked)
     for path in written:
         print(f"written to {path}")
     return report

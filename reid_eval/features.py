@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ HEAD_DIM = 512  # of a head in the .mat files of the release
 GROWTH = 100  # how many times its size a feature file may unpack to; features themselves hardly shrink
 # Images per pass, each with its mirror. A larger pass is no faster on a CPU; a GPU may need a smaller one.
 CPU_BATCH, GPU_BATCH = 32, 512
-_PREFIXES = {"query": "query", "gallery": "gallery", "multi": "mquery"}  # field of FeatureFile: prefix in the files
+PARTS = ("f", "label", "cam", "key", "path")  # the fields of Features in the names of a file's arrays
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,10 @@ class Features:
 
     def select(self, keep: np.ndarray) -> Features:
         """The images that a mask or indices choose."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Features(*(part if part is None else part[keep] for part in parts))
+        return Features(*(part if part is None else part[keep] for part in vars(self).values()))
 
 
-@dataclass(frozen=True)
-class FeatureFile:
+class FeatureFile(NamedTuple):
     """Features of a data set; `multi` are the multi-query images."""
 
     query: Features
@@ -85,21 +84,19 @@ def extract_features(
     precision: str = "fp32",
     progress: bool = True,
 ) -> np.ndarray:
-    """Features (n, heads, dim) float32 of the images in `paths`, in their order.
+    """Features (n, heads, dim) float32 of the images in `paths`, in their order; (0, 1, 0) for an empty list.
 
     Several processes share the batches, and each returns all features. The batches are those of a single process, so
     the features are equal to the bit.
 
     Args:
         net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
-        paths: image files; an empty list gives an empty (0, 1, 0) array.
         height, width: size in pixels at which the images are read.
         batch_size: images per pass. None: 32 on a CPU; on a GPU 512, halved until a pass fits in its memory.
         precision: of the net, "fp32", "bf16", "fp16" or "auto" (`precision.pick_precision`).
         progress: show a progress bar on stderr if it is a terminal.
 
-    Raises:
-        UserError: an image that cannot be read, a batch that does not fit, fp16 on a CPU.
+    Raises UserError for an image that cannot be read, a batch that does not fit, and fp16 on a CPU.
     """
     device = torch.device(device)
     precision = pick_precision(device, precision)
@@ -107,12 +104,12 @@ def extract_features(
     starts = range(0, len(paths), most)[rank() :: world_size()]
     share = [path for start in starts for path in paths[start : start + most]]
     parts = []
+
+    def embed(size: int) -> np.ndarray:
+        return np.concatenate([embed_images(net, p, precision).float().cpu().numpy() for p in x.split(size)])
+
     with tqdm(total=len(share), desc="features", unit="img", disable=None if progress and rank() == 0 else True) as bar:
         for x in iter_images(share, height, width, most, device=device):
-
-            def embed(size: int, x: Tensor = x) -> np.ndarray:
-                return np.concatenate([embed_images(net, p, precision).float().cpu().numpy() for p in x.split(size)])
-
             features, size = halve_until_it_fits(embed, size, least=batch_size or 1)
             parts.append(features)
             bar.update(len(x))
@@ -122,35 +119,18 @@ def extract_features(
 
 
 def extract_data_set(
-    net: nn.Module,
-    data_root: Path | str,
-    *,
-    size: tuple[int, int],
-    batch_size: int | None,
-    device: torch.device,
-    precision: str = "fp32",
-    multi: bool = False,
-    progress: bool = True,
+    net: nn.Module, data_root: Path | str, *, size: tuple[int, int], multi: bool = False, **how: Any
 ) -> FeatureFile:
     """Features of a data set's query and gallery, and of its multi-query images if `multi`.
 
-    `size` is (height, width); the rest as in `extract_features`. Raises UserError for missing folders and for image
-    names without identity and camera.
+    `size` is (height, width); `how` as in `extract_features`. Raises UserError for missing folders and for image names
+    without identity and camera.
     """
 
     def side(split: str) -> Features:
         images = read_split(data_root, split)
-        features = extract_features(
-            net,
-            images.paths,
-            height=size[0],
-            width=size[1],
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            progress=progress,
-        )
-        keys, paths = (np.array(names) for names in ([p.name for p in images.paths], list(map(str, images.paths))))
+        features = extract_features(net, images.paths, height=size[0], width=size[1], **how)
+        keys, paths = np.array([path.name for path in images.paths]), np.array(list(map(str, images.paths)))
         return Features(features, images.pids, images.camids, keys, paths)
 
     return FeatureFile(side("query"), side("gallery"), side("multi-query") if multi else None)
@@ -198,10 +178,8 @@ def save_features(
 
 def _arrays(prefix: str, side: Features | None) -> dict[str, np.ndarray]:
     """The arrays of one side, by their names in a feature file."""
-    if side is None:
-        return {}
-    arrays = {"f": side.features, "label": side.pids, "cam": side.camids, "key": side.keys, "path": side.paths}
-    return {f"{prefix}_{name}": values for name, values in arrays.items() if values is not None}
+    arrays = {} if side is None else dict(zip(PARTS, vars(side).values(), strict=True))
+    return {f"{prefix}_{part}": values for part, values in arrays.items() if values is not None}
 
 
 def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
@@ -221,18 +199,17 @@ def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
         if not file.is_file():
             raise UserError(f"{file}: no such file; `python test.py --multi --save-features FILE` writes one")
     arrays = _read(path)
-    files = {"query": (path, arrays), "gallery": (path, arrays)}
+    sides = [_side(arrays, prefix, path) for prefix in ("query", "gallery")]
     if multi:
-        files["multi"] = second, arrays if second == path else _read(second)
-    sides = {field: _side(content, field, file) for field, (file, content) in files.items()}
-    shapes = {field: side.features.shape[1:] for field, side in sides.items()}
-    for field, shape in shapes.items():
-        if shape != shapes["query"]:
+        sides.append(_side(arrays if second == path else _read(second), "mquery", second))
+    expected = sides[0].features.shape[1:]
+    for side, prefix in zip(sides, ("query", "gallery", "mquery"), strict=False):
+        if side.features.shape[1:] != expected:
             raise UserError(
-                f"{files[field][0]}: {_PREFIXES[field]}_f has {shape} numbers per image (heads, dim) but query_f has "
-                f"{shapes['query']}; extract all with the same model"
+                f"{second if prefix == 'mquery' else path}: {prefix}_f has {side.features.shape[1:]} numbers per image "
+                f"(heads, dim) but query_f has {expected}; extract all with the same model"
             )
-    return FeatureFile(**sides)
+    return FeatureFile(*sides)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -249,45 +226,42 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _side(arrays: Mapping[str, np.ndarray], field: str, path: Path) -> Features:
-    prefix = _PREFIXES[field]
-    names = [f"{prefix}_{suffix}" for suffix in ("f", "label", "cam")]
-    if missing := [name for name in names if name not in arrays]:
-        raise UserError(f"{path}: holds no numbers {', '.join(missing)}; extract the {field} features again")
-    features = arrays[names[0]]
+def _side(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> Features:
+    """The checked features of one side, whose arrays are called `prefix`_f, `prefix`_label and so on."""
+    features, pids, camids, keys, paths = (arrays.get(f"{prefix}_{part}") for part in PARTS)
+    if features is None or pids is None or camids is None:
+        raise UserError(f"{path}: lacks {prefix}_f, {prefix}_label or {prefix}_cam; extract the features again")
     if features.dtype.kind not in "fiu" or features.ndim not in (2, 3) or 0 in features.shape:
-        raise UserError(f"{path}: {names[0]} is not a table of numbers (images x features), or it is empty")
+        raise UserError(f"{path}: {prefix}_f is not a table of numbers (images x features), or it is empty")
     with np.errstate(over="ignore"):  # what becomes infinite is refused below
         features = np.asarray(features, dtype=np.float32)
-    check_finite(features, f"{path}: {names[0]}")
+    check_finite(features, f"{path}: {prefix}_f")
     if features.ndim == 2:
-        width = features.shape[1]
+        n, width = features.shape
         heads = width // HEAD_DIM if width % HEAD_DIM == 0 else 1
         if "heads" in arrays:
             heads = int(next(iter(_whole_numbers(arrays["heads"], "heads", path)), 0))
         if heads < 1 or width % heads:
-            raise UserError(f"{path}: {names[0]} has {width} numbers per image, which are not {heads} heads")
-        features = features.reshape(len(features), heads, -1)
-    labels = [_whole_numbers(arrays[name], name, path) for name in names[1:]]
-    keys, paths = (arrays.get(f"{prefix}_{suffix}") for suffix in ("key", "path"))
-    for name, values in {**dict(zip(names[1:], labels, strict=True)), f"{prefix}_key": keys}.items():
+            raise UserError(f"{path}: {prefix}_f has {width} numbers per image, which are not {heads} heads")
+        features = features.reshape(n, heads, -1)
+    pids, camids = _whole_numbers(pids, f"{prefix}_label", path), _whole_numbers(camids, f"{prefix}_cam", path)
+    for part, values in (("label", pids), ("cam", camids), ("key", keys)):
         if values is not None and values.shape != (len(features),):
-            raise UserError(f"{path}: {name} has shape {values.shape} for {len(features)} rows of {names[0]}")
+            raise UserError(f"{path}: {prefix}_{part} has shape {values.shape} for {len(features)} rows of {prefix}_f")
     if keys is not None:
         if keys.dtype.kind != "U":
             raise UserError(f"{path}: {prefix}_key does not hold names")
         keys = np.char.rstrip(keys)  # a .mat fills up with spaces
-    return Features(features, *labels, keys, paths)
+    return Features(features, pids, camids, keys, paths)
 
 
 def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
     values = np.ravel(values)
     if values.dtype.kind not in "iu":
         try:
-            numbers = values.astype(np.float64)
+            values = values.astype(np.float64)
         except (TypeError, ValueError):
-            numbers = np.array([np.nan])
-        if not (np.abs(numbers) < 2.0**63).all() or (numbers != np.round(numbers)).any():
+            values = np.array([np.nan])
+        if not (np.abs(values) < 2.0**63).all() or (values != np.round(values)).any():
             raise UserError(f"{path}: {name} holds values that are not whole numbers")
-        values = numbers
     return values.astype(np.int64)

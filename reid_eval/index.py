@@ -55,6 +55,17 @@ def to_vectors(features: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(scaled.reshape(len(features), -1), dtype=np.float32)
 
 
+def build_vectors(vectors: np.ndarray, *, graph: bool) -> faiss.Index:
+    """A faiss index of vectors (n, dim), exact or a graph."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    if graph:
+        index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = BUILD_WIDTH
+    for start in tqdm(range(0, len(vectors), _BLOCK), "graph", leave=False, disable=None if graph else True):
+        index.add(vectors[start : start + _BLOCK])
+    return index
+
+
 class SearchIndex:
     """The index of `gallery` in `folder`.
 
@@ -86,35 +97,29 @@ class SearchIndex:
             skip_bad: omit unreadable images with a warning, instead of stopping.
 
         Returns how many images were "added", "changed", "removed" and "unreadable". A long update is saved every few
-        minutes, so that an interrupted one continues from there.
-
-        Raises:
-            UserError: an empty gallery, unreadable images without `skip_bad`, a folder that cannot be written.
+        minutes, so that an interrupted one continues from there. Raises UserError for an empty gallery, unreadable
+        images without `skip_bad`, and a folder that cannot be written.
         """
         present = {os.path.relpath(path, self.gallery): _stamp(path) for path in find_images(self.gallery, "--gallery")}
         known = dict(self.files)
-        new = [name for name in present if known.get(name) != present[name]]
-        kept = [row for row, name in enumerate(known) if present.get(name) == known[name]]
-        usable = check_images(
-            [self.gallery / name for name in new],
-            skip_bad=skip_bad,
-            remedy="give --skip-bad-images",
-            minimum=0 if kept else 1,
-        )
+        new = [name for name, stamp in present.items() if known.get(name) != stamp]
+        kept = [row for row, (name, stamp) in enumerate(known.items()) if present.get(name) == stamp]
+        paths = [self.gallery / name for name in new]
+        minimum = 0 if kept else 1
+        usable = check_images(paths, skip_bad=skip_bad, remedy="give --skip-bad-images", minimum=minimum)
         changed = len(kept) < len(known)
-        if changed:
-            names = list(known)
-            self._replace(self._all_vectors()[kept])
-            self.files, self.recall = {names[row]: known[names[row]] for row in kept}, None
-        added = self._add([name for name, good in zip(new, usable, strict=True) if good], present, embed, skip_bad)
+        if changed:  # HNSW cannot delete
+            self._rebuild(kept, graph=self.approximate)
+            self.files = {name: stamp for name, stamp in known.items() if present.get(name) == stamp}
+        added = self._add({n: present[n] for n, good in zip(new, usable, strict=True) if good}, embed, skip_bad)
         if not self.files:
             raise UserError(f"--gallery {self.gallery}: no readable image in it or below")
         graph = len(self) >= approximate_from
         if self.approximate != graph:
             if added:
                 self.save()  # building the graph takes long, too
-            self._replace(self._all_vectors(), graph=graph)
-            changed, self.recall = True, None
+            self._rebuild(list(range(len(self))), graph=graph)
+            changed = True
         if graph and self.recall is None:
             changed, self.recall = True, self._measure_recall()
         if changed or added:
@@ -126,8 +131,8 @@ class SearchIndex:
             "unreadable": len(new) - len(added),
         }
 
-    def _add(self, names: list[str], present: dict[str, tuple[int, int]], embed: Embed, skip_bad: bool) -> list[str]:
-        added, saved = [], time.monotonic()
+    def _add(self, stamps: dict[str, tuple[int, int]], embed: Embed, skip_bad: bool) -> list[str]:
+        names, added, saved = list(stamps), [], time.monotonic()
         for start in tqdm(range(0, len(names), _BLOCK), "features", unit=f"x {_BLOCK} img", disable=None):
             block = names[start : start + _BLOCK]
             try:
@@ -144,10 +149,10 @@ class SearchIndex:
             if not np.isfinite(vectors).all():
                 raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
             if self.vectors is None:
-                self._replace(vectors[:0])
+                self.vectors = build_vectors(vectors[:0], graph=False)
             self._require_width(vectors)
             self.vectors.add(vectors)
-            self.files |= {name: present[name] for name in block}
+            self.files |= {name: stamps[name] for name in block}
             self.recall = None
             added += block
             if time.monotonic() - saved > _SAVE_SECONDS:
@@ -155,20 +160,9 @@ class SearchIndex:
                 saved = time.monotonic()
         return added
 
-    def _all_vectors(self) -> np.ndarray:
-        return self.vectors.reconstruct_n(0, self.vectors.ntotal)
-
-    def _replace(self, vectors: np.ndarray, *, graph: bool | None = None) -> None:
-        """Build the index anew from these vectors, by default of the same kind, since HNSW cannot delete."""
-        graph = self.approximate if graph is None else graph
-        if graph:
-            self.vectors = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
-            self.vectors.hnsw.efConstruction = BUILD_WIDTH
-        else:
-            self.vectors = faiss.IndexFlatIP(vectors.shape[1])
-        starts = range(0, len(vectors), _BLOCK)
-        for start in tqdm(starts, "graph", leave=False, disable=None if graph else True):
-            self.vectors.add(vectors[start : start + _BLOCK])
+    def _rebuild(self, rows: list[int], *, graph: bool) -> None:
+        vectors = self.vectors.reconstruct_n(0, self.vectors.ntotal)[rows]
+        self.vectors, self.recall = build_vectors(vectors, graph=graph), None
 
     def _measure_recall(self) -> float:
         """The mean share of the ten nearest images that the graph finds, over a sample of the images."""
@@ -190,13 +184,11 @@ class SearchIndex:
 
         Images with equal scores keep the order of the index.
         """
-        scores, rows = self._nearest(vectors, min(top, len(self)))
-        names = list(self.files)
-        results = []
-        for score, row in zip(scores, rows, strict=True):
-            order = [j for j in np.lexsort((row, -score)) if row[j] >= 0]
-            results.append([(names[row[j]], float(score[j])) for j in order])
-        return results
+        names, answers = list(self.files), []
+        for scores, rows in zip(*self._nearest(vectors, min(top, len(self))), strict=True):
+            order = [j for j in np.lexsort((rows, -scores)) if rows[j] >= 0]
+            answers.append([(names[rows[j]], float(scores[j])) for j in order])
+        return answers
 
     def _require_width(self, vectors: np.ndarray) -> None:
         if vectors.shape[1] != self.vectors.d:
@@ -207,12 +199,10 @@ class SearchIndex:
 
     def _nearest(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         self._require_width(vectors)
-        if self.approximate:
-            wide = faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * count))
-            return self.vectors.search(vectors, count, params=wide)
-        return self.vectors.search(vectors, count)
+        wide = faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * count)) if self.approximate else None
+        return self.vectors.search(vectors, count, params=wide)
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write the index, whole or not at all."""
         about = {
             "format": FORMAT,
@@ -222,12 +212,9 @@ class SearchIndex:
             "recall": self.recall,
             "files": [[name, *stamp] for name, stamp in self.files.items()],
         }
-        arrays = {
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-            "faiss": faiss.serialize_index(self.vectors),
-        }
+        blob, vectors = np.frombuffer(json.dumps(about).encode(), np.uint8), faiss.serialize_index(self.vectors)
         make_folder(self.folder)
-        return write_whole(self.folder / INDEX_FILE, lambda file: np.savez(file, **arrays))
+        write_whole(self.folder / INDEX_FILE, lambda file: np.savez(file, about=blob, faiss=vectors))
 
 
 def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebuild: bool = False) -> SearchIndex:
@@ -237,24 +224,18 @@ def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebu
     """
     index, path = SearchIndex(folder, gallery, model, model_name), folder / INDEX_FILE
     if not path.exists():
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--index {folder}: not a folder; name one that holds an index or does not exist yet")
-        if folder.is_dir() and not all(map(is_part, folder.iterdir())):
-            raise UserError(f"--index {folder}: holds other files and no index; name an empty or a new folder")
+        if folder.exists() and not (folder.is_dir() and all(map(is_part, folder.iterdir()))):
+            raise UserError(f"--index {folder}: holds something else and no index; name an empty or a new folder")
         return index
     about, vectors = _read(path)  # even for `rebuild`: a file that is not an index must not be replaced
     if rebuild:
         return index
-    if about["model"] != model:
-        raise UserError(
-            f"{path}: made with another model ({about['model_name']}), whose features do not compare with these; give "
-            "another --index, or --rebuild to make it anew"
-        )
-    if about["gallery"] != str(gallery.resolve()):
-        raise UserError(
-            f"{path}: the index of another gallery ({about['gallery']}); give another --index, or --rebuild to make it "
-            "anew"
-        )
+    for key, value, name in (("model", model, "model_name"), ("gallery", str(gallery.resolve()), "gallery")):
+        if about[key] != value:
+            raise UserError(
+                f"{path}: the index of another {key} ({about[name]}), whose images do not compare with these; give "
+                "another --index, or --rebuild to make it anew"
+            )
     index.files = {name: (size, mtime) for name, size, mtime in about["files"]}
     index.vectors, index.recall = vectors, about["recall"]
     return index
@@ -271,14 +252,12 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
             # Other kinds of faiss index may open files whose names they hold.
             raise ValueError("its vectors are of a kind that is not written here")
         vectors = faiss.deserialize_index(blob)
-        if vectors.ntotal != len(about["files"]):
-            raise ValueError("vectors and files differ in number")
         for name, size, mtime in about["files"]:
             inner = PurePath(name)
             if inner.is_absolute() or ".." in inner.parts or not (isinstance(size, int) and isinstance(mtime, int)):
                 raise ValueError(f"{name!r} leads out of the gallery")
-        if len({name for name, *_ in about["files"]}) < vectors.ntotal:
-            raise ValueError("a file is listed twice")
+        if not vectors.ntotal == len(about["files"]) == len({name for name, *_ in about["files"]}):
+            raise ValueError("vectors and files differ in number, or a file is listed twice")
         return about, vectors
     except Exception as error:  # zipfile, zlib, json, faiss, ...: every kind of damage has its exception
         why = one_line(error)
@@ -287,10 +266,9 @@ def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
 
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        status = path.stat()
+        return path.stat().st_size, path.stat().st_mtime_ns
     except OSError:  # removed since it was listed, which reading it will report
         return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _decodes(path: Path) -> bool:

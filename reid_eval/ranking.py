@@ -11,10 +11,10 @@ conventions, and the product for the next queries is computed while the matches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -51,7 +51,6 @@ class Ranking:
     A query without a match has 0 in `ap`, `inp` and `first`.
     """
 
-    convention: str
     cmc: np.ndarray  # (max_rank,) float64: cmc[k - 1] is Rank-k
     mAP: float
     mINP: float
@@ -62,14 +61,6 @@ class Ranking:
     without_match: int
 
 
-@dataclass(frozen=True)
-class MatchRanks:
-    """Ranks of every query's matches: `ranks[offsets[i] : offsets[i + 1]]`, ascending from 1, for query i."""
-
-    ranks: np.ndarray  # (total matches,) int64
-    offsets: np.ndarray  # (nq + 1,) int64
-
-
 def default_settings(heads: int) -> dict[str, tuple[float, ...]]:
     """The score settings to report for a net with so many heads: `SETTINGS` for 2, otherwise one with weights of 1."""
     return dict(SETTINGS) if heads == 2 else {"feature" if heads == 1 else "all parts": (1.0,) * heads}
@@ -78,8 +69,7 @@ def default_settings(heads: int) -> dict[str, tuple[float, ...]]:
 def main_setting(heads: int) -> tuple[str, tuple[float, ...]]:
     """Name and weights of the setting that a net with so many heads is used with: `BOTH`, or all heads alike."""
     settings = default_settings(heads)
-    name = BOTH if heads == 2 else next(iter(settings))
-    return name, settings[name]
+    return (BOTH, settings[BOTH]) if heads == 2 else next(iter(settings.items()))
 
 
 def rank(
@@ -103,24 +93,23 @@ def rank(
         query: (nq, heads, dim) or (nq, dim) features. If `gallery` is None: the (nq, ng) scores themselves, where
             greater is better; the only setting is then called "scores".
         gallery: (ng, heads, dim) or (ng, dim) features.
-        q_pids, g_pids: (nq,), (ng,) integer identities. A query of identity -1 has no match.
-        q_camids, g_camids: (nq,), (ng,) integer cameras. Not used without `remove_same_camera`.
+        q_pids, g_pids: integer identities. A query of identity -1 has no match.
+        q_camids, g_camids: integer cameras. Not used without `remove_same_camera`.
         settings: weights of the heads by name (default: `default_settings`). The score is the sum over h of
             weights[h] * query[:, h] . gallery[:, h].
-        remove_same_camera: False is for data without cameras: only the query image itself is left out, and junk
-            counts as wrong.
-        q_keys, g_keys: (nq,), (ng,) names of the images. Without `remove_same_camera` they identify the query image in
-            the gallery: it has the query's identity and name. Without names nothing is left out.
-        max_rank: length of the CMC.
-        progress: show a progress bar on stderr if it is a terminal and ranking takes more than a few seconds.
+        remove_same_camera: False leaves out only the query image itself, which the gallery shows under the query's
+            identity and name (`q_keys`, `g_keys`), and counts junk as wrong.
 
-    Raises:
-        UserError: arrays that do not fit together, an empty side, values that are not finite, no query with a match.
+    Raises UserError for arrays that do not fit together, an empty side, values that are not finite, and if no query has
+    a match.
     """
     q_pids, g_pids = np.asarray(q_pids), np.asarray(g_pids)
+    scores = None
     if gallery is None:
-        scores = _checked_scores(query, q_pids, g_pids)
-        heads, settings = 1, {"scores": (1.0,)}
+        scores = query = _checked(query, "scores", "query")
+        if query.shape != (len(q_pids), len(g_pids)):
+            raise UserError(f"scores have shape {query.shape}, but there are {len(q_pids)} x {len(g_pids)} labels")
+        gallery, heads, settings = g_pids, 1, {"scores": (1.0,)}
     else:
         query, gallery = _checked_features(query, gallery)
         heads = query.shape[1]
@@ -128,64 +117,69 @@ def rank(
         for name, weights in settings.items():
             if len(weights) != heads or not any(weights):
                 raise UserError(
-                    f"score setting {name!r}: weights {tuple(weights)} for {heads} heads; one must not be 0"
+                    f"score setting {name!r}: weights {tuple(weights)} for {heads} heads, not all 0, needed"
                 )
-    sides = {
-        "query": (len(query), q_pids, q_camids, q_keys),
-        "gallery": (len(g_pids if gallery is None else gallery), g_pids, g_camids, g_keys),
-    }
-    for side, (n, *labels) in sides.items():
+    for side, n, *labels in (
+        ("query", len(query), q_pids, q_camids, q_keys),
+        ("gallery", len(gallery), g_pids, g_camids, g_keys),
+    ):
         if any(values is not None and len(values) != n for values in labels):
             raise UserError(f"{n} {side} features, but a different number of {side} identities, cameras or names")
     if remove_same_camera and (q_camids is None or g_camids is None):
         raise UserError("the images have no cameras; use --no-cameras for data without cameras")
 
+    # A gallery image of the query's identity with the query's mark is left out.
+    q_marks, g_marks = (q_camids, g_camids) if remove_same_camera else (q_keys, g_keys)
+    marked = q_marks is not None and g_marks is not None
+    q_marks, g_marks = (
+        (np.asarray(q_marks), np.asarray(g_marks)) if marked else (q_pids, np.full(len(g_pids), JUNK - 1))
+    )
     kept = np.flatnonzero(g_pids != JUNK) if remove_same_camera else np.arange(len(g_pids))
-    g_pids = g_pids[kept]
-    if remove_same_camera:
-        lists = _QueryLists(q_pids, g_pids, np.asarray(q_camids), np.asarray(g_camids)[kept])
-    elif q_keys is not None and g_keys is not None:
-        lists = _QueryLists(q_pids, g_pids, np.asarray(q_keys), np.asarray(g_keys))
-    else:
-        lists = _QueryLists(q_pids, g_pids)
+    g_pids, g_marks = g_pids[kept], g_marks[kept]
+    order = np.argsort(g_pids, kind="stable")  # stable, so that every identity's indices ascend
+    begin, end = (np.searchsorted(g_pids[order], q_pids, side) for side in ("left", "right"))
+    weighed = [any(weights[h] for weights in settings.values()) for h in range(heads)]
 
-    def chunk_scores(rows: slice) -> list[np.ndarray | None]:
-        """The products (rows, kept) for each head; None for a head that has no weight."""
-        if gallery is None:
+    def products(rows: slice) -> list[np.ndarray | None]:
+        """The scores (rows, kept) for each head; None for a head that has no weight."""
+        if scores is not None:
             return [scores[rows][:, kept]]
-        return [
-            _products(query[rows, h], gallery[:, h], kept) if any(w[h] for w in settings.values()) else None
-            for h in range(heads)
-        ]
+        return [_products(query[rows, h], gallery[:, h], kept) if weighed[h] else None for h in range(heads)]
 
     step = max(1, min(_CHUNK_QUERIES, _CHUNK_BYTES // (4 * heads * max(1, len(kept)))))
     chunks = [slice(start, min(start + step, len(q_pids))) for start in range(0, len(q_pids), step)]
-    ranks = _all_ranks(chunk_scores, chunks, lists, settings, progress)
+    ranks: dict[str, list[np.ndarray]] = {name: [] for name in settings}
+    bar = tqdm(total=len(q_pids), desc="ranking", unit="query", delay=3, disable=None if progress else True)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(products, chunks[0])
+        for k, rows in enumerate(chunks):
+            by_head = following.result()
+            if rows is not chunks[-1]:
+                following = ahead.submit(products, chunks[k + 1])
+            for i in range(rows.start, rows.stop):
+                same = order[begin[i] : end[i]]
+                left_out = g_marks[same] == q_marks[i]
+                matches = same[~left_out] if q_pids[i] != JUNK else same[:0]
+                for name, weights in settings.items():
+                    if len(matches):
+                        row = _weighted_sum([p if p is None else p[i - rows.start] for p in by_head], weights)
+                        row[same[left_out]] = -np.inf
+                    ranks[name].append(match_ranks(row, matches) if len(matches) else matches)
+            bar.update(rows.stop - rows.start)
     return {
-        name: {convention: summarise(matches, convention, max_rank=max_rank) for convention in CONVENTIONS}
-        for name, matches in ranks.items()
+        name: {convention: _summarise(of_queries, convention, max_rank) for convention in CONVENTIONS}
+        for name, of_queries in ranks.items()
     }
 
 
-def _checked_scores(scores: np.ndarray, q_pids: np.ndarray, g_pids: np.ndarray) -> np.ndarray:
-    scores = _as_float(scores)
-    if scores.shape != (len(q_pids), len(g_pids)):
-        raise UserError(f"scores have shape {scores.shape}, but there are {len(q_pids)} x {len(g_pids)} labels")
-    _check_not_empty(q_pids, g_pids)
-    check_finite(scores, "scores")
-    return scores
-
-
 def _checked_features(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    _check_not_empty(query, gallery)
-    query, gallery = (side[:, None] if side.ndim == 2 else side for side in map(_as_float, (query, gallery)))
+    query, gallery = _checked(query, "query features", "query"), _checked(gallery, "gallery features", "gallery")
+    query, gallery = (side[:, None] if side.ndim == 2 else side for side in (query, gallery))
     if query.ndim != 3 or query.shape[1:] != gallery.shape[1:]:
         raise UserError(
             f"query features have shape {query.shape} and gallery features {gallery.shape}, expected (images, heads, "
             "dim); extract both with the same model"
         )
-    check_finite(query, "query features")
-    check_finite(gallery, "gallery features")
     # Products are summed in fp32. Beyond its range they would be infinite or NaN, and still be ranked.
     largest = [float(max(side.max(), -side.min())) for side in (query, gallery)]
     if query[0].size * largest[0] * largest[1] > float(np.finfo(np.float32).max):
@@ -193,15 +187,13 @@ def _checked_features(query: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarra
     return query, gallery
 
 
-def _as_float(values: np.ndarray) -> np.ndarray:
+def _checked(values: np.ndarray, name: str, side: str) -> np.ndarray:
+    """The values as floats. Raises UserError if there are none, or if they are not finite."""
     values = np.asarray(values)
+    if values.size == 0:
+        raise UserError(f"the {side} is empty, so there is nothing to rank; check the {side} folder or file")
+    check_finite(values, name)
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
-
-
-def _check_not_empty(query: np.ndarray, gallery: np.ndarray) -> None:
-    for name, side in (("query", query), ("gallery", gallery)):
-        if len(side) == 0:
-            raise UserError(f"the {name} is empty, so there is nothing to rank; check the {name} folder or file")
 
 
 def check_finite(values: np.ndarray, name: str) -> None:
@@ -211,65 +203,6 @@ def check_finite(values: np.ndarray, name: str) -> None:
         if not finite.all():
             row = start + int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
             raise UserError(f"{name}: NaN or infinity in row {row}; extract the features again with a sound model")
-
-
-def summarise(matches: MatchRanks, convention: str, *, max_rank: int = 50) -> Ranking:
-    """CMC, mAP, mINP and the values per query from the ranks of the matches, under one of `CONVENTIONS`.
-
-    Raises UserError if no query has a match, since nothing is defined then.
-    """
-    ranks, counts = matches.ranks.astype(np.float64), np.diff(matches.offsets)
-    nq, owner = len(counts), np.repeat(np.arange(len(counts)), counts)
-    valid = counts > 0
-    if not valid.any():
-        raise UserError(
-            "no query has a match: the gallery shows no query identity under another camera; check that both belong to "
-            "one data set, or use --no-cameras for data without cameras"
-        )
-    hit = np.arange(len(ranks)) - matches.offsets[owner] + 1.0  # 1 for a query's first match, 2 for its second, ...
-    precision = hit / ranks
-    if convention == "official":
-        before = np.divide(hit - 1, ranks - 1, out=np.ones_like(ranks), where=ranks > 1)
-        precision = (before + precision) / 2
-        denominator = nq
-    else:
-        denominator = int(valid.sum())
-    ap = np.bincount(owner, weights=precision, minlength=nq) / np.maximum(counts, 1)
-    first, inp = np.zeros(nq, np.int64), np.zeros(nq)
-    first[valid] = matches.ranks[matches.offsets[:-1][valid]]
-    inp[valid] = counts[valid] / matches.ranks[matches.offsets[1:][valid] - 1]
-    hits_at = np.bincount(first[valid & (first <= max_rank)], minlength=max_rank + 1)[1:]
-    return Ranking(
-        convention=convention,
-        cmc=np.cumsum(hits_at) / denominator,
-        mAP=float(ap.sum() / denominator),
-        mINP=float(inp[valid].mean()),
-        ap=ap,
-        inp=inp,
-        first=first,
-        queries=nq,
-        without_match=int(nq - valid.sum()),
-    )
-
-
-class _QueryLists:
-    """For query i, the gallery indices (ascending) of its matches, and those of the entries that are left out.
-
-    Left out are the entries of the query's identity that carry the query's mark: its camera, or its name.
-    """
-
-    def __init__(self, q_pids, g_pids, q_marks=None, g_marks=None):
-        self.q_pids, self.q_marks, self.g_marks = q_pids, q_marks, g_marks
-        self.order = np.argsort(g_pids, kind="stable")  # stable, so that every identity's indices ascend
-        in_order = g_pids[self.order]
-        self.begin = np.searchsorted(in_order, q_pids, "left")
-        self.end = np.searchsorted(in_order, q_pids, "right")
-
-    def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        same = self.order[self.begin[i] : self.end[i]]
-        marked = self.g_marks[same] == self.q_marks[i] if self.g_marks is not None else np.zeros(len(same), bool)
-        matches = same[~marked] if self.q_pids[i] != JUNK else same[:0]
-        return matches, same[marked]
 
 
 def _products(query: np.ndarray, gallery: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -283,35 +216,39 @@ def _products(query: np.ndarray, gallery: np.ndarray, kept: np.ndarray) -> np.nd
     return scores
 
 
-def _all_ranks(
-    chunk_scores: Callable[[slice], list[np.ndarray | None]],
-    chunks: list[slice],
-    lists: _QueryLists,
-    settings: Mapping[str, Sequence[float]],
-    progress: bool,
-) -> dict[str, MatchRanks]:
-    ranks: dict[str, list[np.ndarray]] = {name: [] for name in settings}
-    bar = tqdm(total=chunks[-1].stop, desc="ranking", unit="query", delay=3, disable=None if progress else True)
-    with bar, ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(chunk_scores, chunks[0])
-        for k, rows in enumerate(chunks):
-            products = following.result()
-            if rows is not chunks[-1]:
-                following = ahead.submit(chunk_scores, chunks[k + 1])
-            for i in range(rows.start, rows.stop):
-                matches, left_out = lists(i)
-                for name, weights in settings.items():
-                    if len(matches) == 0:
-                        ranks[name].append(matches)
-                        continue
-                    row = _weighted_sum([p if p is None else p[i - rows.start] for p in products], weights)
-                    row[left_out] = -np.inf
-                    ranks[name].append(match_ranks(row, matches))
-            bar.update(rows.stop - rows.start)
-    return {
-        name: MatchRanks(np.concatenate(parts), np.cumsum([0] + [len(part) for part in parts]))
-        for name, parts in ranks.items()
-    }
+def _summarise(of_queries: list[np.ndarray], convention: str, max_rank: int) -> Ranking:
+    """CMC, mAP, mINP and the values per query from the ranks of every query's matches, ascending from 1.
+
+    Raises UserError if no query has a match, since nothing is defined then.
+    """
+    nq, counts = len(of_queries), np.array([len(ranks) for ranks in of_queries])
+    valid = counts > 0
+    if not valid.any():
+        raise UserError(
+            "no query has a match: the gallery shows no query identity under another camera; check that both belong to "
+            "one data set, or use --no-cameras for data without cameras"
+        )
+    ranks, owner, end = np.concatenate(of_queries), np.repeat(np.arange(nq), counts), np.cumsum(counts)
+    hit = np.arange(len(ranks)) - (end - counts)[owner] + 1.0  # 1 for a query's first match, 2 for its second, ...
+    precision, denominator = hit / ranks, int(valid.sum())
+    if convention == "official":
+        before = np.divide(hit - 1, ranks - 1, out=np.ones_like(hit), where=ranks > 1)
+        precision, denominator = (before + precision) / 2, nq
+    ap = np.bincount(owner, weights=precision, minlength=nq) / np.maximum(counts, 1)
+    first, inp = np.zeros(nq, np.int64), np.zeros(nq)
+    first[valid] = ranks[(end - counts)[valid]]
+    inp[valid] = counts[valid] / ranks[end[valid] - 1]
+    hits_at = np.bincount(first[valid & (first <= max_rank)], minlength=max_rank + 1)[1:]
+    return Ranking(
+        cmc=np.cumsum(hits_at) / denominator,
+        mAP=float(ap.sum() / denominator),
+        mINP=float(inp[valid].mean()),
+        ap=ap,
+        inp=inp,
+        first=first,
+        queries=nq,
+        without_match=int(nq - valid.sum()),
+    )
 
 
 def _weighted_sum(rows: Sequence[np.ndarray | None], weights: Sequence[float]) -> np.ndarray:
@@ -343,17 +280,17 @@ def match_ranks(row: np.ndarray, matches: np.ndarray) -> np.ndarray:
     outside = len(row) - len(between)
     step = max(1, _COMPARE_BYTES // max(1, outside))
     for start in range(0, len(matches) if outside else 0, step):
-        some = scores[start : start + step, None]
-        above = np.empty((len(some), outside), bool)
-        np.greater_equal(row[:first], some, out=above[:, :first])
-        np.greater(row[last:], some, out=above[:, first:])
+        part = scores[start : start + step, None]
+        above = np.empty((len(part), outside), bool)
+        np.greater_equal(row[:first], part, out=above[:, :first])
+        np.greater(row[last:], part, out=above[:, first:])
         ranks[start : start + step] += [np.count_nonzero(entries) for entries in above]
     ranks.sort()
     return ranks
 
 
-@dataclass(frozen=True)
-class Entry:
+# ------------------------------------------------------------------------------------------ the lists
+class Entry(NamedTuple):
     """A gallery image in the list of a query."""
 
     index: int  # in the gallery
@@ -376,8 +313,7 @@ def best_scores(
         rows = slice(start, start + step)
         scores = sum(np.float32(w) * (query[rows, h] @ gallery[:, h].T) for h, w in enumerate(weights) if w != 0)
         for i, row in enumerate(scores, start):
-            least = np.partition(row, len(row) - count)[len(row) - count]
-            candidates = np.flatnonzero(row >= least)  # more than `count` if scores are equal
+            candidates = np.flatnonzero(row >= np.partition(row, -count)[-count])  # more if scores are equal
             indices[i] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
             best[i] = row[indices[i]]
     return indices, best
@@ -400,13 +336,9 @@ def first_entries(
     elif query.keys is not None and gallery.keys is not None:
         junk = same & (gallery.keys[indices] == query.keys[:, None])
     ranks = np.cumsum(~junk, axis=1)
-    # An entry is shown if fewer than `top` images that count precede it.
-    shown = (ranks - ~junk < top).sum(1)
+    shown = (ranks - ~junk < top).sum(1)  # fewer than `top` images that count precede an entry
     marks = np.where(junk, "junk", np.where(same, "right", "wrong"))
+    rows = zip(indices.tolist(), scores.tolist(), marks.tolist(), np.where(junk, 0, ranks).tolist(), shown, strict=True)
     return [
-        [
-            Entry(int(indices[i, j]), float(scores[i, j]), str(marks[i, j]), None if junk[i, j] else int(ranks[i, j]))
-            for j in range(shown[i])
-        ]
-        for i in range(len(indices))
+        [Entry(*entry, rank or None) for *entry, rank in list(zip(*columns, strict=True))[:n]] for *columns, n in rows
     ]

@@ -14,7 +14,7 @@ if not __package__:  # run as a file, from any directory
 import numpy as np
 
 from files import write_json
-from reid_eval import ranking, reranking
+from reid_eval import ranking
 from utils import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -55,18 +55,17 @@ def evaluate_features(
 ) -> list[ReidResult]:
     """Every task under every score setting and convention, in the order of the table.
 
-    Several processes share the rankings, and each returns all results.
-
     Args:
         query, gallery: features and labels of both sides.
         multi: multi-query images; adds the tasks in which their means replace the queries.
         rerank: adds the k-reciprocal re-ranked tasks (k1 20, k2 6, lambda 0.3).
         remove_same_camera: False is for data without cameras (see `ranking.rank`).
 
-    Raises:
-        UserError: as `ranking.rank`, `reranking.multi_query` and `reranking.rerank`.
+    Several processes share the rankings, and each returns all results. Raises UserError as `ranking.rank`,
+    `reranking.multi_query` and `reranking.rerank`.
     """
     from parallel import collectives
+    from reid_eval import reranking
 
     queries = {SINGLE: query.features}
     if multi is not None:
@@ -77,18 +76,10 @@ def evaluate_features(
     # Junk would be among the neighbours. Without cameras it counts as wrong answers and takes part.
     neighbours = gallery.select(gallery.pids != ranking.JUNK) if rerank and remove_same_camera else gallery
 
-    def rank(features: np.ndarray, side: Features, *, scores: bool = False) -> dict[str, dict[str, ranking.Ranking]]:
-        return ranking.rank(
-            features,
-            None if scores else side.features,
-            query.pids,
-            side.pids,
-            query.camids,
-            side.camids,
-            remove_same_camera=remove_same_camera,
-            q_keys=query.keys,
-            g_keys=side.keys,
-        )
+    def rank(features: np.ndarray, side: Features, side_features: np.ndarray | None) -> dict[str, Any]:
+        labels = query.pids, side.pids, query.camids, side.camids
+        names = dict(q_keys=query.keys, g_keys=side.keys)
+        return ranking.rank(features, side_features, *labels, remove_same_camera=remove_same_camera, **names)
 
     # What to rank: all settings of a task in one pass; re-ranked, one pass per setting.
     passes: list[tuple[str, str | None]] = [(task, None) for task in queries]
@@ -96,10 +87,10 @@ def evaluate_features(
     share = []
     for task, setting in passes[collectives.rank() :: collectives.world_size()]:
         if setting is None:
-            ranked = rank(queries[task], gallery)
+            ranked = rank(queries[task], gallery, gallery.features)
         else:
             distances = reranking.rerank(queries[task], neighbours.features, weights=settings[setting])
-            task, ranked = f"{task}, re-ranked", {setting: rank(-distances, neighbours, scores=True)["scores"]}
+            task, ranked = f"{task}, re-ranked", {setting: rank(-distances, neighbours, None)["scores"]}
         share.append([ReidResult(task, s, c, result) for s, by in ranked.items() for c, result in by.items()])
     shares = collectives.gather(share)
     return [row for i in range(len(shares[0])) for rows in shares if i < len(rows) for row in rows[i]]
@@ -144,20 +135,18 @@ def per_query(results: Sequence[ReidResult]) -> dict[str, np.ndarray]:
 def format_table(report: dict[str, Any]) -> str:
     """A `summary` as lines for a terminal, values in percent; no line break at the end."""
     missing = report["without_match"]
-    lines = [f"{report['queries']} queries ({missing} without a match), {report['gallery']} gallery images"]
+    line = f"{report['queries']} queries ({missing} without a match), {report['gallery']} gallery images"
     if not report["remove_same_camera"]:
         itself = " but the query image itself" if report["query_known_by_name"] else "; no names identify the query"
-        lines.append(f"no cameras: nothing is left out{itself}")
-    return "\n".join(lines + _tables({"": report}))
+        line += f"\nno cameras: nothing is left out{itself}"
+    return f"{line}\n{format_comparison({'': report})}"
 
 
 def format_comparison(reports: dict[str, dict[str, Any]]) -> str:
-    """Summaries of one model by data set as lines for a terminal: a row per data set and setting, in percent."""
-    return "\n".join(_tables(reports))
+    """Summaries of one model by data set as lines for a terminal: a row per data set and setting, in percent.
 
-
-def _tables(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """The lines of all tables; data sets called "" have no column for their name."""
+    A data set called "" has no column for its name.
+    """
     first, names = next(iter(reports.values())), max(map(len, reports))
     lines = []
     for task, settings in first["tables"].items():
@@ -173,7 +162,7 @@ def _tables(reports: dict[str, dict[str, Any]]) -> list[str]:
             for (data_set, setting), label in labels.items():
                 numbers = reports[data_set]["tables"][task][setting][convention]
                 lines.append(f"  {label:{wide}}" + "".join(f"{100 * numbers[key]:9.2f}" for key in COLUMNS))
-    return lines
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -183,9 +172,7 @@ def main() -> None:
     parser.add_argument("file", metavar="FILE", help="reid.npz of test.py, or a pytorch_result.mat")
     parser.add_argument("--multi", action="store_true", help="also multi-query (for a .mat: multi_query.mat beside it)")
     parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)")
-    parser.add_argument(
-        "--no-cameras", action="store_true", help="data without cameras: only the query image itself is left out"
-    )
+    parser.add_argument("--no-cameras", action="store_true", help="leave out only the query image itself")
     parser.add_argument("--json", metavar="OUT", help="write the report here too, as JSON with fractions in 0..1")
     args = parser.parse_args()
     if args.json and Path(args.json).suffix in (".npz", ".mat"):
@@ -193,14 +180,13 @@ def main() -> None:
 
     from reid_eval.features import load_features
 
-    file, cameras = load_features(args.file, multi=args.multi), not args.no_cameras
+    query, gallery, multi = load_features(args.file, multi=args.multi)
+    cameras = not args.no_cameras
     try:
-        results = evaluate_features(
-            file.query, file.gallery, multi=file.multi, rerank=args.rerank, remove_same_camera=cameras
-        )
+        results = evaluate_features(query, gallery, multi=multi, rerank=args.rerank, remove_same_camera=cameras)
     except UserError as error:
         raise UserError(f"{args.file}: {error}") from None
-    report = summary(results, file.query, file.gallery, remove_same_camera=cameras)
+    report = summary(results, query, gallery, remove_same_camera=cameras)
     print(format_table(report))
     if args.json:
         write_json(Path(args.json), {"file": str(args.file)} | report)

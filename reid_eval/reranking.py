@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import coo_array, csr_array
 
 from utils import UserError
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
 
 _CHUNK_BYTES = 256 << 20
 
@@ -38,12 +35,11 @@ def multi_query(
     mean = (total / np.bincount(owner).reshape(-1, *[1] * (features.ndim - 1))).astype(np.float32)
     position = {pair: i for i, pair in enumerate(map(tuple, pairs.tolist()))}
     wanted = list(zip(np.asarray(q_pids).tolist(), np.asarray(q_camids).tolist(), strict=True))
-    for pid, camid in wanted:
-        if (pid, camid) not in position:
-            raise UserError(
-                f"multi-query: no image of identity {pid} in camera {camid}; the multi-query folder must hold "
-                "every query's identity and camera"
-            )
+    if missing := next((pair for pair in wanted if pair not in position), None):
+        raise UserError(
+            f"multi-query: no image of identity {missing[0]} in camera {missing[1]}; the multi-query folder must hold "
+            "every query's identity and camera"
+        )
     return mean[[position[pair] for pair in wanted]]
 
 
@@ -67,22 +63,22 @@ def rerank(
     - d_J(p, g) = 1 - sum min(V_p, V_g) / sum max(V_p, V_g);
     - the result is (1 - lambda) d_J + lambda d.
 
-    d is the squared Euclidean distance of the (weighted) features divided by the greatest from p, which puts
-    it on d_J's scale: without that, one lambda would mean another thing for every model.
-    Neighbour lists, V and the overlaps are sparse, so memory grows with n * k1 but for the result.
+    d is the squared Euclidean distance of the (weighted) features divided by the greatest from p, which puts it on
+    d_J's scale. Neighbour lists, V and the overlaps are sparse, so memory grows with n * k1 but for the result.
 
-    Args:
-        query, gallery: (nq, heads, dim), (ng, heads, dim) features, without junk.
-        weights: of the heads, as in `ranking.rank`, none negative; all 1 when None.
-        k1, k2: neighbours, 1 <= k2, 1 <= k1; cut to the number of images.
-        lambda_value: 0..1, the share of the original distance.
-
-    Raises:
-        UserError: k1, k2, lambda or weights out of range.
+    `query` and `gallery` are (nq, heads, dim) and (ng, heads, dim) features without junk; `weights` of the heads are as
+    in `ranking.rank`, none negative, all 1 when None; k1 and k2 are at least 1 and cut to the number of images; lambda
+    is in 0..1. Raises UserError for values out of range.
     """
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
         raise UserError(f"re-ranking: k1 {k1}, k2 {k2}, lambda {lambda_value}; k must be >= 1, lambda in 0..1")
-    x = _joint(query, gallery, weights)
+    heads = query.shape[1]
+    weights = (1.0,) * heads if weights is None else weights
+    if len(weights) != heads or min(weights) < 0 or max(weights) == 0:
+        raise UserError(f"re-ranking: weights {tuple(weights)} for {heads} heads; one each, none negative")
+    # Dot products of the rows of x are the weighted scores.
+    parts = [np.concatenate([query[:, h], gallery[:, h]]) * np.float32(w**0.5) for h, w in enumerate(weights) if w > 0]
+    x = np.concatenate(parts, 1)
     n, nq = len(x), len(query)
     norm = np.einsum("ij,ij->i", x, x)
     nearest, greatest = _neighbours(x, norm, min(max(k1 + 1, k2), n))
@@ -92,29 +88,18 @@ def rerank(
     shared = reciprocal.multiply(reciprocal @ half).tocoo()  # |R(p, k1) & R(q, k1 / 2)| for q in R(p, k1)
     size = half.sum(1)
     taken = 3 * shared.data >= 2 * size[shared.col]
-    expansion = _sparse(shared.row[taken], shared.col[taken], np.ones(taken.sum(), np.float32), n)
+    expansion = csr_array((np.ones(taken.sum(), np.float32), (shared.row[taken], shared.col[taken])), shape=(n, n))
     expanded = (reciprocal + expansion @ half).tocoo()
 
-    v = _sparse(expanded.row, expanded.col, np.exp(-_distances_at(x, norm, greatest, expanded)), n)
+    weight = np.exp(-_distances_at(x, norm, greatest, expanded))
+    v = csr_array((weight, (expanded.row, expanded.col)), shape=(n, n))
     if k2 > 1:
-        k2 = min(k2, n)
-        rows = np.repeat(np.arange(n), k2)
-        v = _sparse(rows, nearest[:, :k2].ravel(), np.full(n * k2, 1 / k2, np.float32), n) @ v
+        v = _rows_of(nearest[:, :k2], 1 / min(k2, n)) @ v
     result = _jaccard(v[:nq], v[nq:])
     result *= 1 - lambda_value
     for rows in _chunks(nq, n):
         result[rows] += lambda_value * _squared(x, norm, rows, slice(nq, n)) / greatest[rows, None]
     return result
-
-
-def _joint(query: np.ndarray, gallery: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
-    """(nq + ng, width) features whose dot products are the weighted scores."""
-    heads = query.shape[1]
-    weights = (1.0,) * heads if weights is None else weights
-    if len(weights) != heads or min(weights) < 0 or max(weights) == 0:
-        raise UserError(f"re-ranking: weights {tuple(weights)} for {heads} heads; one each, none negative")
-    parts = [np.concatenate([query[:, h], gallery[:, h]]) * np.float32(w**0.5) for h, w in enumerate(weights) if w > 0]
-    return np.concatenate(parts, 1)
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
@@ -146,21 +131,20 @@ def _neighbours(x: np.ndarray, norm: np.ndarray, k: int) -> tuple[np.ndarray, np
     return nearest, greatest
 
 
-def _sparse(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, n: int) -> csr_array:
-    from scipy.sparse import csr_array
-
-    return csr_array((values, (rows, columns)), shape=(n, n))
+def _rows_of(nearest: np.ndarray, value: float) -> csr_array:
+    """The matrix (n, n) that has `value` at the indices `nearest` (n, k) of every row."""
+    n, k = nearest.shape
+    return csr_array((np.full(n * k, value, np.float32), (np.repeat(np.arange(n), k), nearest.ravel())), shape=(n, n))
 
 
 def _reciprocal(nearest: np.ndarray) -> csr_array:
     """The R(p, k) of all p as the rows of a 0/1 matrix."""
-    n, k = nearest.shape
-    neighbours = _sparse(np.repeat(np.arange(n), k), nearest.ravel(), np.ones(n * k, np.float32), n)
+    neighbours = _rows_of(nearest, 1)
     return neighbours.multiply(neighbours.T).tocsr()
 
 
-def _distances_at(x: np.ndarray, norm: np.ndarray, greatest: np.ndarray, at: csr_array) -> np.ndarray:
-    """d(p, g) for the nonzero entries (p, g) of `at` (COO), in their order."""
+def _distances_at(x: np.ndarray, norm: np.ndarray, greatest: np.ndarray, at: coo_array) -> np.ndarray:
+    """d(p, g) for the nonzero entries (p, g) of `at`, in their order."""
     result = np.empty(len(at.row), x.dtype)
     step = max(1, _CHUNK_BYTES // (8 * x.shape[1]))
     for start in range(0, len(result), step):

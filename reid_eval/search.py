@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
-from visual_tools.page import Hit, Result, write_page
+from visual_tools.ranked_lists import Hit, Result, write_page
 
 
 def search(args: argparse.Namespace) -> None:
@@ -32,7 +33,9 @@ def search(args: argparse.Namespace) -> None:
     embed = partial(extract_features, tested.net, **how)
 
     gallery = Path(args.gallery)
-    folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
+    # By default the index is in the model's folder, never among the user's images.
+    digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
+    folder = Path(args.index or tested.folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}")
     index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
     changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
     kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
@@ -44,23 +47,15 @@ def search(args: argparse.Namespace) -> None:
     results = []
     # One more than asked for, since the query itself may be in the gallery; it is left out.
     for query, answers in zip(queries, index.search(to_vectors(features), args.top + 1), strict=True):
-        scores = {str(gallery / name): score for name, score in answers if not same_file(query, gallery / name)}
-        hits = list(scores.items())[: args.top]
+        hits = [(gallery / name, score) for name, score in answers if not same_file(query, gallery / name)][: args.top]
         print(f"\n{query}")
         for rank, (path, score) in enumerate(hits, 1):
             print(f"{rank:4}  {score:7.4f}  {path}")
-        cells = [Hit(path, f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
+        cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
         results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
     page = Path(args.page) if args.page else folder / "results.html"
     notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
-
-
-def default_folder(base: Path, gallery: Path) -> Path:
-    """The folder of a gallery's index: inside the model's folder `base`, never among the user's images."""
-    path = gallery.resolve()
-    digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
-    return base / "search" / f"{path.name or 'root'}-{digest[:8]}"
 
 
 def same_file(a: Path, b: Path) -> bool:

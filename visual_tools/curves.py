@@ -35,13 +35,8 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # name: finished steps (n,) and values (n,)
 
 
-def read_scalars(folder: Path) -> Scalars:
-    """Finite scalars of a folder of TensorBoard logs, by tag; empty if there is no log."""
-    return read_log(folder)[0]
-
-
 def read_log(folder: Path) -> tuple[Scalars, list[str]]:
-    """The scalars of a folder of TensorBoard logs, as `read_scalars`, and the training commands in order.
+    """The finite scalars of a folder of TensorBoard logs, by tag, and the training commands in order.
 
     Like TensorBoard, it omits what an interrupted process wrote after the snapshot from which it was resumed.
     """
@@ -64,12 +59,11 @@ def read_log(folder: Path) -> tuple[Scalars, list[str]]:
 
 def group(scalars: Scalars) -> dict[str, Scalars]:
     """The curves of every panel that has any, by the last part of their tags, in the order of PANELS."""
-    panels: dict[str, Scalars] = {title: {} for title in PANELS}
-    for tag, curve in scalars.items():
-        title = next((title for title, starts in PANELS.items() if tag.startswith(starts)), None)
-        if title is not None:
-            panels[title][tag.rpartition("/")[2]] = curve
-    return {title: curves for title, curves in panels.items() if curves}
+    panels, left = {}, dict(scalars)
+    for title, starts in PANELS.items():
+        if tags := [tag for tag in left if tag.startswith(starts)]:
+            panels[title] = {tag.rpartition("/")[2]: left.pop(tag) for tag in tags}
+    return panels
 
 
 def draw(curves: Scalars, end: int, *, logarithmic: bool = False) -> bytes:
@@ -77,16 +71,16 @@ def draw(curves: Scalars, end: int, *, logarithmic: bool = False) -> bytes:
 
     Losses of the two images of a pair, `NAME_a` and `NAME_b`, share a colour, and the second is dashed.
     """
-    stems = list(dict.fromkeys(name.removesuffix("_a").removesuffix("_b") for name in curves))
+    stems = {name: name.removesuffix("_a").removesuffix("_b") for name in curves}
+    colours = {stem: f"C{i}" for i, stem in enumerate(dict.fromkeys(stems.values()))}
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for name, (steps, values) in curves.items():
-            colour = f"C{stems.index(name.removesuffix('_a').removesuffix('_b'))}"
-            line = "--" if name.endswith("_b") else "-"
             parts = min(len(steps), MOST_POINTS)
             x, y = ([part.mean() for part in np.array_split(side, parts)] for side in (steps, values))
-            axes.plot(x, y, line, color=colour, label=name, linewidth=1.2, marker="o" if parts == 1 else None)
+            line, marker = "--" if name.endswith("_b") else "-", "o" if parts == 1 else None
+            axes.plot(x, y, line, color=colours[stems[name]], label=name, linewidth=1.2, marker=marker)
         # The first steps of a run may be so high that they would flatten the rest of a linear curve.
         y = np.concatenate([values for _, values in curves.values()])
         if logarithmic or ((y > 0).all() and y.max() > 30 * np.median(y)):

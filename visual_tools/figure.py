@@ -61,20 +61,19 @@ def choose(images: ImageList, count: int, seed: int) -> np.ndarray:
     return np.sort(order[np.concatenate([first, rest])][:count])
 
 
-def choose_images(images: ImageList, count: int, seed: int) -> ImageList:
-    """The images that `choose` draws, in the order of `images`."""
-    return images.select(np.isin(np.arange(len(images)), choose(images, count, seed)))
-
-
-def choose_input(args: argparse.Namespace, model: Swapper, count: int, *, whole_folder: bool = False) -> ImageList:
+def choose_input(
+    args: argparse.Namespace, model: Swapper, count: int, *, group: int = 1, whole_folder: bool = False
+) -> ImageList:
     """The images of `read_input` that `--count` and `--seed` choose; without `--count`, at most `count`.
 
+    group         images that one of `--count` stands for
     whole_folder  without `--count`, take all images of a folder that is not a data set
     """
     images = read_input(args, model)
     if whole_folder and not is_data_set(resolve_data_root(args.input or model.cfg.data_root)):
         count = len(images)
-    return choose_images(images, args.count or min(count, len(images)), args.seed)
+    chosen = choose(images, group * (args.count or min(count, len(images) // group)), args.seed)
+    return images.select(np.isin(np.arange(len(images)), chosen))
 
 
 def labels(images: ImageList) -> list[str]:
@@ -83,12 +82,9 @@ def labels(images: ImageList) -> list[str]:
 
 
 def file_names(images: ImageList) -> list[str]:
-    """A distinct name without suffix for every image: its file's name, extended only if two are equal."""
+    """A distinct name without suffix for every image: its file's name, with a number in front if two are equal."""
     stems = [path.stem for path in images.paths]
-    for names in (stems, [f"{token}_{stem}" for token, stem in zip(images.tokens, stems, strict=True)]):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]
+    return stems if len(set(stems)) == len(stems) else [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]
 
 
 # -------------------------------------------------------------------------------------- generated images
@@ -99,12 +95,6 @@ def swap_matrix(model: Swapper, s: Tensor, f: Tensor, batch_size: int) -> list[l
     return [swaps[i * n : (i + 1) * n] for i in range(len(f))]
 
 
-def interpolate(first: Tensor, last: Tensor, steps: int) -> Tensor:
-    """`steps` codes on the line from `first` to `last`, both included: (steps, *shape of a code)."""
-    t = torch.linspace(0, 1, steps, device=first.device).view(-1, *[1] * first.dim())
-    return torch.lerp(first[None], last[None], t)
-
-
 def interpolations(
     model: Swapper, s: Tensor, f: Tensor, code: str, steps: int, batch_size: int
 ) -> tuple[list[str], list[list[np.ndarray]]]:
@@ -113,12 +103,43 @@ def interpolations(
     Returns the share of the way at every step ("0.00" to "1.00") and, for each of the n images, a line of `steps`
     images (H, W, 3) uint8 that keep its other code.
     """
+
+    def between(codes: Tensor) -> Tensor:
+        t = torch.linspace(0, 1, steps, device=codes.device).view(-1, *[1] * (codes.dim() - 1))
+        return torch.lerp(codes[:1], codes[-1:], t)
+
     if code == "appearance":
-        columns = swap_matrix(model, s, interpolate(f[0], f[-1], steps), batch_size)
+        columns = swap_matrix(model, s, between(f), batch_size)
         lines = [list(line) for line in zip(*columns, strict=True)]
     else:
-        lines = swap_matrix(model, interpolate(s[0], s[-1], steps), f, batch_size)
+        lines = swap_matrix(model, between(s), f, batch_size)
     return [f"{t / (steps - 1):.2f}" for t in range(steps)], lines
+
+
+def draw_interpolation(args: argparse.Namespace, code: str, file: str, count: int) -> None:
+    """Write the PNG and the GIF of show_smooth.py: an interpolation of `code`, of `count` images by default.
+
+    The PNG has a row per image, which keeps its other code; the two ends are on top. The GIF shows the same images, a
+    step per frame, there and back.
+    """
+    model, out = open_figure(args, file)
+    film = check_free(out.with_suffix(".gif"), suffix=".gif", force=args.force)
+    images = choose_input(args, model, count)
+    originals, s, f = model.read(images.paths, args.batchsize)
+    shares, lines = interpolations(model, s, f, code, args.steps, args.batchsize)
+    kept = "structure" if code == "appearance" else "clothes"
+    ends = [None, originals[0], *[None] * (args.steps - 2), originals[-1]]
+    rows = [[original, *line] for original, line in zip(originals, lines, strict=True)]
+    row_labels = [f"{code} of", *(f"{kept} of {who}" for who in labels(images))]
+    write_grid(out, [ends, *rows], row_labels=row_labels, column_labels=["", *shares])
+    steps = zip(shares, zip(*lines, strict=True), strict=True)
+    frames = [
+        Image.fromarray(paint_grid([originals, column], row_labels=[f"{kept} of", share])) for share, column in steps
+    ]
+    options = dict(format="GIF", save_all=True, duration=round(1000 / args.fps), loop=0)
+    rest = frames[1:] + frames[-2:0:-1]
+    write_whole(film, lambda stream: frames[0].save(stream, append_images=rest, **options))
+    print(f"interpolation of the {code} written to {out} and {film}")
 
 
 def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
@@ -135,14 +156,12 @@ def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
     return by_person[np.where(place >= start, place + end - start, place)]
 
 
-def write_swaps(
-    model: Swapper, images: ImageList, partners: np.ndarray, chosen: np.ndarray, out: Path, batch_size: int
-) -> ImageList:
-    """Write the images `chosen` (indices) in the clothes of their partners into `out`.
+def write_swaps(model: Swapper, images: ImageList, count: int, seed: int, out: Path, batch_size: int) -> ImageList:
+    """Write `count` of the images, chosen from `seed`, in the clothes of random other people into `out`.
 
-    partners  index of the partner of every image, (n,)
     Returns the written files with the identities of the clothes. Raises UserError for damaged images before it writes.
     """
+    chosen, partners = choose(images, count, seed), draw_partners(images.pids, seed)
     check_images(images.paths, skip_bad=False, remedy="remove them")
     names, written = file_names(images), []
     appearance, structure = (
@@ -171,20 +190,12 @@ def check_free(path: Path, *, suffix: str, force: bool) -> Path:
     return path
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray) -> Path:
     """Write an image (H, W, 3) uint8 as PNG, whole or not at all. Raises UserError if it cannot be written."""
     make_folder(path.parent)
-    write_whole(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
+    return write_whole(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
 
 
-def write_grid(path: Path, rows: Sequence[Sequence[np.ndarray | None]], **layout: Any) -> None:
+def write_grid(path: Path, rows: Sequence[Sequence[np.ndarray | None]], **layout: Any) -> Path:
     """Write images in rows as one PNG; `layout` goes to `runs.grid.paint_grid`. Raises as `write_image`."""
-    write_image(path, paint_grid(rows, **layout))
-
-
-def write_gif(path: Path, frames: Sequence[np.ndarray], *, fps: float) -> None:
-    """Write images (H, W, 3) uint8 of one size as an endless GIF, whole or not at all."""
-    first, *rest = map(Image.fromarray, frames)
-    options = dict(format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-    make_folder(path.parent)
-    write_whole(path, lambda file: first.save(file, **options))
+    return write_image(path, paint_grid(rows, **layout))

@@ -5,8 +5,6 @@ The page contains its images and needs no network. A section without data names 
 python -m visual_tools.report --name latest
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -27,7 +25,7 @@ def main() -> None:
     parser.add_argument("--no-retrievals", action="store_true", help="omit the ranked lists")
     args = parser.parse_args()
 
-    from visual_tools.report_page import write_report
+    from visual_tools.run_page import write_report
 
     write_report(args)
 

@@ -3,13 +3,9 @@
 python visual_tools/show1by1.py --name latest --input people --out swaps
 """
 
-from __future__ import annotations
-
 import sys
 from itertools import product
 from pathlib import Path
-
-from tqdm import tqdm
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,13 +13,11 @@ if not __package__:  # run as a file, from any directory
 from utils import run_cli
 from visual_tools.options import figure_parser
 
-COUNT = 8
-
 
 def main() -> None:
     args = figure_parser(
         __doc__,
-        count=f"images to pair, chosen by --seed (default: all of a folder, {COUNT} of a data set)",
+        count="images to pair, chosen by --seed (default: all of a folder, 8 of a data set)",
         out="new or empty folder for the PNG files (default: the run's images/one_by_one_ITERATION)",
         most=None,
     ).parse_args()
@@ -31,11 +25,10 @@ def main() -> None:
     from visual_tools.figure import choose_input, file_names, open_figure, write_image
 
     model, out = open_figure(args, "one_by_one", suffix="")
-    images = choose_input(args, model, COUNT, whole_folder=True)
+    images = choose_input(args, model, 8, whole_folder=True)
     _, s, f = model.read(images.paths, args.batchsize)
     names, pairs = file_names(images), list(product(range(len(images)), repeat=2))
-    swaps = tqdm(model.compose(f, s, pairs, args.batchsize), "images", total=len(pairs), leave=False, disable=None)
-    for (i, j), image in zip(pairs, swaps, strict=True):
+    for (i, j), image in zip(pairs, model.compose(f, s, pairs, args.batchsize), strict=True):
         write_image(out / f"{names[i]}_on_{names[j]}.png", image)
     print(f"{len(pairs)} images written to {out}")
 

@@ -3,8 +3,6 @@
 python visual_tools/show_activation.py --name latest --input IMG_OR_DIR ... --out activation.png
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -12,8 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import add_net_arguments, check_net_arguments, run_cli
-from visual_tools.options import between
+from utils import add_net_arguments, between, check_net_arguments, run_cli
 
 
 def main() -> None:
@@ -26,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     check_net_arguments(args)
 
-    from visual_tools.activation import draw
+    from visual_tools.hirescam import draw
 
     draw(args)
 

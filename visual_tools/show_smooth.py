@@ -5,25 +5,21 @@ The appearance code moves in a straight line from the first image's to the last'
 python visual_tools/show_smooth.py --name latest --input ../Market/pytorch --count 4 --steps 9
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import run_cli
-from visual_tools.options import AT_MOST, between, figure_parser
-
-COUNT = 4
+from utils import between, run_cli
+from visual_tools.options import AT_MOST, figure_parser
 
 
-def interpolate(code: str, file: str, description: str | None) -> None:
-    """The whole script: `code` is "appearance" or "structure", `file` the stem of the default file."""
+def main(code: str = "appearance", file: str = "smooth", description: str | None = __doc__) -> None:
+    """The figure of `code`, which is "appearance" or "structure"; `file` is the stem of the default file."""
     parser = figure_parser(
         description,
-        count=f"images: the first, the last and those between (default: {COUNT}, or all there are)",
+        count="images: the first, the last and those between (default: 4, or all there are)",
         out=f"PNG to write, with the GIF beside it (default: the run's images/{file}_ITERATION.png)",
     )
     parser.add_argument("--steps", type=between(2, AT_MOST), default=9, help="codes, both ends included (default: 9)")
@@ -32,13 +28,9 @@ def interpolate(code: str, file: str, description: str | None) -> None:
     )
     args = parser.parse_args()
 
-    from visual_tools.smooth import draw
+    from visual_tools.figure import draw_interpolation
 
-    draw(args, code, file, COUNT)
-
-
-def main() -> None:
-    interpolate("appearance", "smooth", __doc__)
+    draw_interpolation(args, code, file, 4)
 
 
 if __name__ == "__main__":

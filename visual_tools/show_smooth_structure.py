@@ -5,8 +5,6 @@ The structure code moves in a straight line from the first image's to the last's
 python visual_tools/show_smooth_structure.py --name latest --input ../Market/pytorch --count 4 --steps 9
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -14,11 +12,11 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import run_cli
-from visual_tools.show_smooth import interpolate
+from visual_tools import show_smooth
 
 
 def main() -> None:
-    interpolate("structure", "smooth_structure", __doc__)
+    show_smooth.main("structure", "smooth_structure", __doc__)
 
 
 if __name__ == "__main__":

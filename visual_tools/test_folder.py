@@ -5,8 +5,6 @@ A_on_B.png has the clothes of A on the person of B. Then the scores of gen_eval.
 python visual_tools/test_folder.py --name latest --input ../Market/pytorch --split gallery --out generated
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -26,23 +24,23 @@ def main() -> None:
         most=None,
     )
     parser.add_argument("--no-score", action="store_true", help="omit the scores")
-    parser.add_argument("--weights", metavar="DIR", help="folder with the scores' weights, besides PyTorch's cache")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="folder with the scores' weights, besides PyTorch's cache"
+    )
     args = parser.parse_args()
 
     from gen_eval import metrics, score
-    from visual_tools.figure import choose, draw_partners, open_figure, read_input, write_swaps
+    from visual_tools.figure import open_figure, read_input, write_swaps
 
     model, out = open_figure(args, "folder", suffix="")
     images = read_input(args, model)
-    chosen = choose(images, args.count or len(images), args.seed)
-    swaps = write_swaps(model, images, draw_partners(images.pids, args.seed), chosen, out, args.batchsize)
+    swaps = write_swaps(model, images, args.count or len(images), args.seed, out, args.batchsize)
     print(f"{len(swaps)} images written to {out}")
     if args.no_score or len(swaps) < 2:
         return
-    print()
     protocol = metrics.Protocol(seed=args.seed, batch_size=args.batchsize)
     try:
-        score.print_scores(images, swaps, protocol, model.device, weights=args.weights and Path(args.weights))
+        score.print_scores(images, swaps, protocol, model.device, weights=args.weights)
     except UserError as error:  # the images are written, even if the scores lack something
         print(f"scores: {error}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -29,13 +28,12 @@ from runs.release import export
 from runs.snapshot import save_snapshot
 from runs.swapper import load_swapper
 from utils import ROOT, UserError
-from visual_tools.figure import choose, draw_partners, file_names, interpolate, labels, write_image
+from visual_tools.figure import choose, draw_partners, file_names, labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
 SCRIPTS = ("show_rainbow", "show_swap", "show1by1", "show_smooth", "show_smooth_structure", "test_folder")
 FOLDER_SCRIPTS = ("show1by1", "test_folder")
-QUICK = {"show_smooth": ("--steps", 2), "show_smooth_structure": ("--steps", 2), "test_folder": ("--no-score",)}
 NAMES = ("a.png", "b.png", "c.png", "d.png")
 CELL = (128, 64)  # height and width that the painter gives an image of 64 x 32
 
@@ -122,6 +120,7 @@ def assert_same(figure: np.ndarray, image: np.ndarray) -> None:
 # --------------------------------------------------------------------------------------------- starting
 def test_help_comes_from_anywhere_and_imports_nothing_heavy(tmp_path: Path) -> None:
     scripts = [str(ROOT / "visual_tools" / f"{name}.py") for name in (*SCRIPTS, "show_activation", "report")]
+    scripts.append(str(ROOT / "search.py"))
     program = (
         "import runpy, sys\n"
         "sys.argv = ['script.py', '--help']\n"
@@ -160,11 +159,6 @@ def test_swap_shows_pairs_both_ways(place: Place, script: Script, tmp_path: Path
             assert_same(cell(figure, row, column, 4, 2), image)
 
 
-def test_codes_in_between_lie_on_a_straight_line() -> None:
-    codes = interpolate(torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0, 0.0]]), 5)
-    assert codes.tolist() == [[[0, 4]], [[0.25, 3]], [[0.5, 2]], [[0.75, 1]], [[1, 0]]]
-
-
 @pytest.mark.parametrize("code", ["appearance", "structure"])
 def test_smooth_goes_from_the_first_to_the_last(place: Place, script: Script, tmp_path: Path, code: str) -> None:
     out, name = tmp_path / "smooth.png", "show_smooth" if code == "appearance" else "show_smooth_structure"
@@ -200,33 +194,28 @@ def test_one_by_one_writes_every_pair(place: Place, script: Script, tmp_path: Pa
             assert np.abs(read(out / f"{a}_on_{b}.png") - swaps[i, j]).max() <= 1
 
 
-def test_a_whole_folder_in_the_clothes_of_others(place: Place, script: Script, tmp_path: Path) -> None:
-    out = tmp_path / "folder"
-    done(script("visual_tools/test_folder", *place.where, "--out", out, "--batchsize", 3, "--no-score"))
-    pairs = [path.stem.split("_on_") for path in sorted(out.iterdir())]
+def test_a_whole_folder_in_the_clothes_of_others(
+    place: Place, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gen_eval.metrics.find_weights", no_weights)
+    done(script("visual_tools/test_folder", *place.where, "--out", tmp_path / "all", "--batchsize", 3))
+    pairs = [path.stem.split("_on_") for path in sorted((tmp_path / "all").iterdir())]
     assert sorted(b for _, b in pairs) == list("abcd") and all(a != b for a, b in pairs)
     swaps = place.swaps()
     for a, b in pairs:
-        assert np.abs(read(out / f"{a}_on_{b}.png") - swaps["abcd".index(a), "abcd".index(b)]).max() <= 1
+        assert np.abs(read(tmp_path / "all" / f"{a}_on_{b}.png") - swaps["abcd".index(a), "abcd".index(b)]).max() <= 1
+    # Of a data set, whose names say who is shown; the scores are printed.
+    where = ("--name", "one", "--output_path", place.run.output_path, "--count", 5, "--seed", 1)
+    monkeypatch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=5))  # for speed
+    scores = done(script("visual_tools/test_folder", *where, "--out", tmp_path / "some"))
+    drawn = [path.stem.split("_on_") for path in (tmp_path / "some").iterdir()]
+    assert len(drawn) == 5 and all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
+    (real,) = (line.split()[3] for line in scores.splitlines() if line.split()[:1] == ["real"])
+    assert 0 < float(real) < 1
 
 
-def test_a_whole_data_set_is_a_data_set_again(
-    place: Place, script: Script, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where = ("--name", "one", "--output_path", place.run.output_path, "--out")
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no weights"))
-    monkeypatch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=20))  # for speed
-    scores = done(script("visual_tools/test_folder", *where, tmp_path / "all"))
-    ssim = [line.split()[3] for line in scores.splitlines() if line.split()[:1] in (["real"], ["fake"])]
-    assert len(ssim) == 2 and all(0 < float(value) < 1 for value in ssim)
-    images = read_split(tiny_data, "query")
-    drawn = [path.stem.split("_on_") for path in (tmp_path / "all").iterdir()]
-    assert sorted(b for _, b in drawn) == sorted(
-        p.stem for p, pid in zip(images.paths, images.pids, strict=True) if pid > 0
-    )
-    assert all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
-    done(script("visual_tools/test_folder", *where, tmp_path / "some", "--count", 3, "--seed", 1, "--no-score"))
-    assert len(list((tmp_path / "some").iterdir())) == 3
+def no_weights(*_: object) -> Path:
+    raise UserError("no weights here")
 
 
 def test_partners_are_other_people_all_equally_likely() -> None:
@@ -260,7 +249,7 @@ def test_what_can_be_read_as_people(tiny_data: Path, tmp_path: Path) -> None:
     copy_people(tiny_data / "query", tmp_path / "sorted" / "bob", {names[2]: "1.png"})
     of_folders = read_people(tmp_path / "sorted")
     assert of_folders.tokens == ["ann", "ann", "bob"] and of_folders.pids.tolist() == [1, 1, 2]
-    assert file_names(of_folders) == ["ann_1", "ann_2", "bob_1"]
+    assert file_names(of_folders) == ["000000_1", "000001_2", "000002_1"]
     with pytest.raises(UserError, match="--split"):
         read_people(tmp_path / "plain", "query")
 
@@ -278,20 +267,13 @@ def test_the_choice_takes_different_people_first(tiny_data: Path) -> None:
         choose(images, len(images) + 1, 0)
 
 
-def test_labels_are_short_and_file_names_differ(tmp_path: Path) -> None:
-    names = {"a/same.png": 1, "a/same.jpg": 1, "b/same.png": 2}
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, 8)).save(tmp_path / name)
-    images = read_people(tmp_path)
-    assert file_names(images) == ["000000_same", "000001_same", "000002_same"]
-    (tmp_path / "c").mkdir()
-    Image.new("RGB", (4, 8)).save(tmp_path / "c" / "IMG_20200101_1234.png")
-    assert labels(read_people(tmp_path / "c")) == ["…01_1234"]
+def test_labels_are_short(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 8)).save(tmp_path / "IMG_20200101_1234.png")
+    assert labels(read_people(tmp_path)) == ["…01_1234"]
 
 
 # -------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["show_rainbow", "test_folder"])
 def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_path: Path, name: str) -> None:
     folder, out = tmp_path / "in", tmp_path / ("out" if name in FOLDER_SCRIPTS else "out.png")
     where = ("--name", "one", "--output_path", place.run.output_path, "--input", folder, "--out", out)
@@ -308,74 +290,51 @@ def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_p
     error = script(run, *where, "--count", 4).error
     assert str(folder) in error and "--count" in error
     assert not out.exists()
-    done(script(run, *where, *QUICK.get(name, ())))
+    done(script(run, *where, *(("--no-score",) * (name == "test_folder"))))
     assert out.exists()
 
 
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("--count", 0),
         ("--count", 101),
-        ("--seed", -1),
-        ("--batchsize", 0),
         ("--steps", 1),
-        ("--fps", 0),
         ("--fps", "nan"),
         ("--out", "x.jpg"),
-        ("--name", "none"),
         ("--which_epoch", 7),
         ("--split", "test"),
     ],
 )
 def test_options_out_of_range(place: Place, script: Script, option: str, value: object) -> None:
     error = script("visual_tools/show_smooth", *place.where, option, value).error
-    assert str(value) in error and (option in error or option == "--name")
+    assert str(value) in error and option in error
 
 
-@pytest.mark.parametrize("name", ["show_rainbow", "show_smooth"])
-def test_a_figure_is_not_overwritten_unasked(place: Place, script: Script, tmp_path: Path, name: str) -> None:
-    out, options = tmp_path / "out.png", (*place.where, *QUICK.get(name, ()), "--count", 2)
-    for taken in [out, out.with_suffix(".gif")] if "smooth" in name else [out]:
-        taken.write_text("mine")
-        error = script(f"visual_tools/{name}", *options, "--out", out).error
-        assert str(taken) in error and "--force" in error
-        assert [path.name for path in tmp_path.iterdir()] == [taken.name] and taken.read_text() == "mine"
-        done(script(f"visual_tools/{name}", *options, "--out", out, "--force"))
-        assert taken.read_bytes() != b"mine"
-        for path in tmp_path.iterdir():
-            path.unlink()
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_a_figure_is_not_overwritten_unasked(place: Place, script: Script, tmp_path: Path, suffix: str) -> None:
+    out, taken = tmp_path / "out.png", tmp_path / f"out{suffix}"
+    options = (*place.where, "--steps", 2, "--count", 2, "--out", out)
+    taken.write_text("mine")
+    error = script("visual_tools/show_smooth", *options).error
+    assert str(taken) in error and "--force" in error
+    assert [path.name for path in tmp_path.iterdir()] == [taken.name] and taken.read_text() == "mine"
+    done(script("visual_tools/show_smooth", *options, "--force"))
+    assert taken.read_bytes() != b"mine"
 
 
 @pytest.mark.parametrize("name", FOLDER_SCRIPTS)
 def test_a_folder_with_files_is_left_alone_unless_forced(
     place: Place, script: Script, tmp_path: Path, name: str
 ) -> None:
-    out, run = tmp_path / "out", f"visual_tools/{name}"
+    out, run, quick = tmp_path / "out", f"visual_tools/{name}", ("--no-score",) * (name == "test_folder")
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     error = script(run, *place.where, "--out", out).error
     assert str(out) in error and "--force" in error
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    done(script(run, *place.where, "--out", out, "--force", *QUICK.get(name, ())))
-    assert (out / "mine.txt").read_text() == "mine"
-    assert len(list(out.iterdir())) == 1 + (16 if name == "show1by1" else 4)
+    done(script(run, *place.where, "--out", out, "--force", *quick))
+    assert (out / "mine.txt").read_text() == "mine" and len(list(out.iterdir())) > 4
     assert str(out / "mine.txt") in script(run, *place.where, "--out", out / "mine.txt").error
-
-
-def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(image: Image.Image, file: Any, **options: object) -> None:
-        file.write(b"half an image")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    write_image(tmp_path / "old.png", np.zeros((8, 4, 3), np.uint8))
-    before = (tmp_path / "old.png").read_bytes()
-    monkeypatch.setattr(Image.Image, "save", full)
-    for name in ("old.png", "new.png"):
-        with pytest.raises(UserError, match=name):
-            write_image(tmp_path / name, np.ones((8, 4, 3), np.uint8))
-    assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
-    assert (tmp_path / "old.png").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------ networks of different runs
@@ -399,12 +358,3 @@ def test_an_id_net_of_other_people_is_named(script: Script, place: Place, tmp_pa
     config = yaml.safe_load(run.config_file.read_text())
     run.config_file.write_text(yaml.safe_dump(config | dict(ID_class=4)))
     assert "ID_class" in script("visual_tools/show_rainbow", *Place(run, place.people).where).error
-
-
-def test_a_published_run_without_optimisers_is_used(place: Place, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, "one")
-    shutil.copytree(place.run.path, run.path)
-    export(run.checkpoints, run.checkpoints)
-    shutil.rmtree(run.checkpoints / "00000001")
-    (run.checkpoints / "optimizer.pt").unlink()
-    assert load_swapper(run, CPU).iteration == 1

@@ -32,8 +32,8 @@ from mannequins.truth import draw_swaps, measure_swaps
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
 from runs.swapper import load_swapper
-from visual_tools.curves import draw, group, read_scalars
-from visual_tools.report_pictures import jpeg
+from visual_tools.curves import draw, group, read_log
+from visual_tools.run_page import jpeg
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Text that the page must show and not run.
@@ -104,7 +104,7 @@ def test_evaluating_changes_nothing_else(place: Place) -> None:
     place.train("parts", max_iter=2)
     place.train("parts", "--resume")
     assert place.files(NAME, 4) == place.files("plain", 4) == place.files("parts", 4)
-    looked, plain, parts = (read_scalars(place.folder / "logs" / name) for name in (NAME, "plain", "parts"))
+    looked, plain, parts = (read_log(place.folder / "logs" / name)[0] for name in (NAME, "plain", "parts"))
     evaluated = {tag for tag in looked if tag.startswith("eval/")}
     assert looked.keys() - plain.keys() == evaluated and len(evaluated) == 8
     for tag in looked.keys() - {"images_per_second"}:
@@ -115,7 +115,7 @@ def test_evaluating_changes_nothing_else(place: Place) -> None:
 
 
 def test_evaluated_are_the_weights_that_are_saved(place: Place) -> None:
-    scalars = {tag: values[-1] for tag, (_, values) in read_scalars(place.run.logs).items()}
+    scalars = {tag: values[-1] for tag, (_, values) in read_log(place.run.logs)[0].items()}
     report = json.loads((place.run.path / "reid.json").read_text())
     for convention, values in report["tables"]["single query"]["both (beta 0.5)"].items():
         assert scalars[f"eval/reid_mAP_{convention}"] == pytest.approx(values["mAP"], abs=1e-6)
@@ -212,7 +212,7 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     assert ["max_iter", "4", "100000"] in table and ["data_root", str(place.data), "required"] in table
     assert not any(row[0] == "gan_w" for row in table)
     alternatives = {attributes.get("alt") for _, attributes in read.tags}
-    assert {f"{title} over the training steps" for title in group(read_scalars(place.run.logs))} <= alternatives
+    assert {f"{title} over the training steps" for title in group(read_log(place.run.logs)[0])} <= alternatives
     # The command that trained, from the log.
     assert f"train.py --config {place.folder}" in read.text and "report.py --name" in read.text
 

@@ -44,7 +44,7 @@ from reIDmodel import build_id_net, build_teacher
 from runs.snapshot import snapshots
 from trainer import TeacherTrainer
 from utils import ROOT, UserError
-from visual_tools.curves import read_scalars
+from visual_tools.curves import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 8  # identities of the tiny data set
@@ -471,7 +471,7 @@ def test_a_killed_process_ends_all_a_signal_stops_all_and_one_continues(script: 
     assert err.count("train.py --resume") == 1 and "Traceback" not in err and "error" not in err, err
     last = pair.snapshots()[-1]
     assert f" {last} of 400" in err
-    scalars = read_scalars(pair.logs)
+    scalars = read_log(pair.logs)[0]
     for tag in ("eval/reid_mAP_official", "eval/swap_psnr"):
         assert scalars[tag][0].tolist() == list(range(4, last + 1, 4)), "evaluated by both, written once"
 

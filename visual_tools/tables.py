@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import Config, DGNetConfig, changed_from_default
 from files import read_json
 from gen_eval.score import COLUMNS as SCORES
-from gen_eval.score import PUBLISHED_NOTE, score_cells
+from gen_eval.score import PROTOCOL_KEYS, PUBLISHED_NOTE, score_cells
 from mannequins.against_truth import describe_shares, named_table, swap_table
 from reid_eval.ranking import BOTH
 from reid_eval.report import COLUMNS, ROW_LABELS
@@ -20,15 +19,14 @@ from runs.load import find_teacher
 from utils import UserError
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of texts. `numbers` is the first column of numbers, `strong` are the indices of emphasised rows."""
 
     caption: str
     heads: list[str]
     rows: list[list[str]]
     numbers: int = 1
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
     strong: frozenset[int] = frozenset()
 
 
@@ -59,65 +57,51 @@ def read_from(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not in the format of this version; create it again") from None
 
 
-# --------------------------------------------------------------------------------------- re-identification
-class Row(NamedTuple):
-    """The result of one head of one net in one convention, in percent by the keys of COLUMNS."""
-
-    net: str
-    is_teacher: bool
-    head: str
-    convention: str
-    values: dict[str, float]
-
-
 def reid_tables(run: RunFolder, cfg: Config) -> list[Table]:
-    """A table per data set and kind of query, from `reid*.json` of the run and of its teachers."""
+    """A table per data set and kind of query, from `reid*.json` of the run and of its teachers, by convention."""
     generates = isinstance(cfg, DGNetConfig)
     nets = []
     for name in cfg.teachers if generates else [run.name]:
         try:
-            nets.append((f"teacher {name}", True, find_teacher(name, run.output_path).folder))
+            nets.append((f"teacher {name}", find_teacher(name, run.output_path).folder))
         except UserError:
             continue  # a teacher whose files are gone has no row
-    if generates:
-        nets.append((run.name, False, run.path))
-    rows: dict[tuple[str, str], list[Row]] = {}
-    reports: dict[str, dict[str, Any]] = {}  # the last file about every data set, for captions and notes
-    for name, is_teacher, folder in nets:
+    teachers = len(nets)
+    nets += [(run.name, run.path)] if generates else []
+    # By data set and task: the caption, the notes, and rows of (convention, is a teacher's, net, head, numbers in %).
+    content: dict[tuple[str, str], tuple[str, list[str], list[tuple[str, bool, str, str, list[float]]]]] = {}
+    for k, (name, folder) in enumerate(nets):
         for path, report in results(folder, "tables"):
             with read_from(path):
                 net = name if report["iteration"] is None else f"{name}, {report['iteration']} steps"
-                reports[report["tested_on"]] = {key: report[key] for key in ("queries", "gallery", "conventions")}
-                for title, heads in report["tables"].items():
-                    table = rows.setdefault((report["tested_on"], title), [])
+                data_set, notes = report["tested_on"], [f"{c}: {text}." for c, text in report["conventions"].items()]
+                for task, heads in report["tables"].items():
+                    caption = f"{data_set}, {task}: {report['queries']} queries, {report['gallery']} gallery images"
+                    rows = content[data_set, task][2] if (data_set, task) in content else []
+                    content[data_set, task] = caption, notes, rows
                     for head, by_convention in heads.items():
                         for convention in report["conventions"]:
-                            values = {key: 100 * by_convention[convention][key] for key in COLUMNS}
-                            table.append(Row(net, is_teacher, head, convention, values))
-    return [reid_table(data_set, title, table, reports[data_set]) for (data_set, title), table in rows.items()]
+                            values = [100 * by_convention[convention][key] for key in COLUMNS]
+                            rows.append((convention, k < teachers, net, head, values))
+    return [reid_table(*parts) for parts in content.values()]
 
 
-def reid_table(data_set: str, title: str, rows: list[Row], report: dict[str, Any]) -> Table:
-    """The re-identification results of several nets on one data set, sorted by convention."""
-    cells, strong = [], set()
-    for convention in report["conventions"]:
-        chosen = [row for row in rows if row.convention == convention]
-        teacher = next((row for row in chosen if row.is_teacher), None)
-        for row in chosen:
-            if row.head == BOTH:
-                strong.add(len(cells))
-            label = "one head" if row.head == "feature" else ROW_LABELS.get(row.head, row.head)
-            gain = "-" if row.is_teacher or teacher is None else f"{row.values['mAP'] - teacher.values['mAP']:+.2f}"
-            cells.append([row.net, label, convention, *(f"{value:.2f}" for value in row.values.values()), gain])
-    caption = f"{data_set}, {title}: {report['queries']} queries, {report['gallery']} gallery images"
-    heads = ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"]
-    notes = [f"{name}: {explanation}." for name, explanation in report["conventions"].items()]
-    return Table(caption, heads, cells, 3, notes, frozenset(strong))
+def reid_table(caption: str, notes: list[str], rows: list[tuple[str, bool, str, str, list[float]]]) -> Table:
+    """The re-identification results of several nets on one data set; `rows` as in `reid_tables`."""
+    conventions = list(dict.fromkeys(row[0] for row in rows))
+    rows = sorted(rows, key=lambda row: conventions.index(row[0]))
+    column, cells = list(COLUMNS).index("mAP"), []
+    for convention, is_teacher, net, head, values in rows:
+        teacher = next((row[4] for row in rows if row[:2] == (convention, True)), None)
+        gain = "-" if is_teacher or teacher is None else f"{values[column] - teacher[column]:+.2f}"
+        label = "one head" if head == "feature" else ROW_LABELS.get(head, head)
+        cells.append([net, label, convention, *(f"{value:.2f}" for value in values), gain])
+    strong = frozenset(i for i, row in enumerate(rows) if row[3] == BOTH)
+    return Table(caption, ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"], cells, 3, notes, strong)
 
 
-# ---------------------------------------------------------------------------------------------- generation
-def swaps_table(result: dict[str, Any]) -> Table:
-    """The table of `swaps.json` of `mannequins.against_truth`."""
+def swaps_tables(result: dict[str, Any]) -> list[Table]:
+    """The tables of `swaps.json` of `mannequins.against_truth`: errors, and the people that the run's heads name."""
     heads, rows = swap_table(result)
     caption = (
         f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
@@ -130,29 +114,16 @@ def swaps_table(result: dict[str, Any]) -> Table:
         "training images.",
         f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.",
     ]
-    return Table(caption, ["images", *heads], [[label, *row] for label, row in rows.items()], 1, notes, frozenset({0}))
-
-
-def people_table(named: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """The people that the run's own heads name on generated and true swaps, from `swaps.json`."""
-    heads, rows = named_table(named)
-    note = (
-        "How often a head names the structure image's person, and the owner of the clothes. What it names on generated "
-        "but not on true swaps, it may read from errors of the generator."
-    )
-    cells = [[label, *row] for label, row in rows.items()]
-    return Table("Whom the run's own heads name, swaps of training images, %", ["images", *heads], cells, 1, [note])
-
-
-def scores_table(name: str, result: dict[str, Any]) -> Table:
-    """The table of a result file `name` of `gen_eval.score`, with the published scores."""
-    rows = [[images, *score_cells(row)] for images, row in result["scores"].items()]
-    rows += [[f"{images} (published)", *score_cells(row)] for images, row in result["published"].items()]
-    keys = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")
-    protocol = "; ".join(f"{key}: {result['protocol'][key]}" for key in keys)
-    notes = [f"(published): {PUBLISHED_NOTE}.", *result["not_computed"], protocol]
-    strong = frozenset(range(len(result["scores"])))
-    return Table(f"Scores of {name}", ["images", *SCORES.values()], rows, 1, notes, strong)
+    tables = [Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))]
+    if "named" in result:
+        heads, rows = named_table(result["named"])
+        note = (
+            "How often a head names the structure image's person, and the owner of the clothes. What it names on "
+            "generated but not on true swaps, it may read from errors of the generator."
+        )
+        caption = "Whom the run's own heads name, swaps of training images, %"
+        tables.append(Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, [note]))
+    return tables
 
 
 def generation_tables(run: RunFolder) -> list[Table]:
@@ -160,16 +131,18 @@ def generation_tables(run: RunFolder) -> list[Table]:
     tables = []
     for path, result in results(run.path, "reduction"):
         with read_from(path):
-            tables.append(swaps_table(result))
-            if "named" in result:
-                tables.append(people_table(result["named"]))
+            tables += swaps_tables(result)
     for path, result in results(run.path, "scores"):
         with read_from(path):
-            tables.append(scores_table(path.name, result))
+            rows = [[images, *score_cells(row)] for images, row in result["scores"].items()]
+            rows += [[f"{images} (published)", *score_cells(row)] for images, row in result["published"].items()]
+            protocol = "; ".join(f"{key}: {result['protocol'][key]}" for key in PROTOCOL_KEYS)
+            notes = [f"(published): {PUBLISHED_NOTE}.", *result["not_computed"], protocol]
+            strong = frozenset(range(len(result["scores"])))
+            tables.append(Table(f"Scores of {path.name}", ["images", *SCORES.values()], rows, 1, notes, strong))
     return tables
 
 
-# ------------------------------------------------------------------------------------------------- the run
 def settings_table(cfg: Config) -> Table:
     """The settings that differ from the default."""
     rows = [

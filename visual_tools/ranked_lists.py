@@ -1,27 +1,28 @@
-"""Ranked lists of an evaluation: a picture of the worst, the best and random queries, and a page of all."""
+"""Ranked lists of an evaluation or a search: an HTML page of all queries, and a picture of the worst and the best."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, Template
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import load_image
 from files import make_folder, write_json, write_whole
 from reid_eval.features import Features
-from reid_eval.ranking import Entry, Ranking, first_entries, main_setting
-from runs.grid import INK, WHITE, paint_grid
-from utils import UserError
-from visual_tools.page import Hit, Result, write_page
+from reid_eval.ranking import Ranking, first_entries, main_setting
+from runs.grid import INK, WHITE
+from visual_tools.figure import write_grid
 
 # Distinct for colour-blind readers; the word under each image says the same.
 COLOURS = {"right": (0, 158, 115), "wrong": (213, 94, 0), "junk": (150, 150, 150), "": WHITE}
 CELL_HEIGHT, CAPTION, FRAME = 128, 16, 4
-AT_MOST = 100  # queries of each kind: the picture has to be opened
 LEGEND = (
     "right: the query's identity under another camera; wrong: another identity; junk: not counted "
     "(the query's identity under the query's own camera, or an image without a person)"
@@ -29,13 +30,69 @@ LEGEND = (
 LEGEND_NO_CAMERAS = "right: the query's identity; wrong: another identity; junk: the query image itself, not counted"
 
 
-def check_count(count: int) -> None:
-    """Raise UserError for a `--rank-figure` that is out of range."""
-    if not 1 <= count <= AT_MOST:
-        raise UserError(f"--rank-figure {count}: must be between 1 and {AT_MOST}; the page shows all queries")
+@dataclass(frozen=True)
+class Hit:
+    """An image of a list: its file, the line under it, and its mark: "right", "wrong", "junk" or ""."""
+
+    path: str
+    caption: str
+    mark: str = ""
 
 
-def write_rank_figure(
+@dataclass(frozen=True)
+class Result:
+    """A query with its list. The page sorts by `values`, which have the same names in every result; None comes last."""
+
+    path: str
+    caption: str
+    hits: Sequence[Hit]
+    values: dict[str, float | None] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------- the page
+def template(name: str) -> Template:
+    """A template of this folder that escapes everything it is given."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
+def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Sequence[str] = ()) -> Path:
+    """Write the page of all results; the images stay where they are and are linked relative to the page.
+
+    Raises UserError if it cannot be written.
+    """
+    folder = os.path.abspath(out.parent)
+
+    def linked(path: str, caption: str) -> dict[str, str]:
+        # A file's name may contain any bytes.
+        src = quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
+        return {"src": src, "name": _text(os.path.basename(path)), "caption": _text(caption)}
+
+    stream = template("page.html").stream(
+        title=_text(title),
+        notes=[_text(note) for note in notes],
+        sort_keys=list(results[0].values) if results else [],
+        results=(
+            {
+                "query": linked(result.path, result.caption),
+                "sort_values": json.dumps(list(result.values.values())),
+                "hits": [linked(hit.path, hit.caption) | {"mark": hit.mark} for hit in result.hits],
+            }
+            for result in results
+        ),
+    )
+    stream.enable_buffering(1000)
+    make_folder(out.parent)
+    return write_whole(out, lambda file: stream.dump(file, encoding="utf-8"))
+
+
+def _text(text: str) -> str:
+    """`text` with question marks instead of bytes that are not text, which names of files may contain."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# --------------------------------------------------------------------------------------- an evaluation
+def write_ranked_lists(
     folder: Path,
     suffix: str,
     query: Features,
@@ -60,20 +117,25 @@ def write_rank_figure(
     Raises UserError for images that are gone and a folder that cannot be written.
     """
     setting, _ = main_setting(query.features.shape[1])
-    lists = first_entries(query, gallery, remove_same_camera=remove_same_camera)
     standard, official = rankings["standard"], rankings["official"]
-    legend = LEGEND if remove_same_camera else LEGEND_NO_CAMERAS
     results = []
-    for i, entries in enumerate(lists):
+    for i, entries in enumerate(first_entries(query, gallery, remove_same_camera=remove_same_camera)):
         first = int(standard.first[i])
-        values = {f"AP {name}": float(rankings[name].ap[i]) if first else None for name in ("standard", "official")}
-        caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; " + (
-            ", ".join(f"{name} {100 * ap:.2f} %" for name, ap in values.items()) + f", first match at rank {first}"
-            if first
-            else "no match in the gallery"
-        )
-        hits = [Hit(os.path.abspath(gallery.paths[e.index]), entry_caption(e), e.mark) for e in entries]
-        results.append(Result(os.path.abspath(query.paths[i]), caption, hits, values | {"first match": first or None}))
+        aps = {f"AP {name}": float(rankings[name].ap[i]) if first else None for name in ("standard", "official")}
+        text = "no match in the gallery"
+        if first:
+            text = ", ".join(f"{name} {100 * ap:.2f} %" for name, ap in aps.items()) + f", first match at rank {first}"
+        caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; {text}"
+        hits = [
+            Hit(
+                os.path.abspath(gallery.paths[e.index]),
+                f"{f'{e.rank} ' if e.rank else ''}{e.mark}, {e.score:.3f}",
+                e.mark,
+            )
+            for e in entries
+        ]
+        results.append(Result(os.path.abspath(query.paths[i]), caption, hits, aps | {"first match": first or None}))
+    legend = LEGEND if remove_same_camera else LEGEND_NO_CAMERAS
     notes = [
         f"{standard.queries} queries ({standard.without_match} without a match), {len(gallery)} gallery images; "
         f"{setting}; mAP {100 * official.mAP:.2f} official, {100 * standard.mAP:.2f} standard; Rank-1 "
@@ -81,9 +143,7 @@ def write_rank_figure(
         legend,
     ]
     shown = [(kind, results[i]) for kind, i in choose_queries(standard, count)]
-    figure = Image.fromarray(paint_lists(shown))
-    make_folder(folder)
-    picture = write_whole(folder / f"rank_figure{suffix}.png", lambda file: figure.save(file, format="PNG"))
+    picture = draw_lists(folder / f"rank_figure{suffix}.png", shown)
     page = write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)
     file = folder / f"rank_lists{suffix}.json"
     queries = [{"kind": kind} | asdict(result) for kind, result in shown]
@@ -98,17 +158,15 @@ def choose_queries(ranking: Ranking, count: int) -> list[tuple[str, int]]:
     """
     valid = np.flatnonzero(ranking.first)
     by_ap = valid[np.argsort(ranking.ap[valid], kind="stable")]
-    worst = by_ap[:count]
-    best = by_ap[count:][::-1][:count]
     rest = by_ap[count : max(count, len(by_ap) - count)]
     drawn = rest[np.random.default_rng(0).permutation(len(rest))[:count]]
     drawn = drawn[np.argsort(ranking.ap[drawn], kind="stable")]
-    kinds = {"worst": worst, "best": best, "random": drawn}
+    kinds = {"worst": by_ap[:count], "best": by_ap[count:][::-1][:count], "random": drawn}
     return [(kind, int(i)) for kind, queries in kinds.items() for i in queries]
 
 
-def paint_lists(lists: Sequence[tuple[str, Result]]) -> np.ndarray:
-    """The picture (H, W, 3) uint8 of (kind, query with its list): a row per query, the query image first."""
+def draw_lists(path: Path, lists: Sequence[tuple[str, Result]]) -> Path:
+    """Write the picture of (kind, query with its list): a row per query, the query image first."""
     # All cells have the first query's proportions, within limits.
     first = load_image(lists[0][1].path)
     width = int(np.clip(CELL_HEIGHT * first.width / first.height, CELL_HEIGHT / 2, 2 * CELL_HEIGHT))
@@ -117,20 +175,14 @@ def paint_lists(lists: Sequence[tuple[str, Result]]) -> np.ndarray:
         for _, query in lists
     ]
     labels = [f"{kind}: AP {100 * query.values['AP standard']:.1f} % (standard)" for kind, query in lists]
-    return paint_grid(rows, row_labels=labels, cell_height=rows[0][0].shape[0])
+    return write_grid(path, rows, row_labels=labels, cell_height=rows[0][0].shape[0])
 
 
 def _cell(path: str, width: int, caption: str, mark: str) -> np.ndarray:
     cell = Image.new("RGB", (width + 2 * FRAME, CELL_HEIGHT + 2 * FRAME + CAPTION), WHITE)
     draw = ImageDraw.Draw(cell)
     draw.rectangle((0, 0, cell.width - 1, CELL_HEIGHT + 2 * FRAME - 1), COLOURS[mark])
-    fitted = ImageOps.pad(load_image(path), (width, CELL_HEIGHT), Image.Resampling.BICUBIC, WHITE)
-    cell.paste(fitted, (FRAME, FRAME))
+    cell.paste(ImageOps.pad(load_image(path), (width, CELL_HEIGHT), Image.Resampling.BICUBIC, WHITE), (FRAME, FRAME))
     place = (cell.width / 2, cell.height - CAPTION / 2)
     draw.text(place, caption, INK, ImageFont.load_default(size=10), anchor="mm")
     return np.asarray(cell)
-
-
-def entry_caption(entry: Entry) -> str:
-    """The words under an image of a list: its rank, mark and score."""
-    return f"{entry.mark}, {entry.score:.3f}" if entry.rank is None else f"{entry.rank} {entry.mark}, {entry.score:.3f}"
