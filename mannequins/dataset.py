@@ -309,10 +309,9 @@ def is_embedded(path: Path | str) -> bool:
     return (Path(path) / "factors.json").is_file()
 
 
-def load_factors(path: Path | str) -> Factors:
-    """Read factors.json, given itself or its folder. Raises UserError for a file that the renderer cannot draw from."""
-    path = Path(path)
-    path = path if path.suffix == ".json" else path / "factors.json"
+def load_factors(folder: Path | str) -> Factors:
+    """Read a data set's factors.json. Raises UserError for a file that the renderer cannot draw from."""
+    path = Path(folder) / "factors.json"
     try:
         table = json.loads(path.read_bytes())
         if table["drawing"] != DRAWING:
@@ -323,13 +322,15 @@ def load_factors(path: Path | str) -> Factors:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:120]
         raise UserError(f"{path}: {where}: {first['msg'].lower()}; make the data set again") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
     for name, sight in factors.images.items():
         if sight.person not in factors.people:
-            raise UserError(f"{path}: {name} shows {sight.person!r}, who is not listed; make the data set again")
+            raise UserError(
+                f"{path}: {name[:80]} shows {sight.person[:80]!r}, who is not listed; make the data set again"
+            )
     return factors
 
 
@@ -358,7 +359,7 @@ def make_dataset(
     settings = make_settings(seed, preset, difficulty, **changes)
     done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
-        present = load_factors(done)
+        present = load_factors(out)
         for key, new in settings:
             if (old := getattr(present.settings, key)) != new:
                 raise UserError(f"{out}: holds a data set with {key}={old}, not {new}; choose another folder")

@@ -64,8 +64,7 @@ def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Seque
     folder = os.path.abspath(out.parent)
 
     def linked(path: str, caption: str) -> dict[str, str]:
-        # A file's name may contain any bytes.
-        src = quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
+        src = quote(os.fsencode(os.path.relpath(path, folder)))  # a name may contain any bytes
         return {"src": src, "name": _text(os.path.basename(path)), "caption": _text(caption)}
 
     stream = template("page.html").stream(

@@ -161,13 +161,13 @@ def highlights(tables: list[Table], swaps: dict[str, Any] | None, rate: float | 
     """
     tiles = []
     if tables:
-        official = [i for i, row in enumerate(tables[0].rows) if row[2] == "official"]
-        best = next((i for i in official if i in tables[0].strong), official[-1])
-        teacher = next((i for i in official if tables[0].rows[i][0].startswith("teacher ") and i != best), None)
+        official = {i: row for i, row in enumerate(tables[0].rows) if row[2] == "official"}
+        best = next((i for i in official if i in tables[0].strong), max(official))
+        teacher = next((row for i, row in official.items() if row[0].startswith("teacher ") and i != best), None)
         for name in ("Rank-1", "mAP"):
             column = tables[0].heads.index(name)
-            remark = "" if teacher is None else f"teacher {tables[0].rows[teacher][column]}"
-            tiles.append((f"{name}, official", f"{tables[0].rows[best][column]} %", remark))
+            remark = f"teacher {teacher[column]}" if teacher else ""
+            tiles.append((f"{name}, official", f"{official[best][column]} %", remark))
     if swaps is not None:
         remark = f"{swaps['generated']:.1f} against {swaps['copy']:.1f} grey levels"
         tiles.append(("swap error below copying", f"{100 * swaps['reduction']:.1f} %", remark))
