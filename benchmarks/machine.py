@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -17,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
+from torchvision import transforms
 
 from data.folders import ImageList, read_split
 from files import write_json
 from mannequins.dataset import make_dataset
+from utils import IMAGENET_MEAN, IMAGENET_STD
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -60,6 +64,17 @@ def draw_images(folder: Path, identities: int) -> ImageList:
     with redirect_stdout(None):
         make_dataset(folder / "mannequins", preset="tiny", train_ids=identities, test_ids=2)
     return read_split(folder / "mannequins", "train_all", need_names=False)
+
+
+def plain_reader(*steps: Callable[[Any], Any]) -> Callable[[Path], torch.Tensor]:
+    """Reads an image file as such scripts usually do: Pillow, torchvision's `steps`, then (3, H, W) normalised."""
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    def read(path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+
+    return read
 
 
 def alternate(
@@ -106,15 +121,6 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:
     """Print a result and write it to `name`.json in `folder`, in place of an earlier one."""
     path = Path(folder) / f"{name}.json"
-    print(yaml.safe_dump({name: rounded(result)}, sort_keys=False, width=120), end="")
     write_json(path, result)
-    print(f"written to {path}")
-
-
-def rounded(value: Any) -> Any:
-    """Numbers with four digits, in dicts and lists too."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(yaml.safe_dump({name: rounded}, sort_keys=False, width=120), end=f"written to {path}\n")

@@ -30,8 +30,6 @@ from data.folders import (
 from utils import UserError
 
 VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
-MSMT17_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2: training images, the others
-CUHK03_FOLDERS = ("labeled", "detected")
 CSV_NAME = "dataset.csv"
 CSV_COLUMNS = ("path", "identity", "camera", "split")
 CSV_SPLITS = ("train", "val", "query", "gallery", "multi-query")
@@ -85,7 +83,8 @@ def msmt17(root: Path) -> Splits:
     """
     lists = {split: root / f"list_{split}.txt" for split in ("train", "val", "query", "gallery")}
     _require(root, *(file.name for file in lists.values()))
-    versions = [folders for folders in MSMT17_FOLDERS if all((root / folder).is_dir() for folder in folders)]
+    versions = [("train", "test"), ("mask_train_v2", "mask_test_v2")]  # V1, V2: training images, the others
+    versions = [folders for folders in versions if all((root / folder).is_dir() for folder in folders)]
     if len(versions) != 1:
         what = "either train/ and test/ (V1) or mask_train_v2/ and mask_test_v2/ (V2)"
         raise UserError(f"--data_root {root}: must hold {what}; unpack one version into a folder of its own")
@@ -111,14 +110,12 @@ def _msmt17_image(folder: Path, line: str, where: str) -> SourceImage:
 
 
 def cuhk03_np(root: Path) -> dict[str, Path]:
-    """The folders of CUHK03-NP to prepare, by the name of the boxes: `labeled`, `detected`, or both.
+    """The folders of CUHK03-NP to prepare by name, `labeled` or `detected` or both: those in `root`, or `root` itself.
 
-    `root` holds one or both of them, or is one of them. Raises UserError for any other folder.
+    Raises UserError for any other folder.
     """
-    _require(root)
-    if root.resolve().name in CUHK03_FOLDERS:
-        return {root.resolve().name: root}
-    boxes = {name: root / name for name in CUHK03_FOLDERS if (root / name).is_dir()}
+    folders = [root.resolve(), root / "labeled", root / "detected"]
+    boxes = {folder.name: folder for folder in folders if folder.name in ("labeled", "detected") and folder.is_dir()}
     if not boxes:
         raise UserError(f"--data_root {root}: neither labeled/ nor detected/ in it; give the folder that holds them")
     return boxes

@@ -145,47 +145,33 @@ def _parse_row(line: list[str]) -> Row:
         raise ValueError(f"{len(line)} columns instead of {len(Row._fields)}")
     row = Row(*line)
     inner = PurePosixPath(row.file)
-    if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts:
-        raise ValueError(f"{row.file[:80]!r} leads out of the manifest's folder")
+    if not inner.parts or "\0" in row.file or inner.is_absolute() or ".." in inner.parts or len(row.file) > 1024:
+        raise ValueError(f"{row.file[:80]!r} is not the path of a file in the manifest's folder")
     for camera in (row.appearance_camera, row.structure_camera):
         if not re.fullmatch("[0-9]{1,18}", camera):
             raise ValueError(f"camera {camera[:20]!r} is not a whole number of at most 18 digits")
     return row._replace(appearance_camera=int(row.appearance_camera), structure_camera=int(row.structure_camera))
 
 
-class ManifestFile:
-    """The manifest while images are being added. At any moment, every image that it lists exists and is whole."""
+def commit_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Rename the finished images of `rows` and add them to the manifest; after an exception, none is listed or exists.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = open(folder / MANIFEST, "ab", buffering=0)
-        if self._file.tell() == 0:
-            self._append([Row._fields])
-
-    def __enter__(self) -> ManifestFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def commit(self, rows: Sequence[Row]) -> None:
-        """Rename the finished images of `rows` and list them. After an exception, none is listed or exists."""
-        end = self._file.seek(0, os.SEEK_END)
-        paths = [self.folder / row.file for row in rows]
+    At any moment, every image in the manifest exists and is whole.
+    """
+    paths = [folder / row.file for row in rows]
+    with open(folder / MANIFEST, "ab", buffering=0) as manifest:
+        end = manifest.tell()
         try:
             for path in paths:
                 os.replace(part_of(path), path)
-            self._append(rows)
+            data = csv_bytes(rows if end else [Row._fields, *rows])
+            while data:  # A disk that is nearly full may take only the beginning.
+                data = data[manifest.write(data) :]
         except BaseException:
-            self._file.truncate(end)
+            manifest.truncate(end)
             for path in paths:
                 path.unlink(missing_ok=True)
             raise
-
-    def _append(self, rows: Sequence[Sequence[object]]) -> None:
-        data = csv_bytes(rows)
-        while data:  # A disk that is nearly full may take only the beginning.
-            data = data[self._file.write(data) :]
 
 
 def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:

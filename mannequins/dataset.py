@@ -37,33 +37,17 @@ DRAWING = 1  # Raise it when the drawing changes, so that old folders are not ta
 JPEG_QUALITY = 95
 CHUNK = 64  # images that a process draws at a time
 
-GARMENTS: dict[str, RGB] = {
-    "red": (206, 46, 48),
-    "orange": (240, 132, 34),
-    "yellow": (246, 208, 56),
-    "green": (66, 160, 72),
-    "teal": (28, 148, 150),
-    "sky": (104, 182, 232),
-    "blue": (40, 78, 176),
-    "violet": (126, 62, 166),
-    "pink": (236, 110, 166),
-    "brown": (122, 78, 46),
-    "white": (238, 236, 228),
-    "black": (50, 50, 58),
-}
-# Their means over the channels lie within 20 levels: in the gray that the structure encoder sees, all look alike.
-VIVID: dict[str, RGB] = {
-    "red": (232, 58, 58),
-    "orange": (240, 112, 20),
-    "gold": (214, 160, 10),
-    "lime": (130, 190, 40),
-    "green": (56, 184, 100),
-    "teal": (20, 164, 164),
-    "sky": (50, 140, 200),
-    "blue": (56, 96, 220),
-    "violet": (126, 66, 192),
-    "magenta": (200, 44, 140),
-}
+# Red, orange, yellow, green, teal, sky; blue, violet, pink, brown, white, black.
+GARMENTS: tuple[RGB, ...] = (
+    (206, 46, 48), (240, 132, 34), (246, 208, 56), (66, 160, 72), (28, 148, 150), (104, 182, 232),
+    (40, 78, 176), (126, 62, 166), (236, 110, 166), (122, 78, 46), (238, 236, 228), (50, 50, 58),
+)  # fmt: skip
+# Red, orange, gold, lime, green; teal, sky, blue, violet, magenta. Their means over the channels lie within 20 levels:
+# in the gray that the structure encoder sees, all look alike.
+VIVID: tuple[RGB, ...] = (
+    (232, 58, 58), (240, 112, 20), (214, 160, 10), (130, 190, 40), (56, 184, 100),
+    (20, 164, 164), (50, 140, 200), (56, 96, 220), (126, 66, 192), (200, 44, 140),
+)  # fmt: skip
 PALER = 0.3  # share of white in the pattern of a vivid garment
 SHOES: tuple[RGB, ...] = ((235, 235, 232), (40, 40, 44), (122, 74, 44), (190, 48, 46), (52, 84, 160))
 SKINS: tuple[RGB, ...] = ((246, 212, 186), (228, 182, 148), (192, 136, 98), (138, 92, 66))
@@ -73,8 +57,6 @@ BAG_TONES: tuple[RGB, ...] = ((62, 62, 68), (140, 104, 70), (176, 170, 158))
 
 
 # ---------------------------------------------------------------- settings
-
-
 class Settings(BaseModel):
     """All that determines a data set. Recorded in factors.json."""
 
@@ -133,8 +115,6 @@ def make_settings(seed: int = 0, preset: str = "demo", difficulty: float = 1.0, 
 
 
 # ---------------------------------------------------------------- who is seen where
-
-
 @dataclass(frozen=True)
 class Person:
     appearance: Appearance
@@ -166,11 +146,10 @@ def _grey(colour: RGB) -> float:
 
 def _outfit(rng: np.random.Generator, pair: tuple[RGB, RGB], settings: Settings) -> Appearance:
     upper, lower = pair
-    # A pattern has to be seen in grey too.
     if settings.vivid:
         seconds = [tuple(round(level + PALER * (255 - level)) for level in upper)]
-    else:
-        seconds = [c for c in GARMENTS.values() if c != lower and abs(_grey(c) - _grey(upper)) > 50]
+    else:  # A pattern has to be seen in grey too.
+        seconds = [c for c in GARMENTS if c != lower and abs(_grey(c) - _grey(upper)) > 50]
     return Appearance(
         upper=upper,
         upper_second=_pick(rng, seconds),
@@ -235,7 +214,6 @@ def _shot(rng: np.random.Generator, settings: Settings, camera: int, tint: np.nd
 def _plan(settings: Settings) -> Factors:
     """Everything that `settings` asks for, before anything is drawn."""
     people_rng, camera_rng, rng = (np.random.default_rng((settings.seed, stream)) for stream in range(3))
-
     # Cameras: casts spread over the hue circle, brightness over its range.
     n = settings.cameras
     hues = 2 * math.pi * (camera_rng.permutation(n) + camera_rng.random()) / n
@@ -247,7 +225,7 @@ def _plan(settings: Settings) -> Factors:
     train_groups = math.ceil(settings.train_ids / settings.group_size)
     test_groups = math.ceil(settings.test_ids / settings.test_group_size)
     garments = VIVID if settings.vivid else GARMENTS
-    pairs = [(upper, lower) for upper in garments.values() for lower in garments.values() if upper != lower]
+    pairs = [(upper, lower) for upper in garments for lower in garments if upper != lower]
     pairs = [pairs[k] for k in people_rng.permutation(len(pairs))]
     share = max(1, min(len(pairs) - 1, round(len(pairs) * train_groups / (train_groups + test_groups))))
     identities = _groups(people_rng, settings, "train", settings.train_ids, settings.group_size, pairs[:share])
@@ -290,8 +268,6 @@ def _plan(settings: Settings) -> Factors:
 
 
 # ---------------------------------------------------------------- factors.json
-
-
 @dataclass(frozen=True)
 class Factors:
     """What every image of a data set was drawn from. Images go by their file name."""
@@ -333,10 +309,9 @@ def is_embedded(path: Path | str) -> bool:
     return (Path(path) / "factors.json").is_file()
 
 
-def load_factors(path: Path | str) -> Factors:
-    """Read factors.json, given itself or its folder. Raises UserError for a file that the renderer cannot draw from."""
-    path = Path(path)
-    path = path if path.suffix == ".json" else path / "factors.json"
+def load_factors(folder: Path | str) -> Factors:
+    """Read a data set's factors.json. Raises UserError for a file that the renderer cannot draw from."""
+    path = Path(folder) / "factors.json"
     try:
         table = json.loads(path.read_bytes())
         if table["drawing"] != DRAWING:
@@ -347,19 +322,19 @@ def load_factors(path: Path | str) -> Factors:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:120]
         raise UserError(f"{path}: {where}: {first['msg'].lower()}; make the data set again") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not the factors of a mannequin data set; make it again") from None
     for name, sight in factors.images.items():
         if sight.person not in factors.people:
-            raise UserError(f"{path}: {name} shows {sight.person!r}, who is not listed; make the data set again")
+            raise UserError(
+                f"{path}: {name[:80]} shows {sight.person[:80]!r}, who is not listed; make the data set again"
+            )
     return factors
 
 
 # ---------------------------------------------------------------- writing
-
-
 def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> None:
     for person, name, sight in entries:
         buffer = io.BytesIO()
@@ -384,8 +359,8 @@ def make_dataset(
     settings = make_settings(seed, preset, difficulty, **changes)
     done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
-        present = load_factors(done)
-        for key, new in settings.model_dump().items():
+        present = load_factors(out)
+        for key, new in settings:
             if (old := getattr(present.settings, key)) != new:
                 raise UserError(f"{out}: holds a data set with {key}={old}, not {new}; choose another folder")
         print(f"{out}: complete already, {len(present.images)} images")

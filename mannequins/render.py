@@ -26,7 +26,6 @@ Paint = RGB | Image.Image  # a colour, or a cloth to cut from
 OVERSAMPLE = 4
 
 UpperKind = Literal["plain", "stripes", "checks", "two-tone"]
-LowerKind = Literal["trousers", "shorts", "skirt"]
 HairStyle = Literal["short", "bob", "long", "ponytail", "bun", "bald"]
 Bag = Literal["none", "backpack", "shoulder", "handbag"]
 UPPER_KINDS, HAIR_STYLES, BAGS = get_args(UpperKind), get_args(HairStyle), get_args(Bag)
@@ -47,7 +46,7 @@ class Appearance:
     upper_kind: UpperKind
     sleeves: Literal["long", "short"]
     lower: RGB
-    lower_kind: LowerKind
+    lower_kind: Literal["trousers", "shorts", "skirt"]
     shoes: RGB
     skin: RGB
 
@@ -116,8 +115,6 @@ def _paint(appearance: Appearance, body: Body, shot: Shot, size: tuple[int, int]
 
 
 # ---------------------------------------------------------------- painter
-
-
 class _Painter:
     """Three layers of one size: flat colour, shading that multiplies it, and coverage.
 
@@ -198,8 +195,6 @@ class _Painter:
 
 
 # ---------------------------------------------------------------- person
-
-
 class _Figure:
     """A walking person. Its units: the height is 1, x to the person's left, y up, z forward."""
 
@@ -440,8 +435,6 @@ def _paint_occluder(painter: _Painter, kind: str, where: float) -> None:
 
 
 # ---------------------------------------------------------------- scenes
-
-
 class _Scene(NamedTuple):
     wall: RGB
     ground: RGB

@@ -108,8 +108,7 @@ class SkippedSteps:
         # `scale` is the one public way to the scale that does not wait for the device.
         self._scales = {name: scaler.scale(self._one) for name, scaler in self._scalers.items()}
         self._counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in self._scalers}
-        self._marks: deque[tuple[int, dict[str, int]]] = deque([(0, dict.fromkeys(self._scalers, 0))])
-        self._steps = 0
+        self._steps, self._checked, self._before = 0, 0, self.counts()
 
     def note(self) -> None:
         """Look at the scales after a step; a few kernels, no waiting."""
@@ -124,18 +123,17 @@ class SkippedSteps:
         return {name: int(count) for name, count in self._counts.items()}
 
     def most(self) -> str | None:
-        """In words, which scaler has skipped more than half of the recent steps; None where none has."""
-        counts = self.counts()
-        self._marks.append((self._steps, counts))
-        # The newest mark that lies a window back, or the oldest.
-        while len(self._marks) > 2 and self._steps - self._marks[1][0] >= self.WINDOW:
-            self._marks.popleft()
-        before, then = self._marks[0]
-        steps = self._steps - before
-        for name, count in counts.items():
-            if steps >= self.WINDOW and 2 * (count - then[name]) > steps:
-                scale = float(self._scales[name])
-                return f"{count - then[name]} of the last {steps} steps of {name} (gradient scale now {scale:.3g})"
+        """In words, which scaler has skipped more than half of the steps since the last look, `WINDOW` or more."""
+        steps, counts = self._steps - self._checked, self.counts()
+        if steps < self.WINDOW:
+            return None
+        skipped = {name: count - self._before[name] for name, count in counts.items()}
+        self._checked, self._before = self._steps, counts
+        for name, count in skipped.items():
+            if 2 * count > steps:
+                return (
+                    f"{count} of the last {steps} steps of {name} (gradient scale now {float(self._scales[name]):.3g})"
+                )
         return None
 
 

@@ -78,8 +78,8 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
                     f"{folder / 'opts.yaml'}: crop_image_height and crop_image_width must be whole numbers above 0 "
                     f"(got {height!r} and {width!r})"
                 )
-            data_root, digest = str(opts.get("data_root", "../Market/pytorch/")), opts.get("classes")
-            people = People(digest, data_root) if isinstance(digest, str) else None
+            data_root, mark = str(opts.get("data_root", "../Market/pytorch/")), opts.get("classes")
+            people = People(mark, data_root) if isinstance(mark, str) else None
             backbone = str(opts.get("backbone", "resnet50"))
             return TeacherFiles(folder, stride, backbone, height, width, data_root, people)
     raise UserError(
@@ -116,7 +116,7 @@ def save_teacher(
 ) -> None:
     """Write a trained teacher to the folder that DG-Net reads."""
     opts = cfg.model_dump() | {"nclasses": classes, "ID_class": classes, "name": run.name}
-    opts |= {"classes": people.digest} if people else {}
+    opts |= {"classes": people.mark} if people else {}
     # The weights come last: a teacher exists once they do, and without the options they would be misread.
     write_text(run.model / "opts.yaml", yaml.safe_dump(opts, sort_keys=False))
     write_tensors(run.model / "net_last.pth", net.state_dict())

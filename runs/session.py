@@ -73,7 +73,7 @@ class Session:
         names = "\n".join(f"{label} {path.name}" for label, path in zip(images.labels(), images.paths, strict=True))
         cpu = self.device.type == "cpu"
         return {
-            "classes": self.people.digest,
+            "classes": self.people.mark,
             "training images": f"{len(images)} (list {hashlib.sha256(names.encode()).hexdigest()[:8]})",
             "device": f"cpu, threads {torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device),
             "processes": collectives.world_size(),

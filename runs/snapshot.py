@@ -177,8 +177,9 @@ def changed_settings(
     """Settings that affect results and differ from the snapshot: name to (then, now)."""
     then = exact_settings(manifest["config"]) | manifest["circumstances"]
     now = exact_settings(cfg.model_dump(mode="json")) | dict(circumstances)
-    # A key that only one of the two knows belongs to another version.
-    return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
+    # A key that only one of the two knows belongs to another version; whose the classes are is compared elsewhere.
+    keys = [name for name in now if name in then and name != "classes"]
+    return {name: (then[name], now[name]) for name in keys if then[name] != now[name]}
 
 
 def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None, *, fall_back: bool = False) -> int:

@@ -79,9 +79,9 @@ def restore(s: Session, resume: str) -> int:
     start = load_snapshot(folder, s.trainer, iteration, fall_back=resume == "auto")
     log.info("resumed %s after %d of %d steps", s.run.name, start, s.max_iter)
     manifest = read_manifest(folder, start)
-    digest = manifest["circumstances"].get("classes") if manifest else None
-    if digest is not None and not s.cfg.trust_classes:
-        then = People(digest, manifest["config"].get("data_root", "?"))
+    mark = manifest["circumstances"].get("classes") if manifest else None
+    if isinstance(mark, str) and not s.cfg.trust_classes:
+        then = People(mark, manifest["config"].get("data_root", "?"))
         require_same_people(then, s.people, what=f"--resume {s.run.name}", allow="--set trust_classes=true")
     changed = changed_settings(manifest, s.cfg, s.circumstances) if manifest else {}
     if changed and start < s.max_iter:

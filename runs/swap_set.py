@@ -29,8 +29,8 @@ from config import DGNetConfig
 from data.folders import UNFINISHED_MARK, ImageList, is_data_set, read_people, read_split
 from data.generated import (
     SETTINGS,
-    ManifestFile,
     Row,
+    commit_rows,
     count_pairs,
     draw_swap_pairs,
     format_soft_label,
@@ -294,10 +294,10 @@ def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str]) -> t
     count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
     bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
     try:
-        with bar, ManifestFile(job.out) as manifest, closing(make_together(job, nets, batches)) as results:
+        with bar, closing(make_together(job, nets, batches)) as results:
             for process, made, spent in results:
                 rows = [row for row in made if row.file not in present]
-                manifest.commit(rows)
+                commit_rows(job.out, rows)
                 bar.update(len(rows))
                 count += len(rows)
                 made_by[process] += len(made)
@@ -363,8 +363,8 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
     # Whose identities the names and the soft labels have: a training on the images compares them with its own.
-    settings |= {"identities": identify_people(images, root).digest if labelled else None}
-    settings |= {"classes": people.digest if people else None, "data_root": str(known_root(args, cfg))}
+    settings |= {"identities": identify_people(images, root).mark if labelled else None}
+    settings |= {"classes": people.mark if people else None, "data_root": str(known_root(args, cfg))}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
     return generate(job, nets, settings, started)
 

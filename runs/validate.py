@@ -70,18 +70,15 @@ def evaluate(s: Session, done: int) -> dict[str, float]:
 @contextmanager
 def as_saved(*nets: nn.Module) -> Iterator[None]:
     """The nets in eval mode, with process 0's running statistics; afterwards as they were before."""
-    modes = [(module, module.training) for net in nets for module in net.modules()]
-    own = [(buffer, buffer.clone()) for net in nets for buffer in net.buffers()]
-    try:
-        for net in nets:
-            net.eval()
-            collectives.share_tensors(list(net.buffers()))
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, before in own:
-            buffer.copy_(before)
+    buffers = [buffer for net in nets for buffer in net.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    with evaluating(*nets):
+        collectives.share_tensors(buffers)
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 @torch.no_grad()

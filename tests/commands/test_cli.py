@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,19 +111,17 @@ def copied(trained: Runs, tmp_path: Path) -> Runs:
 
 # ------------------------------------------------------------------------------------------ whole runs
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    for name, option in (("train", "--resume"), ("test", "--which_epoch")):
-        assert option in clean(shell(tmp_path, name, "--help"))
-        program = (
-            "import runpy, sys\n"
-            f"sys.argv = ['{name}.py', '--help']\n"
-            f"sys.path.insert(0, {str(ROOT)!r})\n"
-            "try:\n"
-            f"    runpy.run_path({str(ROOT / f'{name}.py')!r}, run_name='__main__')\n"
-            "except SystemExit:\n"
-            "    print('heavy', sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))\n"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert done.stdout.endswith("heavy []\n")
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['test.py', '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'test.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    print('heavy', sorted({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "--which_epoch" in done.stdout and done.stdout.endswith("heavy []\n")
 
 
 def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
@@ -195,32 +194,17 @@ def check_report(printed: str, file: Path, queries: int) -> dict[str, Any]:
 def test_evaluation_of_a_run(trained: Runs) -> None:
     out = clean(shell(trained.folder, "test", "--name", "tiny", "--output_path", trained.folder, "--threads", 1))
     report = check_report(out, trained.run / "reid.json", trained.images("query"))
-    assert "tiny after 6 steps" in out and (report["name"], report["iteration"]) == ("tiny", 6)
-    for words in ("primary (beta 0)", "fine-grained only", "0.5"):
-        assert words in out
+    assert (report["name"], report["iteration"]) == ("tiny", 6)
     assert len(report["tables"]["single query"]) == 3
     (trained.run / "reid.json").unlink()
 
 
 def test_evaluation_of_a_teacher(trained: Runs, script: Script) -> None:
-    out = clean(
-        script(
-            "test",
-            "--teacher",
-            "tutor",
-            "--output_path",
-            trained.folder,
-            "--multi",
-            "--batchsize",
-            "auto",
-            "--precision",
-            "bf16",
-        )
-    )
+    options = ("--multi", "--batchsize", "auto", "--precision", "bf16")
+    out = clean(script("test", "--teacher", "tutor", "--output_path", trained.folder, *options))
     file = trained.folder / "models" / "tutor" / "reid.json"
     report = check_report(out, file, trained.images("query"))
-    assert "teacher tutor" in out and "multi-query" in report["tables"]
-    assert report["precision"] == "bf16"
+    assert "multi-query" in report["tables"] and report["precision"] == "bf16"
     file.unlink()
 
 
@@ -228,13 +212,12 @@ def test_evaluation_of_an_earlier_snapshot_on_other_data(trained: Runs, script: 
     shutil.copytree(trained.data, tmp_path / "other")
     where = ("--output_path", trained.folder, "--name", "tiny")
     out = clean(script("test", *where, "--which_epoch", 3, "--test_dir", tmp_path / "other"))
-    name = trained.data.name
-    assert f"tiny after 3 steps, trained on {name}, tested on other ({tmp_path / 'other'})" in out
+    assert str(tmp_path / "other") in out
     report = json.loads((trained.run / "reid-other.json").read_text())
-    assert (report["iteration"], report["trained_on"], report["tested_on"]) == (3, name, "other")
+    assert (report["iteration"], report["trained_on"], report["tested_on"]) == (3, trained.data.name, "other")
     assert not (trained.run / "reid.json").exists(), "that of the run's own data set"
     (trained.run / "reid-other.json").unlink()
-    assert "--which_epoch 4: no such snapshot; there are 3, 6" in script("test", *where, "--which_epoch", 4).error
+    assert re.search("--which_epoch 4.*3, 6", script("test", *where, "--which_epoch", 4).error)
 
 
 def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path: Path) -> None:
@@ -247,10 +230,8 @@ def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path:
     reports = {name: check_report(out, file, trained.images("query")) for name, file in files.items()}
     assert [report["tested_on"] for report in reports.values()] == list(files)
     assert reports["Other"]["gallery"] < reports[trained.data.name]["gallery"]
-    assert f"tiny after 6 steps, tested on {trained.data.name} ({trained.data})" in out
-    table = out[out.rindex("tiny after 6 steps") :]
     for name, report in reports.items():
-        rows = [line for line in table.splitlines() if line.startswith(f"  {name} ")]
+        rows = [line for line in out.splitlines() if line.startswith(f"  {name} ")]
         expected = [
             f"{100 * by_convention[convention]['mAP']:.2f}"
             for by_setting in report["tables"].values()
@@ -264,11 +245,10 @@ def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path:
     # What is wrong with the second shows before the first is begun.
     before = contents(trained.folder)
     again = script("test", *where, "--test_dir", trained.data, tmp_path / "nowhere")
-    assert "nowhere: no such folder" in again.error and again.out == ""
-    same = script("test", *where, "--test_dir", tmp_path / "Other", roots[1])
-    assert "--test_dir" in same.error
+    assert "nowhere" in again.error and again.out == ""
+    assert "--test_dir" in script("test", *where, "--test_dir", tmp_path / "Other", roots[1]).error
     saved = script("test", *where, "--test_dir", *roots, "--save-features", tmp_path / "f.npz")
-    assert "--save-features: holds one data set" in saved.error and not (tmp_path / "f.npz").exists()
+    assert "--save-features" in saved.error and not (tmp_path / "f.npz").exists()
     assert contents(trained.folder) == before
 
 
@@ -278,23 +258,14 @@ def test_a_dry_run_builds_everything_and_writes_nothing(trained: Runs, script: S
         script("train", "--config", trained.config(), "--name", "dry", "--output_path", trained.folder, "--dry-run")
     )
     assert contents(trained.folder) == before
-    for words in (
-        "run dry: dgnet on",
-        f"{n} images of 8 identities",
-        "batch x (2, 3, 64, 32)",
-        "structure code (16, 32, 16), appearance code (256,)",
-        f"6 steps, {n // 2} per epoch, a snapshot every 3",
-        "Generator",
-        "Discriminator",
-        "IdNetAB",
-        "teacher_w",
-    ):
+    numbers = f"{n} images of 8 identities", "(2, 3, 64, 32)", "(16, 32, 16)", "(256,)", f"{n // 2} per epoch"
+    for words in (*numbers, "Generator", "Discriminator", "IdNetAB", "teacher_w"):
         assert words in out, words
     where = ("--name", "dry", "--output_path", trained.folder, "--dry-run")
     clean(script("train", "--config", trained.config(), *where, "--set", "single=edge"))
     teacher = trained.folder / "tiny-teacher.yaml"
     out = clean(script("train", "--config", teacher, "--output_path", trained.folder, "--dry-run"))
-    assert "run tiny-teacher: teacher on" in out and f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
+    assert f"{2 * (n // 16)} steps, {n // 16} per epoch" in out
     assert contents(trained.folder) == before
 
 
@@ -326,35 +297,28 @@ def test_of_several_processes_the_first_decides_what_auto_is(
     assert "on cpu in bf16, " in clean(script("train", "--config", trained.config(), *where))
 
 
-def test_a_run_is_never_overwritten(trained: Runs, script: Script) -> None:
+def test_a_run_is_never_overwritten(trained: Runs, script: Script, tmp_path: Path) -> None:
     before = contents(trained.folder)
-    again = shell(trained.folder, "train", "--config", "tiny.yaml", "--output_path", trained.folder)
-    assert "holds another run; continue it with --resume or choose another --name" in again.error
-    assert str(trained.run) in again.error
-    teacher = script(
-        "train", "--config", trained.folder / "tiny-teacher.yaml", "--name", "tutor", "--output_path", trained.folder
-    )
-    assert "holds another run" in teacher.error
+    where = ("--output_path", trained.folder)
+    for config, name in (("tiny", "tiny"), ("tiny-teacher", "tutor")):
+        error = script("train", "--config", trained.folder / f"{config}.yaml", "--name", name, *where).error
+        assert name in error and "--resume" in error and "--name" in error
     assert contents(trained.folder) == before
-
-
-def test_a_folder_of_other_files_is_not_used(trained: Runs, script: Script, tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "mine"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("precious")
     (tmp_path / "models").symlink_to(trained.folder / "models")
     start = ("train", "--config", trained.config(), "--name", "mine", "--output_path", tmp_path)
-    assert "mine holds another run" in script(*start).error
+    assert "mine" in script(*start).error
     assert contents(folder).keys() == {"notes.txt"}
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(copied: Runs) -> None:
+def test_a_resumed_run_ends_as_an_uninterrupted_one(copied: Runs, script: Script) -> None:
     whole = contents(copied.run)
     shutil.rmtree(copied.run / "checkpoints" / "00000006")
     (copied.run / "images" / "test_00000006.png").unlink()
-    resumed = shell(
-        copied.folder, "train", "--config", "tiny.yaml", "--output_path", copied.folder, "--resume", "--threads", 1
-    )
+    where = ("--output_path", copied.folder, "--resume", "--threads", 1, "--device", "cpu")
+    resumed = script("train", "--config", copied.config(), *where)
     clean(resumed)
     assert "3 of 6" in resumed.err
     assert contents(copied.run) == whole, "every file, bit for bit"
@@ -369,25 +333,15 @@ def test_resume_needs_the_name_only(copied: Runs, script: Script) -> None:
 
 
 def test_another_teacher_of_the_same_name_is_noticed(copied: Runs, script: Script) -> None:
-    again = (
-        "train",
-        "--name",
-        "tiny",
-        "--output_path",
-        copied.folder,
-        "--threads",
-        1,
-        "--resume",
-        "--set",
-        "max_iter=7",
-    )
     shutil.rmtree(copied.run / "checkpoints" / "00000006")
     weights = copied.folder / "models" / "tutor" / "net_last.pth"
     state = torch.load(weights, weights_only=True)
     state["model.conv1.weight"] += 0.01
     torch.save(state, weights)
-    (note,) = (line for line in script(*again).err.splitlines() if line.startswith("warning"))
-    assert "teachers was " in note and note.count(" was ") == 1
+    where = ("--name", "tiny", "--output_path", copied.folder, "--threads", 1)
+    outcome = script("train", *where, "--resume", "--set", "max_iter=7")
+    (note,) = (line for line in outcome.err.splitlines() if line.startswith("warning"))
+    assert "teachers" in note and note.count(" was ") == 1
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -412,30 +366,20 @@ def refused(trained: Runs, script: Script, tmp_path: Path) -> Callable[..., str]
 Refused = Callable[..., str]
 
 
-def test_data_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
-    assert f"data_root {tmp_path / 'nowhere'}: no such folder" in refused(f"data_root={tmp_path / 'nowhere'}")
+def test_data_that_is_not_there(refused: Refused, trained: Runs, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in refused(f"data_root={tmp_path / 'nowhere'}")
     empty = tmp_path / "empty"
-    empty.mkdir()
-    assert f"data_root {empty}: no train_all/" in refused(f"data_root={empty}")
-    (empty / "train_all").mkdir()
-    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
-    (empty / "train_all" / "0002").mkdir()
-    assert f"{empty / 'train_all'}: no images" in refused(f"data_root={empty}")
-
-
-def test_one_identity_only(refused: Refused, trained: Runs, tmp_path: Path) -> None:
+    for folder in (empty, empty / "train_all", empty / "train_all" / "0002"):
+        folder.mkdir()
+        assert "train_all" in refused(f"data_root={empty}")
     one = tmp_path / "one" / "bounding_box_train"
     one.mkdir(parents=True)
     images = sorted((trained.data / "bounding_box_train").iterdir())
     for path in images:
         if path.name.split("_")[0] == images[0].name.split("_")[0]:
             shutil.copy(path, one)
-    message = refused(f"data_root={one.parent}")
-    assert "1 identity here" in message and "at least 2" in message
-
-
-def test_fewer_images_than_a_batch(refused: Refused, trained: Runs) -> None:
-    assert f"{trained.images()} training images are fewer than batch_size 1000" in refused("batch_size=1000")
+    assert re.search("1 identity .* 2", refused(f"data_root={one.parent}"))
+    assert re.search(f"{trained.images()} .*batch_size 1000", refused("batch_size=1000"))
 
 
 def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
@@ -445,69 +389,59 @@ def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script,
     cut(first)
     second.write_bytes(b"")
     message = refused(f"data_root={data}")
-    assert f"2 of {trained.images()} images cannot be read" in message
-    assert first.name in message and second.name in message and "skip_bad_images: true" in message
+    for words in (f"2 of {trained.images()}", first.name, second.name, "skip_bad_images"):
+        assert words in message
 
     options = ("--output_path", trained.folder, "--dry-run", "--set", f"data_root={data}", "skip_bad_images=true")
     outcome = script("train", "--config", trained.config(), "--name", "new", *options)
     assert f"{trained.images() - 2} images of 8 identities" in clean(outcome)
     (warning,) = [line for line in outcome.err.splitlines() if line.startswith("warning:")]
-    assert f"2 of {trained.images()} images cannot be read" in warning and first.name in warning
+    assert f"2 of {trained.images()}" in warning and first.name in warning
 
 
 @pytest.mark.parametrize(
     "changes,words",
     [
-        (dict(bacth_size=4), "unknown key bacth_size; did you mean batch_size?"),
-        (dict(gen=dict(dimm=4)), "unknown key gen.dimm; did you mean gen.dim?"),
+        (dict(bacth_size=4), "bacth_size.*batch_size"),
+        (dict(gen=dict(dimm=4)), "gen.dimm.*gen.dim"),
         (dict(batch_size="many"), "batch_size: "),
         (dict(crop_image_height=-64), "crop_image_height: "),
         (dict(gen=dict(dim=-4)), "gen.dim: "),
-        (dict(ID_class=751), "ID_class is 751, but"),
-        (dict(backbone="vgg16"), "backbone vgg16: not a ResNet"),
-        (dict(backbone="resnet10w16"), "gen.id_dim to 128"),
+        (dict(ID_class=751), "ID_class.*751"),
+        (dict(backbone="vgg16"), "backbone.*vgg16"),
+        (dict(backbone="resnet10w16"), "gen.id_dim.*128"),
         (dict(gen=dict(dec="slim")), "gen.dec: "),
     ],
     ids=str,
 )
 def test_bad_configs(refused: Refused, trained: Runs, changes: dict[str, Any], words: str) -> None:
     config = trained.config(**changes)
-    assert words in refused(config=config)
-
-
-def test_a_misspelt_key_in_a_process_of_its_own(trained: Runs, tmp_path: Path) -> None:
-    outcome = shell(tmp_path, "train", "--config", trained.config(), "--output_path", tmp_path, "--set", "max_itr=4")
-    assert "tiny.yaml: unknown key max_itr; did you mean max_iter?" in outcome.error
-    assert outcome.err.count("\n") == 1 and outcome.out == ""
-    assert not list(tmp_path.iterdir())
+    assert re.search(words, refused(config=config))
 
 
 def test_a_config_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
-    assert "nowhere.yaml: no such file" in refused(config=tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml" in refused(config=tmp_path / "nowhere.yaml")
     (tmp_path / "empty.yaml").write_text("")
     assert "empty.yaml: " in refused(config=tmp_path / "empty.yaml")
 
 
 def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
-    message = refused("teacher=nobody")
-    assert "python train.py --config configs/teacher.yaml --name nobody" in message
+    assert "--config configs/teacher.yaml --name nobody" in refused("teacher=nobody")
     assert "nobody" in refused("teacher='tutor,nobody'")
-
     other = tmp_path / "output" / "models" / "other"
     other.mkdir()
     torch.save(build_teacher(5, backbone="resnet10w8").state_dict(), other / "net_last.pth")
     (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\n")
-    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other")
-    assert "the teacher knows 5 identities, the data 8" in refused("teacher=other", "id_init=teacher", "teacher_w=0")
-    (other / "opts.yaml").write_text("stride: 3\n")
-    assert "stride must be 1 or 2" in refused("teacher=other")
-    (other / "opts.yaml").write_text("stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n")
-    assert "opts.yaml: " in refused("teacher=other")
-    cut(other / "net_last.pth")
+    for settings in ([], ["id_init=teacher", "teacher_w=0"]):
+        assert re.search("net_last.pth.* 5 .* 8", refused("teacher=other", *settings))
+    for opts in ("stride: 3\n", "stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n"):
+        (other / "opts.yaml").write_text(opts)
+        assert "opts.yaml" in refused("teacher=other")
     (other / "opts.yaml").unlink()
-    assert "net_last.pth: damaged" in refused("teacher=other")
+    cut(other / "net_last.pth")
+    assert "net_last.pth" in refused("teacher=other")
     torch.save({"epoch": 3}, other / "net_last.pth")
-    assert "not a teacher's weights" in refused("teacher=other")
+    assert "net_last.pth" in refused("teacher=other")
 
 
 def test_a_checkpoint_cut_in_half(copied: Runs, script: Script) -> None:
@@ -522,18 +456,18 @@ def test_a_checkpoint_cut_in_half(copied: Runs, script: Script) -> None:
     assert outcome.code == 0 and "3 of 7" in outcome.err
 
 
-def test_a_checkpoint_cut_in_half_before_evaluation(copied: Runs) -> None:
+def test_a_checkpoint_cut_in_half_before_evaluation(copied: Runs, script: Script) -> None:
     cut(copied.run / "checkpoints" / "00000006" / "id.pt")
-    outcome = shell(copied.folder, "test", "--name", "tiny", "--output_path", copied.folder)
-    assert "00000006/id.pt" in outcome.error and outcome.error.endswith("--which_epoch 3")
+    error = script("test", "--name", "tiny", "--output_path", copied.folder).error
+    assert "00000006/id.pt" in error and error.endswith("--which_epoch 3")
     assert not (copied.run / "reid.json").exists()
 
 
 def test_resuming_what_is_not_there(copied: Runs, script: Script) -> None:
     where = ("--config", copied.config(), "--output_path", copied.folder)
-    assert "nothing to resume" in script("train", *where, "--name", "new", "--resume").error
-    assert "iteration 7; there are 3, 6" in script("train", *where, "--resume", 7).error
-    assert "--resume soon: not an iteration" in script("train", *where, "--resume", "soon").error
+    assert "--resume" in script("train", *where, "--name", "new", "--resume").error
+    assert re.search("7.*3, 6", script("train", *where, "--resume", 7).error)
+    assert "--resume soon" in script("train", *where, "--resume", "soon").error
     assert not (copied.folder / "outputs" / "new").exists()
 
 
@@ -547,7 +481,7 @@ def test_resuming_with_another_number_of_identities(copied: Runs, script: Script
         "train", "--config", copied.config(), "--output_path", copied.folder, "--resume", "--set",
         f"data_root={data}", "teacher_style=3", "max_iter=7",
     )  # fmt: skip
-    assert "made for 8 identities, but ID_class is 7" in outcome.error
+    assert re.search("8 .*ID_class is 7", outcome.error)
 
 
 def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
@@ -555,7 +489,7 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
         "train", "--config", trained.config(), "--name", "new", "--output_path", tmp_path,
         "--set", "lr_g=1e30", "max_iter=5", "snapshot_save_iter=1", "teacher_style=3",
     )  # fmt: skip
-    assert "a loss is not finite" in outcome.error and "recon_x_a nan" in outcome.error
+    assert "recon_x_a nan" in outcome.error
     for path in (tmp_path / "outputs" / "new" / "checkpoints").rglob("gen.pt"):
         state = torch.load(path, weights_only=True)["a"]
         assert all(value.isfinite().all() for value in state.values())
@@ -564,34 +498,30 @@ def test_a_run_whose_losses_explode_stops(refused: Refused, script: Script, trai
 @pytest.mark.parametrize(
     "settings,options,words",
     [
-        (["apex=true"], ["--device", "cpu"], "fp16 (apex: true) needs a CUDA GPU"),
-        (["precision=fp16"], ["--device", "cpu"], "on a CPU use precision: bf16 or fp32"),
-        (["apex=true", "precision=bf16"], [], "apex: true means precision: fp16"),
-        ([], ["--device", "tpu9"], "--device tpu9: unknown device"),
-        ([], ["--device", "meta"], "--device meta: not supported"),
-        ([], ["--device", "cuda:99"], "--device cuda:99: "),
-        (
-            ["batch_size=4"],
-            ["--gpu_ids", "0,1"],
-            "--gpu_ids 0,1: this PyTorch sees no CUDA GPU; use --device cpu, with --processes N",
-        ),
-        ([], ["--gpu_ids", "0,0"], "--gpu_ids 0,0: several GPUs must be different ones"),
-        ([], ["--gpu_ids", "all"], "--gpu_ids all: give numbers of GPUs"),
-        ([], ["--gpu_ids", "99"], "--gpu_ids 99: this PyTorch sees no CUDA GPU"),
-        ([], ["--gpu_ids", "0,1", "--processes", "3"], "--processes 3: --gpu_ids names 2 GPUs"),
-        ([], ["--processes", "0"], "--processes 0: must be at least 1"),
-        ([], ["--gpu_ids", "0", "--device", "cpu"], "--gpu_ids and --device: give one of the two"),
-        ([], ["--threads", "0"], "--threads 0: must be at least 1"),
-        ([], ["--name", "a/b"], "--name 'a/b': must be a plain folder name"),
-        ([], ["--name", ".."], "--name '..': must be a plain folder name"),
-        (["batch_size"], [], "--set batch_size: write key=value"),
-        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "nowhere.pth: "),
-        (["pretrained=true"], [], "backbone resnet10w8 has no ImageNet weights; set pretrained: false"),
-        (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: no such file"),
+        (["apex=true"], ["--device", "cpu"], "apex.*CUDA"),
+        (["precision=fp16"], ["--device", "cpu"], "precision"),
+        (["apex=true", "precision=bf16"], [], "apex.*precision"),
+        ([], ["--device", "tpu9"], "--device tpu9"),
+        ([], ["--device", "meta"], "--device meta"),
+        ([], ["--device", "cuda:99"], "--device cuda:99"),
+        (["batch_size=4"], ["--gpu_ids", "0,1"], "--gpu_ids 0,1.*--processes N"),
+        ([], ["--gpu_ids", "0,0"], "--gpu_ids 0,0"),
+        ([], ["--gpu_ids", "all"], "--gpu_ids all"),
+        ([], ["--gpu_ids", "99"], "--gpu_ids 99"),
+        ([], ["--gpu_ids", "0,1", "--processes", "3"], "--processes 3.*--gpu_ids"),
+        ([], ["--processes", "0"], "--processes 0"),
+        ([], ["--gpu_ids", "0", "--device", "cpu"], "--gpu_ids and --device"),
+        ([], ["--threads", "0"], "--threads 0"),
+        ([], ["--name", "a/b"], "--name 'a/b'"),
+        ([], ["--name", ".."], "--name '..'"),
+        (["batch_size"], [], "--set batch_size"),
+        (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "nowhere.pth"),
+        (["pretrained=true"], [], "resnet10w8.*pretrained: false"),
+        (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth"),
     ],
 )
 def test_bad_options(refused: Refused, settings: list[str], options: list[str], words: str) -> None:
-    assert words in refused(*settings, options=tuple(options))
+    assert re.search(words, refused(*settings, options=tuple(options)))
 
 
 def test_the_release_number_of_no_gpu_is_the_cpu(trained: Runs, script: Script, tmp_path: Path) -> None:
@@ -623,26 +553,26 @@ def test_backbone_weights_from_a_file(trained: Runs, script: Script, tmp_path: P
 
     (tmp_path / "bad.pth").write_bytes(b"hello")
     outcome = script(*start, *settings, "--name", "other", "--backbone-weights", tmp_path / "bad.pth")
-    assert "bad.pth: damaged or not a checkpoint" in outcome.error
+    assert "bad.pth" in outcome.error
 
 
 @pytest.mark.parametrize(
     "options,words",
     [
-        (["--name", "nobody"], "nobody/config.yaml: no such run"),
-        (["--teacher", "nobody"], "train it with: python train.py"),
-        (["--name", "tutor"], "tutor is a teacher's run; evaluate it with: python test.py --teacher tutor"),
-        (["--name", "tiny", "--teacher", "tutor"], "--name and --teacher: give one of the two"),
+        (["--name", "nobody"], "nobody/config.yaml"),
+        (["--teacher", "nobody"], "python train.py"),
+        (["--name", "tutor"], "python test.py --teacher tutor"),
+        (["--name", "tiny", "--teacher", "tutor"], "--name and --teacher"),
         (["--name", "tiny", "--batchsize", "0"], "--batchsize"),
-        (["--name", "tiny", "--precision", "fp16"], "needs a CUDA GPU"),
-        (["--name", "tiny", "--test_dir", "/nowhere"], "data_root /nowhere: no such folder"),
-        (["--name", "tiny", "--device", "tpu"], "--device tpu: unknown device"),
-        (["--teacher", "tutor", "--which_epoch", "3"], "--which_epoch: is for runs"),
-        (["--name", "tiny", "--save-features", "f.txt"], "f.txt: feature files end in .npz or .mat"),
+        (["--name", "tiny", "--precision", "fp16"], "CUDA"),
+        (["--name", "tiny", "--test_dir", "/nowhere"], "/nowhere"),
+        (["--name", "tiny", "--device", "tpu"], "--device tpu"),
+        (["--teacher", "tutor", "--which_epoch", "3"], "--which_epoch"),
+        (["--name", "tiny", "--save-features", "f.txt"], "f.txt"),
         (["--name", "tiny", "--save-features", f"{__file__}/f.npz"], "test_cli.py"),
-        (["--name", "x" * 300], "File name too long; fix this, or give another path"),
-        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000: must be at most 1024"),
-        (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best: no such snapshot; there are 3, 6"),
+        (["--name", "x" * 300], "File name too long"),
+        (["--name", "tiny", "--threads", "100000000"], "--threads 100000000"),
+        (["--name", "tiny", "--which_epoch", "best"], "--which_epoch best"),
     ],
 )
 def test_bad_input_of_evaluation(trained: Runs, script: Script, options: list[str], words: str) -> None:
@@ -663,19 +593,19 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
         assert outcome.out == "" and contents(trained.folder) == before
         return outcome.error
 
-    assert "no multi-query/, pytorch/multi-query/ or gt_bbox/ in it" in refused("--multi")
+    assert "gt_bbox" in refused("--multi")
     shutil.copytree(query, data / "gt_bbox")
     first = min((data / "gt_bbox").glob("0*"))
     first.unlink()
-    assert f"no multi-query image of identity {int(first.name[:4])} in camera" in refused("--multi")
+    assert f"identity {int(first.name[:4])} in camera" in refused("--multi")
     person = next(query.iterdir())
     stranger = person.rename(query / f"anna_{person.name}")
-    assert f"{stranger}: no identity and camera" in refused()
+    assert str(stranger) in refused()
     stranger.unlink()
 
     for path in query.iterdir():
         path.rename(query / f"9{path.name}")
-    assert f"{data}: none of the" in refused() and "both must be of one data set" in refused("--no-cameras")
+    assert str(data) in refused() and str(data) in refused("--no-cameras")
 
     for path in query.iterdir():
         path.unlink()
@@ -683,25 +613,25 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
     for path in gallery.iterdir():
         if "_c1" not in path.name:
             path.unlink()
-    assert "no query has a match of another camera in the gallery; for data without cameras use" in refused()
+    assert "--no-cameras" in refused()
     for path in gallery.iterdir():
         if not (query / path.name).exists():
             path.unlink()
-    assert "no query has a match of another image in the gallery" in refused("--no-cameras")
+    assert str(data) in refused("--no-cameras")
 
     for path in gallery.iterdir():
         path.unlink()
-    assert f"{gallery}: no images for gallery" in refused()
+    assert str(gallery) in refused()
     shutil.rmtree(gallery)
-    assert "bounding_box_test/ in it" in refused()
+    assert "bounding_box_test" in refused()
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(ID_style="PCB"), "belongs to another network (missing"),
-        (dict(backbone="resnet10w16", gen=dict(id_dim=128)), "the config asks for"),
-        (dict(backbone="resnet18", gen=dict(id_dim=512)), "belongs to another network (missing"),
+        (dict(ID_style="PCB"), "missing"),
+        (dict(backbone="resnet10w16", gen=dict(id_dim=128)), "shape"),
+        (dict(backbone="resnet18", gen=dict(id_dim=512)), "missing"),
     ],
     ids=["style", "width", "backbone"],
 )
@@ -721,7 +651,7 @@ def test_a_teacher_and_opts_that_do_not_belong_together(copied: Runs, script: Sc
     for backbone in ("resnet18", "resnet10w16"):
         (folder / "opts.yaml").write_text(yaml.safe_dump(opts | dict(backbone=backbone)))
         error = script("test", "--output_path", copied.folder, "--teacher", "tutor").error
-        assert f"{folder / 'net_last.pth'}: " in error and "check the config beside it" in error
+        assert str(folder / "net_last.pth") in error
 
 
 def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, script: Script, tmp_path: Path) -> None:
@@ -732,11 +662,11 @@ def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, scr
         shutil.copy(path, root / f"person {path.name[:4]}" / path.name[5:])
     assert script("prepare", "--dataset", "folder", "--data_root", root).code == 0
     where = ("--output_path", trained.folder, "--name", "tiny", "--test_dir", root)
-    assert "for data without cameras use --no-cameras" in script("test", *where).error
-    out = clean(script("test", *where, "--no-cameras"))
+    assert "--no-cameras" in script("test", *where).error
+    clean(script("test", *where, "--no-cameras"))
     report = json.loads((trained.run / "reid-people.json").read_text())
     check_test_set(root, cameras=None)  # as `eval_iter` does
-    assert report["queries"] == 4 and report["without_match"] == 0 and "no cameras" in out
+    assert report["queries"] == 4 and report["without_match"] == 0
     (trained.run / "reid-people.json").unlink()
     start = ("train", "--config", trained.config(), "--output_path", trained.folder, "--name", "new", "--dry-run")
     assert "images of 4 identities" in clean(
@@ -747,73 +677,66 @@ def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, scr
 def test_an_output_path_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     start = ("train", "--config", trained.config(), "--output_path", tmp_path / "file", "--set", "teacher_style=3")
-    assert "cannot be written" in script(*start).error
-
-
-def test_an_output_path_in_no_encoding(trained: Runs, script: Script, tmp_path: Path) -> None:
-    output = tmp_path / os.fsdecode(b"d\xe9")
-    error = script("train", "--config", trained.folder / "tiny-teacher.yaml", "--output_path", output).error
-    assert "TensorBoard needs a path in UTF-8" in error and not output.exists()
-
-
-def test_where_a_teacher_cannot_be_written_none_is_trained(trained: Runs, script: Script, tmp_path: Path) -> None:
+    assert str(tmp_path / "file") in script(*start).error
+    # A teacher's folder too is tried before anything is trained.
     (tmp_path / "models").write_text("")
-    arguments = ("--config", trained.folder / "tiny-teacher.yaml", "--output_path", tmp_path)
-    assert "tiny-teacher: cannot be written (Not a directory)" in script("train", *arguments).error
-    assert [path.name for path in tmp_path.iterdir()] == ["models"]
-
-
-def test_a_run_that_stopped_before_its_first_snapshot_starts_again(copied: Runs, script: Script) -> None:
-    weights = copied.run / "checkpoints" / "00000006" / "gen.pt"
-    uninterrupted = torch.load(weights, weights_only=True)["a"]
-    for path in (copied.run / "checkpoints").iterdir():
-        shutil.rmtree(path)
-    clean(script("train", "--config", copied.config(), "--output_path", copied.folder, "--resume"))
-    again = torch.load(weights, weights_only=True)["a"]
-    assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
+    start = ("train", "--config", trained.folder / "tiny-teacher.yaml", "--output_path")
+    assert "tiny-teacher" in script(*start, tmp_path).error
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "models"}
+    unreadable = tmp_path / os.fsdecode(b"d\xe9")
+    assert "UTF-8" in script(*start, unreadable).error and not unreadable.exists()
 
 
 # ------------------------------------------------------------------------------- figures and measures
-def test_the_swap_grid_of_a_run(copied: Runs, tmp_path: Path) -> None:
+def test_the_swap_grid_of_a_run(copied: Runs, script: Script, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
-    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 3, "--threads", 1, "--device", "cpu")
-    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out))
+    where = ("--name", "tiny", "--output_path", copied.folder, "--threads", 1, "--device", "cpu", "--out", out)
+    clean(script("visual_tools/show_rainbow", *where, "--count", 3))
     with Image.open(out) as grid:
         assert grid.height > 4 * 128  # the border and three rows
     before = out.read_bytes()
-    refused = shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out)
-    assert f"{out} exists" in refused.error and out.read_bytes() == before
-    clean(shell(tmp_path, "visual_tools/show_rainbow", *where, "--out", out, "--force", "--seed", 1))
+    assert str(out) in script("visual_tools/show_rainbow", *where, "--count", 3).error and out.read_bytes() == before
+    clean(script("visual_tools/show_rainbow", *where, "--count", 3, "--force", "--seed", 1))
     assert out.read_bytes() != before
-
-
-def test_the_swap_grid_of_a_folder_of_images(copied: Runs, script: Script, tmp_path: Path) -> None:
-    folder, out = tmp_path / "people", tmp_path / "grid.png"
+    out.unlink()
+    folder = tmp_path / "people"
     folder.mkdir()
-    where = ("--name", "tiny", "--output_path", copied.folder, "--input", folder, "--out", out, "--device", "cpu")
-    empty = shell(tmp_path, "visual_tools/show_rainbow", *where)
-    assert "neither a data set nor a folder of images" in empty.error and not out.exists()
+    assert str(folder) in script("visual_tools/show_rainbow", *where, "--input", folder).error
     for i, size in enumerate([(40, 90), (64, 128), (31, 57)]):
         Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
-    clean(shell(tmp_path, "visual_tools/show_rainbow", *where))
+    clean(script("visual_tools/show_rainbow", *where, "--input", folder))
     assert out.is_file()
 
 
-def test_the_swap_error_on_another_data_set_has_a_file_of_its_own(copied: Runs, tmp_path: Path) -> None:
+def test_the_swap_error_of_a_run(copied: Runs, script: Script, tmp_path: Path) -> None:
+    where = ("--name", "tiny", "--output_path", copied.folder, "--threads", 1, "--device", "cpu")
+    out = clean(script("mannequins/against_truth", *where, "--count", 12))
+    written = json.loads((copied.run / "swaps.json").read_text())
+    assert written["pairs"] == 12 and written["generated"] > 0 and written["copy"] > 20
+    assert written["reduction"] == pytest.approx(1 - written["generated"] / written["copy"])
+    images, seen = written["images"], written["recognised"]
+    assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
+    for value in (written["copy"], images["generated"]["psnr"], 100 * seen["true"]["official"]["mAP"]):
+        assert f"{value:.1f}" in out
+    assert set(seen) == set(written["top1"]) == {"appearance", "true", *images}
+    assert set(written["shares"]) == {"shade", "pattern", "colour"}
+    assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
+    # Another data set has a file of its own.
     make_dataset(tmp_path / "others", preset="tiny", seed=5)
-    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 4, "--threads", 1, "--device", "cpu")
-    clean(shell(tmp_path, "mannequins/against_truth", *where, "--data_root", tmp_path / "others"))
+    before = (copied.run / "swaps.json").read_bytes()
+    clean(script("mannequins/against_truth", *where, "--count", 4, "--data_root", tmp_path / "others"))
     assert json.loads((copied.run / "swaps-others.json").read_text())["tested_on"] == "others"
-    assert not (copied.run / "swaps.json").exists()
+    assert (copied.run / "swaps.json").read_bytes() == before
+    assert "tutor" in script("mannequins/against_truth", *where, "--name", "tutor").error
 
 
 @pytest.mark.parametrize(
     "raised, words",
     [
-        (PermissionError(13, "Permission denied", "closed/file"), "closed/file: Permission denied; fix this, or give"),
-        (MemoryError(), "not enough memory (MemoryError)"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "not enough memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory (CUDA out of memory."),
+        (PermissionError(13, "Permission denied", "closed/file"), "closed/file"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "CUDA out of memory"),
     ],
 )
 def test_what_no_check_has_met_is_one_line_too(capsys: pytest.CaptureFixture, raised: Exception, words: str) -> None:
@@ -851,25 +774,3 @@ def test_the_demo_refuses_before_it_begins(script: Script, tmp_path: Path, optio
 def test_the_demo_says_whose_run_is_there(trained: Runs) -> None:
     with pytest.raises(UserError, match="seed 0"):
         demo.train("DG-Net", demo.CONFIG, RunFolder(trained.folder, "tiny"), [], {"teacher": "tutor", "seed": 3})
-
-
-def test_the_swap_error_of_a_run(copied: Runs, tmp_path: Path) -> None:
-    where = ("--name", "tiny", "--output_path", copied.folder, "--count", 12, "--threads", 1, "--device", "cpu")
-    out = clean(shell(tmp_path, "mannequins/against_truth", *where))
-    written = json.loads((copied.run / "swaps.json").read_text())
-    assert written["pairs"] == 12 and written["generated"] > 0 and written["copy"] > 20
-    assert written["reduction"] == pytest.approx(1 - written["generated"] / written["copy"])
-    assert f"copying the structure image {written['copy']:.1f}" in out
-    images, seen = written["images"], written["recognised"]
-    assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
-    assert f"{images['generated']['psnr']:.1f}" in out and f"{100 * seen['true']['official']['mAP']:.1f}" in out
-    assert set(seen) == set(written["top1"]) == {"appearance", "true", *images}
-    shares = written["shares"]
-    assert set(shares) == {"shade", "pattern", "colour"}
-    assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
-    assert "changed pixels generated, rest true" in out and "fine-grained: structure" in out
-    structure, truth = (round(100 * shares["pattern"][side]) for side in ("structure", "truth"))
-    assert f"pattern {structure} and {truth} %" in out
-    assert "brightness" in out and f"{images['copy']['colour']:.1f}" in out
-    teacher = shell(tmp_path, "mannequins/against_truth", "--name", "tutor", "--output_path", copied.folder)
-    assert "tutor is a teacher's run and generates nothing" in teacher.error

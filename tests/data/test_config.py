@@ -33,84 +33,29 @@ FILE = "settings.yaml"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # The published configuration, written out, but for data_root and the keys that are not kept.
-RELEASE = dict(
-    B_w=0.2,
-    ID_class=751,
-    ID_stride=1,
-    ID_style="AB",
-    batch_size=8,
-    beta1=0,
-    beta2=0.999,
-    crop_image_height=256,
-    crop_image_width=128,
-    display_size=16,
-    erasing_p=0.5,
-    gamma=0.1,
-    gamma2=0.1,
-    gan_w=1,
-    id_w=1,
-    image_display_iter=5000,
-    image_save_iter=5000,
-    log_iter=1,
-    lr2=0.002,
-    lr_d=0.0001,
-    lr_g=0.0001,
-    lr_policy="multistep",
-    max_cyc_w=2,
-    max_iter=100000,
-    max_teacher_w=2,
-    max_w=1,
-    norm_id=False,
-    num_workers=8,
-    pid_w=1,
-    pool="max",
-    recon_s_w=0,
-    recon_f_w=0,
-    recon_id_w=0.5,
-    recon_x_cyc_w=0,
-    recon_x_w=5,
-    recon_xp_w=5,
-    single="gray",
-    snapshot_save_iter=10000,
-    step_size=60000,
-    teacher="best",
-    teacher_w=0,
-    teacher_style=0,
-    train_bn=True,
-    use_encoder_again=0.5,
-    vgg_w=0,
-    warm_iter=30000,
-    warm_scale=0.0005,
-    warm_teacher_iter=30000,
-    weight_decay=0.0005,
-    T_w=1,
+RELEASE = yaml.safe_load(
+    """{
+    B_w: 0.2, ID_class: 751, ID_stride: 1, ID_style: AB, batch_size: 8, beta1: 0, beta2: 0.999,
+    crop_image_height: 256, crop_image_width: 128, display_size: 16, erasing_p: 0.5, gamma: 0.1, gamma2: 0.1,
+    gan_w: 1, id_w: 1, image_display_iter: 5000, image_save_iter: 5000, log_iter: 1, lr2: 0.002, lr_d: 0.0001,
+    lr_g: 0.0001, lr_policy: multistep, max_cyc_w: 2, max_iter: 100000, max_teacher_w: 2, max_w: 1, norm_id: false,
+    num_workers: 8, pid_w: 1, pool: max, recon_s_w: 0, recon_f_w: 0, recon_id_w: 0.5, recon_x_cyc_w: 0,
+    recon_x_w: 5, recon_xp_w: 5, single: gray, snapshot_save_iter: 10000, step_size: 60000, teacher: best,
+    teacher_w: 0, teacher_style: 0, train_bn: true, use_encoder_again: 0.5, vgg_w: 0, warm_iter: 30000,
+    warm_scale: 0.0005, warm_teacher_iter: 30000, weight_decay: 0.0005, T_w: 1
+    }"""
 )
-RELEASE_GEN = dict(
-    activ="lrelu",
-    dec="basic",
-    dim=16,
-    dropout=0,
-    id_dim=2048,
-    mlp_dim=512,
-    mlp_norm="none",
-    n_downsample=2,
-    n_res=4,
-    non_local=0,
-    pad_type="reflect",
-    tanh=False,
-    init="kaiming",
+RELEASE_GEN = yaml.safe_load(
+    """{
+    activ: lrelu, dec: basic, dim: 16, dropout: 0, id_dim: 2048, mlp_dim: 512, mlp_norm: none, n_downsample: 2,
+    n_res: 4, non_local: 0, pad_type: reflect, tanh: false, init: kaiming
+    }"""
 )
-RELEASE_DIS = dict(
-    LAMBDA=0.01,
-    activ="lrelu",
-    dim=32,
-    gan_type="lsgan",
-    n_layer=2,
-    n_res=4,
-    non_local=0,
-    norm="none",
-    num_scales=3,
-    pad_type="reflect",
+RELEASE_DIS = yaml.safe_load(
+    """{
+    LAMBDA: 0.01, activ: lrelu, dim: 32, gan_type: lsgan, n_layer: 2, n_res: 4, non_local: 0, norm: none,
+    num_scales: 3, pad_type: reflect
+    }"""
 )
 
 
@@ -163,20 +108,15 @@ def test_the_page_of_keys_is_that_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_of_the_project_loads(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = load_config(path)
+def test_every_config_of_the_project_loads(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = load_config(path, ["weight_decay=1e-5", "seed=7"])
+    assert load_config(write(tmp_path, dump_config(cfg))) == cfg
     assert isinstance(cfg, TeacherConfig if "teacher" in path.stem else DGNetConfig)
     assert logged(caplog) == ""
     if isinstance(cfg, DGNetConfig):
         # Where the code's length and the generator disagree, this refuses.
         code_dim = build_id_net(cfg.ID_style, 2, backbone=cfg.backbone, stride=cfg.ID_stride).code_dim
         Generator(code_dim=code_dim, **cfg.gen.model_dump())
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_dumped_config_loads_to_an_equal_one(path: Path, tmp_path: Path) -> None:
-    cfg = load_config(path, ["weight_decay=1e-5", "seed=7"])
-    assert load_config(write(tmp_path, dump_config(cfg))) == cfg
 
 
 def test_the_release_keys_load_unchanged_with_one_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,13 +152,8 @@ def test_set_overrides_values_of_the_file(tmp_path: Path) -> None:
     assert cfg.teachers == ["a", "b"]
     assert cfg.train_bn is False
 
-
-def test_set_makes_a_section_that_the_file_lacks(tmp_path: Path) -> None:
     cfg = load_config(write(tmp_path, "data_root: x\n"), ["dis.num_scales=1", "ID_class=auto"])
-    assert cfg.dis.num_scales == 1 and cfg.ID_class == "auto"
-
-
-def test_set_leaves_the_given_values_alone() -> None:
+    assert cfg.dis.num_scales == 1 and cfg.ID_class == "auto"  # a section that the file lacks
     values = {"gen": {"dim": 16}}
     assert set_values(values, ["gen.dim=8"]) == {"gen": {"dim": 8}}
     assert values == {"gen": {"dim": 16}}
@@ -254,26 +189,20 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], key: str, s
         (dict(batch_size=2.5), "batch_size: .*2.5"),
         (dict(batch_size=True), "batch_size: .*True"),
         (dict(lr_g=False), "lr_g: .*False"),
-        (dict(gen=dict(dim=True)), "gen.dim: .*True"),
-        (dict(batch_size=[4]), "batch_size"),
         (dict(batch_size=None), "batch_size"),
         (dict(teacher=5), "teacher: .*5"),
         (dict(gen=5), "gen: "),
         (dict(task="Teacher", epochs=3), "task: .*dgnet.*teacher.*'Teacher'"),
         (dict(gen=dict(tanh="perhaps")), "gen.tanh"),
-        (dict(crop_image_height=-64), "crop_image_height: .*1.*-64"),
         (dict(gen=dict(dim=-4)), "gen.dim: .*-4"),
-        (dict(batch_size=0), "batch_size: .*0"),
         (dict(ID_class=0), "ID_class"),
         (dict(ID_class="all"), "ID_class"),
         (dict(erasing_p=1.5), "erasing_p: .*1.5"),
         (dict(lr2=0), "lr2: "),
-        (dict(id_w=-1), "id_w: "),
         (dict(recon_x_w=float("nan")), "recon_x_w: "),
         (dict(recon_x_w=float("inf")), "recon_x_w: "),
         (dict(ID_stride=3), "ID_stride: .*3"),
         (dict(ID_style="ABC"), "ID_style: .*'AB'"),
-        (dict(teacher_style=5), "teacher_style"),
         (dict(gen=dict(dec="slim")), "gen.dec: .*basic.*series.*parallel.*slim"),
         (dict(apex=True, precision="bf16"), "apex.*precision"),
         (dict(apex="half"), "apex: .*half"),
@@ -294,9 +223,6 @@ def test_wrong_types_and_ranges_are_refused(values: dict[str, Any], words: str) 
 def test_every_problem_is_listed_in_one_line() -> None:
     message = refusal(batch_size=-1, gen=dict(dimm=3), pool="sum")
     assert all(word in message for word in ("batch_size", "gen.dimm", "pool"))
-
-
-def test_data_root_must_be_given() -> None:
     with pytest.raises(UserError, match="data_root"):
         parse_config({}, "file.yaml")
 
@@ -308,10 +234,8 @@ def test_data_root_must_be_given() -> None:
         ("data_root: x\ngen:\n  dim: 2\n  dim: 4\n", "line 4: .*dim"),
         ("a: &a [1]\nb: [*a, *a]\n", "line 2: "),
         ("3: x\n", "line 1: 3"),
-        ("", ""),
         ("# nothing but a comment\n", ""),
         ("- a\n- b\n", ""),
-        ("just words", ""),
         ("a: [1\n", ""),
         ("a: !!python/object/apply:os.getcwd []\n", ""),
         ("a: b: c\n", ""),
@@ -324,13 +248,10 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.yaml"):
-        load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_config(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(UserError, match="binary.yaml"):
-        load_config(tmp_path / "binary.yaml")
+    for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "binary.yaml"):
+        with pytest.raises(UserError, match=str(path)):
+            load_config(path)
 
 
 SMALL = dict(crop_image_height=64, crop_image_width=32)
@@ -377,11 +298,6 @@ def test_a_code_that_does_not_fit_the_generator_is_refused() -> None:
         Generator(code_dim=128, **gen | dict(n_res=3))
 
 
-def test_configs_are_frozen() -> None:
-    with pytest.raises(ValueError):
-        parse().batch_size = 3
-
-
 # -------------------------------------------------------------------------- folders of the release
 def test_the_config_of_a_release_folder_is_read_leniently(caplog: pytest.LogCaptureFixture) -> None:
     values = dict(batch_size=4, ID_class=702, image_dir="x", gen=dict(dim=8, style_dim=3), sqrt=False)
@@ -399,16 +315,8 @@ def test_fallbacks_give_way_to_the_folders_own_values(caplog: pytest.LogCaptureF
     assert logged(caplog) == ""
     assert {key: getattr(cfg, key) for key in values} == values
     assert cfg.precision == "fp16"
-
-
-def test_a_wrong_type_is_refused_in_a_release_folder_too() -> None:
     with pytest.raises(UserError, match="batch_size"):
         parse_config(of_another_version(dict(batch_size="many"), "run/config.yaml"), "run/config.yaml")
-
-
-def test_the_strict_reading_has_no_fallbacks() -> None:
-    cfg = parse(batch_size=4)
-    assert (cfg.ID_stride, cfg.erasing_p, cfg.lr_policy) == (1, 0.5, "multistep")
 
 
 # ------------------------------------------------------------------------------------------ what affects results
@@ -422,10 +330,7 @@ def test_what_affects_the_results_of_a_resumed_run() -> None:
         assert key not in unmarked
     teacher = exact_settings(parse(task="teacher").model_dump())
     assert "epochs" in teacher and "snapshot_epochs" not in teacher
-
-
-def test_keys_of_another_version_are_not_compared() -> None:
-    values = parse().model_dump()
+    values = parse().model_dump()  # keys of another version are not compared
     assert exact_settings(values | dict(apex=False, accumulate=1, gone=3)) == exact_settings(values)
 
 
@@ -503,14 +408,13 @@ def test_teacher_recipe_of_the_project() -> None:
         (dict(warm_scale=0), False),
         (dict(max_teacher_w=0), False),
         (dict(teacher_style=2), False),
-        (dict(teacher_style=3), False),
         (dict(teacher_style=2, id_init="teacher"), True),
     ],
 )
 def test_whether_a_teacher_is_read(values: dict[str, Any], needed: bool) -> None:
     cfg = parse(**values)
     assert cfg.needs_teacher is needed
-    if "id_init" not in values and cfg.teacher_style not in (2, 3):
+    if "teacher_style" not in values:
         assert needed == any(ramped(cfg, t)["teacher_w"] > 0 for t in (0, cfg.max_iter - 1))
 
 

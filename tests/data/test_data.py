@@ -59,13 +59,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def test_parse_name() -> None:
-    expected = {
-        "0002_c1s1_000451_03.jpg": (2, 1),
-        "-1_c3s2_000031_02.jpg": (-1, 3),
-        "0000_c6s1_000010_01.jpg": (0, 6),
-        "0002_c15_0001.jpg": (2, 15),
-        "0005_c2_f0046985.jpg": (5, 2),
-    }
+    expected = {"0002_c1s1_000451_03.jpg": (2, 1), "-1_c3s2_000031_02.jpg": (-1, 3), "0005_c15_f004.jpg": (5, 15)}
     assert {name: parse_name(name) for name in expected} == expected
     for name in ("person.jpg", "0002.jpg", "c1_0002.jpg", "0002_s1.jpg", "_c1.jpg"):
         with pytest.raises(UserError, match=name):
@@ -144,6 +138,8 @@ def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
             read_split(root, split)
         assert all(str(name) in str(error.value) for name in named)
 
+    with pytest.raises(UserError, match="bounding_box_train.*0002"):
+        require_identities(read_split(archive, "train_all").select(np.arange(10) < 4))
     refused(tmp_path / "nowhere", "query", tmp_path / "nowhere", "data_root")
     refused(archive, "test", "train_all", "multi-query")
     shutil.rmtree(archive / "gt_bbox")
@@ -158,53 +154,35 @@ def test_read_split_errors(archive: Path, tmp_path: Path) -> None:
     refused(folder.parent, "train_all", folder, "0001_c1.jpg")
 
 
-def test_require_identities(archive: Path) -> None:
-    listed = read_split(archive, "train_all")
-    require_identities(listed)
-    with pytest.raises(UserError, match="bounding_box_train.*0002"):
-        require_identities(listed.select(listed.pids == 2))
-
-
 # ---- damaged images
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> dict[str, Path]:
-    """Files by what they are; the first four are good."""
-    files = {
-        "good": noise(tmp_path / "good.jpg"),
-        "tiny": noise(tmp_path / "tiny.png", (1, 1)),
-        "bitmap": noise(tmp_path / "bitmap.bmp"),
-        "mislabelled": tmp_path / "really_a_png.jpg",
-        "cut jpeg": noise(tmp_path / "cut.jpg", (64, 128)),
-        "cut png": noise(tmp_path / "cut.png", (64, 128)),
-        "cut bitmap": noise(tmp_path / "cut.bmp", (64, 128)),
-        "empty": tmp_path / "empty.jpg",
-        "text": tmp_path / "text.jpg",
-        "missing": tmp_path / "missing.jpg",
-    }
-    shutil.copy(files["tiny"], files["mislabelled"])
-    for kind in ("cut jpeg", "cut png", "cut bitmap"):
-        files[kind].write_bytes(files[kind].read_bytes()[:-200])
-    files["empty"].touch()
-    files["text"].write_text("this is no image\n")
-    return files
+def damaged(tmp_path: Path) -> list[Path]:
+    """Ten files, of which the first four are good."""
+    good = [noise(tmp_path / "good.jpg"), noise(tmp_path / "tiny.png", (1, 1)), noise(tmp_path / "bitmap.bmp")]
+    mislabelled = Path(shutil.copy(good[1], tmp_path / "really_a_png.jpg"))
+    cut = [noise(tmp_path / f"cut.{suffix}", (64, 128)) for suffix in ("jpg", "png", "bmp")]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-200])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("this is no image\n")
+    return [*good, mislabelled, *cut, *(tmp_path / f"{name}.jpg" for name in ("empty", "text", "missing"))]
 
 
-def test_check_images_agrees_with_loading(damaged: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
-    paths = list(damaged.values())
-    assert check_images(paths, skip_bad=True) == [True] * 4 + [False] * 6
+def test_check_images_agrees_with_loading(damaged: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    assert check_images(damaged, skip_bad=True) == [True] * 4 + [False] * 6
     warning = logged(caplog)
     assert warning.count("\n") == 1 and "6 of 10" in warning and "cut.jpg" in warning
     with pytest.raises(UserError, match="skip_bad_images"):
-        check_images(paths, skip_bad=False)
+        check_images(damaged, skip_bad=False)
     with pytest.raises(UserError, match="6 of 6"):
-        check_images(paths[4:], skip_bad=True)
-    assert check_images(paths[:4], skip_bad=False) == [True] * 4
+        check_images(damaged[4:], skip_bad=True)
+    assert check_images(damaged[:4], skip_bad=False) == [True] * 4
     assert not logged(caplog)
-    for path in paths[:4]:
+    for path in damaged[:4]:
         assert decoded(path, (HEIGHT, WIDTH)).shape == (3, HEIGHT, WIDTH)
-    for path in paths[4:]:
+    for path in damaged[4:]:
         with pytest.raises(UserError, match=path.name) as error:
             load_image(path)
         assert "\n" not in str(error.value)
@@ -222,12 +200,6 @@ def test_check_sees_through_thumbnails_and_trailing_bytes(tmp_path: Path) -> Non
     assert check_images([cut, trailing], skip_bad=True) == [False, True]
 
 
-def test_check_refuses_absurd_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [noise(tmp_path / "a.png", (10, 10)), noise(tmp_path / "b.png", (40, 40))]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert check_images(paths, skip_bad=True) == [True, False]
-
-
 def test_load_image_modes(tmp_path: Path) -> None:
     for mode, suffix in (("L", "jpg"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png"), ("LA", "png")):
         image = load_image(noise(tmp_path / f"{mode}.{suffix}", mode=mode))
@@ -235,8 +207,7 @@ def test_load_image_modes(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert (np.asarray(load_image(tmp_path / "deep.png")) == np.full((4, 4, 3), 0x80)).all()
 
-
-def test_load_image_turns_upright(tmp_path: Path) -> None:
+    # Turned upright, as the camera says.
     image = Image.open(noise(tmp_path / "a.png", (20, 44)))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -247,8 +218,10 @@ def test_load_image_turns_upright(tmp_path: Path) -> None:
 # ---- batches
 
 
-def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList) -> None:
-    pad, flips, corners = 5, [False, True, True, False], [(0, 0), (10, 3), (5, 5), (2, 10)]
+@pytest.mark.parametrize("pad", [0, 5, 40])
+def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList, pad: int) -> None:
+    """Also where more is padded than the image has."""
+    flips, corners = [False, True, True, False], [(0, 0), (2 * pad, pad // 2), (pad, pad), (pad // 3, 2 * pad)]
     pixels = torch.stack([decoded(path, (HEIGHT, WIDTH)) for path in images.paths[:4]])
     top, left = torch.tensor(corners).T
     ours = normalise(augment(pixels, torch.tensor(flips), top, left, pad))
@@ -264,19 +237,6 @@ def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList) -> None
         assert torch.equal(ours[i], transforms.Compose(steps)(load_image(path)))
 
 
-@pytest.mark.parametrize("pad", [0, 3, 25])
-def test_augment_repeats_the_edges(pad: int) -> None:
-    """Also where more is padded than the image has."""
-    rng = np.random.default_rng(pad)
-    pixels = torch.from_numpy(rng.integers(0, 256, (40, 3, 9, 6), dtype=np.uint8))
-    flip = torch.from_numpy(rng.random(40) < 0.5)
-    top, left = torch.from_numpy(rng.integers(0, 2 * pad + 1, (2, 40)))
-    ours = augment(pixels, flip, top, left, pad)
-    for i, image in enumerate(pixels.numpy()):
-        padded = np.pad(image[:, :, ::-1] if flip[i] else image, ((0, 0), (pad, pad), (pad, pad)), mode="edge")
-        assert np.array_equal(ours[i], padded[:, top[i] : top[i] + 9, left[i] : left[i] + 6])
-
-
 def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     stream = loader(images, batch_size=5, cache=True)
     assert stream.batches_per_epoch == 2
@@ -288,6 +248,8 @@ def test_an_epoch_covers_each_image_once(images: ImageList) -> None:
     first, second = take(loader(images, cache=True).batches(), 2)
     assert len(set(torch.cat([first.index, second.index]).tolist())) == 8  # two are dropped
     assert not np.array_equal(loader(images, seed=0).order(0), loader(images, seed=1).order(0))
+    with pytest.raises(UserError, match="10 .*batch_size 11"):
+        loader(images, batch_size=11)
 
 
 def test_positive_has_the_same_identity_and_differs(images: ImageList) -> None:
@@ -365,11 +327,6 @@ def test_a_dead_worker_ends_the_stream_in_one_line(images: ImageList) -> None:
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
-def test_more_images_in_a_batch_than_there_are(images: ImageList) -> None:
-    with pytest.raises(UserError, match="10 .*batch_size 11"):
-        loader(images, batch_size=11)
-
-
 @pytest.mark.parametrize("batch_size", [3, 5, 100])
 def test_iter_images(images: ImageList, batch_size: int) -> None:
     steps = [transforms.Resize((HEIGHT, WIDTH), 3), transforms.ToTensor()]
@@ -408,7 +365,7 @@ def photos(tmp_path: Path) -> ImageList:
 
 
 @pytest.mark.parametrize("resizing", [resize, resize_in_float])
-@pytest.mark.parametrize("size", [(256, 128), (64, 32), (384, 128), (100, 90)])
+@pytest.mark.parametrize("size", [(256, 128), (64, 32), (100, 90)])
 def test_resizing_in_batches_is_pillows_to_one_grey_level(
     photos: ImageList, resizing: Callable[..., torch.Tensor], size: tuple[int, int]
 ) -> None:
@@ -437,9 +394,9 @@ def test_a_cache_at_the_files_size_gives_the_batches_of_files(photos: ImageList)
 def test_what_is_cached(photos: ImageList, caplog: pytest.LogCaptureFixture) -> None:
     def shape(cache: object, height: int, width: int, limit_mb: int = 4096) -> tuple[int, ...] | None:
         made = loader(photos, cache=cache, height=height, width=width, limit_mb=limit_mb)
-        if made.pixels is not None:
-            assert made.resized_by == ("Pillow" if made.pixels.shape[2] == height else "PyTorch, cpu")
-        return None if made.pixels is None else tuple(made.pixels.shape[2:])
+        kept = None if made.pixels is None else tuple(made.pixels.shape[2:])
+        assert made.resized_by == ("Pillow" if kept in (None, (height, width)) else "PyTorch, cpu")
+        return kept
 
     for cache, large, small in (
         ("auto", (128, 64), (64, 32)),  # the smaller of the two
@@ -468,23 +425,21 @@ def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, caplog: p
 
 
 @pytest.mark.parametrize("mode", ["source", "resized"])
-def test_the_file_of_a_cache_for_several_processes(photos: ImageList, mode: str, tmp_path: Path) -> None:
+def test_the_file_of_a_cache_for_several_processes(photos: ImageList, mode: str) -> None:
     """The first process decodes, the second maps the same file, and the file is gone when both have it."""
-    values: list[object] = []
-    files: list[bool] = []
+    files: list[Path] = []
+    second: list[torch.Tensor] = []
 
-    def remember(value: object) -> object:
-        files.append(isinstance(value, Path) and value.is_file())
-        values.append(value)
-        if len(values) == 1:  # the second process opens the file now
+    def tell(value: Path | None) -> Path | None:
+        if value is not None:  # the second process opens the file now
+            assert value.is_file()
+            files.append(value)
             second.append(cached_images([], mode, 256, 128, limit_mb=100, machine=Machine(False, lambda _: value)))
         return value
 
-    second: list[torch.Tensor] = []
-    first = cached_images(photos.paths, mode, 256, 128, limit_mb=100, machine=Machine(True, remember))
+    first = cached_images(photos.paths, mode, 256, 128, limit_mb=100, machine=Machine(True, tell))
     assert torch.equal(first, cached_images(photos.paths, mode, 256, 128, limit_mb=100))
-    assert torch.equal(first, second[0])
-    assert files == [True, False] and not values[0].parent.exists()
+    assert torch.equal(first, second[0]) and len(files) == 1 and not files[0].parent.exists()
 
 
 @pytest.mark.parametrize("machine", [None, Machine(True, lambda value: value)])

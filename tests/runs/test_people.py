@@ -12,7 +12,7 @@ import yaml
 from conftest import TINY_DGNET, TINY_TEACHER, merged
 
 from data.folders import read_split
-from data.people import identify_people
+from data.people import People, identify_people
 from mannequins.dataset import make_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,16 +54,17 @@ def renamed(data: Path, to: Path) -> Path:
 
 
 def test_a_copy_has_the_same_people_and_others_do_not(tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
-    def digest(root: Path, split: str = "train_all") -> str:
-        return identify_people(read_split(root, split, need_names=False), root).digest
+    def people(root: Path, split: str = "train_all") -> People:
+        return identify_people(read_split(root, split, need_names=False), root)
 
-    here = digest(tiny_data)
-    assert digest(copied(tiny_data, tmp_path / "elsewhere")) == here
-    assert digest(strangers) != here
-    assert digest(renamed(tiny_data, tmp_path / "renamed")) != here
-    images = read_split(tiny_data, "train_all", need_names=False)
-    without_first = images.select([path != images.paths[0] for path in images.paths])
-    assert identify_people(without_first, tiny_data).digest == here
+    here = people(tiny_data)
+    assert people(copied(tiny_data, tmp_path / "elsewhere")).mark == here.mark
+    assert people(tiny_data, "train").are(here) and here.are(people(tiny_data, "train"))
+    assert not people(strangers).are(here) and not here.are(people(strangers))
+    assert not people(renamed(tiny_data, tmp_path / "renamed")).are(here)
+    # The same names with the pictures of strangers.
+    theirs = People("-".join([here.mark.split("-")[0], *people(strangers).mark.split("-")[1:]]), "theirs")
+    assert not here.are(theirs) and not theirs.are(here)
 
 
 def test_a_teacher_of_other_people(train: Any, tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_generated_images_of_other_people(
     assert str(strangers) in error and str(tiny_data) in error and "--trust-classes" in error
     assert script("generate", *common, "--out", tmp_path / "made", "--no-soft-labels").code == 0
     settings = json.loads((tmp_path / "made" / "generate.json").read_text())
-    assert settings["identities"] == identify_people(read_split(strangers, "train_all"), strangers).digest
+    assert settings["identities"] == identify_people(read_split(strangers, "train_all"), strangers).mark
     assert settings["classes"] is None
     more = dict(extra_data=tmp_path / "made", epochs=1)
     error = train(TINY_TEACHER, "learner", tiny_data, **more).error

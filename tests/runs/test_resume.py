@@ -523,10 +523,9 @@ def test_skipped_steps_are_counted() -> None:
 
 
 def test_a_run_that_skips_most_steps_is_told() -> None:
-    good, bad = [False] * 150, [True] * 60
-    told = [skipped.most() for skipped in skip_steps(good + bad)]
-    assert told[:200] == [None] * 200
-    assert told[200].startswith("51 of the last 100 steps of gen (gradient scale now ")
+    told = [skipped.most() for skipped in skip_steps([False] * 149 + [True] * 51)]
+    assert told[:199] == [None] * 199
+    assert told[199].startswith("51 of the last 100 steps of gen")
 
 
 def test_skipped_steps_end_the_run_with_a_reason(runs: Runs) -> None:
@@ -624,20 +623,13 @@ def test_a_killed_worker_ends_a_run_that_can_be_resumed(light: Runs) -> None:
 
 
 # ------------------------------------------------------------------------------------------- kill test
-def test_three_kills(
+def test_two_kills(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["kill_test", "--kills", "3", "--data", str(tiny_data), "--results", str(tmp_path)]
+        sys, "argv", ["kill_test", "--kills", "2", "--data", str(tiny_data), "--results", str(tmp_path)]
     )
     assert kill_test.main() == 0, capsys.readouterr().out
     result = json.loads((tmp_path / "kill_test.json").read_text())
-    assert result["kills"] == 3 and result["same_as_undisturbed"] is True
-    assert result["files_compared"]["checkpoints"] == 12 and result["files_compared"]["images"] == 8
-
-
-def test_the_kill_test_refuses_nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["kill_test", "--kills", "0"])
-    with pytest.raises(SystemExit) as stop:
-        kill_test.main()
-    assert stop.value.code == 2
+    assert result["kills"] == 2 and result["same_as_undisturbed"] is True
+    assert result["files_compared"] == 18

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CPU, TINY_DGNET, TINY_TEACHER, merged, noise, random_batches, tiny_config, tiny_trainer
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -58,88 +59,39 @@ def fuzz(examples: int) -> Callable:
 
 
 # --------------------------------------------------------------------------------------------- configs
-def some(**choices: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """A dictionary with some of the keys; a list holds the values of its key."""
-    strategies = {k: st.sampled_from(v) if isinstance(v, list) else v for k, v in choices.items()}
-    return st.fixed_dictionaries({}, optional=strategies)
+def some(choices: str) -> st.SearchStrategy[dict[str, Any]]:
+    """A dictionary with some of the keys of a flow of YAML; a list holds the values of its key."""
+    lists = yaml.safe_load(f"{{{choices}}}")
+    return st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in lists.items()})
 
 
-weight = st.sampled_from([0, 0.3, 1, 7.5])
-ACTIVATIONS, PADS = ["lrelu", "relu", "prelu", "selu", "tanh", "none"], ["reflect", "replicate", "zero"]
-GEN = some(
-    activ=ACTIVATIONS,
-    dec=["basic", "series", "parallel"],
-    dim=[1, 2, 5],
-    dropout=[0, 0.4],
-    init=["kaiming", "gaussian", "xavier", "orthogonal"],
-    mlp_dim=[1, 7],
-    mlp_norm=["none", "ln"],
-    n_downsample=[1, 2],
-    n_res=[1, 2, 4],
-    non_local=[0, 1],
-    pad_type=PADS,
-    tanh=[True, False],
-)
-DIS = some(
-    LAMBDA=weight,
-    activ=ACTIVATIONS,
-    dim=[1, 4, 9],
-    gan_type=["lsgan", "nsgan"],
-    n_layer=[1, 2],
-    n_res=[0, 2],
-    non_local=[0, 1, 2],
-    norm=["none", "in", "ln"],
-    num_scales=[1, 2, 3],
-    pad_type=PADS,
-)
+ACTIVATIONS, PADS = "[lrelu, relu, prelu, selu, tanh, none]", "[reflect, replicate, zero]"
+GEN = some(f"""
+    activ: {ACTIVATIONS}, dec: [basic, series, parallel], dim: [1, 2, 5], dropout: [0, 0.4],
+    init: [kaiming, gaussian, xavier, orthogonal], mlp_dim: [1, 7], mlp_norm: [none, ln], n_downsample: [1, 2],
+    n_res: [1, 2, 4], non_local: [0, 1], pad_type: {PADS}, tanh: [true, false]
+""")
+DIS = some(f"""
+    LAMBDA: [0, 0.3, 1, 7.5], activ: {ACTIVATIONS}, dim: [1, 4, 9], gan_type: [lsgan, nsgan], n_layer: [1, 2],
+    n_res: [0, 2], non_local: [0, 1, 2], norm: [none, in, ln], num_scales: [1, 2, 3], pad_type: {PADS}
+""")
 WEIGHTS = "B_w T_w gan_w id_w pid_w recon_x_w recon_xp_w recon_id_w recon_f_w recon_s_w recon_x_cyc_w teacher_w"
-DGNET = some(
-    **{name: weight for name in WEIGHTS.split()},
-    ID_stride=[1, 2],
-    ID_style=["AB", "normal", "PCB"],
-    batch_size=[2, 3],
-    beta1=[0, 0.5],
-    channels_last=[True, False],
-    crop_image_height=[32, 40, 64, 70],
-    crop_image_width=[16, 32, 36],
-    detach_f=[True, False],
-    dis=DIS,
-    erasing_p=[0, 0.5, 1],
-    gen=GEN,
-    head_lr_factor=[0.1, 10],
-    id_freeze_iter=[0, 5],
-    id_weight_decay=[None, 0, 0.04],
-    lr2=[1e-9, 0.002],
-    lr_policy=["constant", "step", "multistep", "cosine"],
-    max_iter=[1, 10],
-    norm_id=[True, False],
-    pool=["max", "avg"],
-    precision=["fp32", "bf16"],
-    seed=[0, 2**31 - 1],
-    single=["gray", "edge"],
-    step_size=[1, 100],
-    teacher=["one", "one,two"],
-    teacher_style=[0, 1, 2, 3, 4],
-    train_bn=[True, False],
-    use_encoder_again=[-1.0, 0.5, 2.0],
-    warm_iter=[0, 3],
-    warm_scale=[0, 0.5],
-    warm_teacher_iter=[0, 3],
-    weight_decay=[0, 0.1],
-)
-TEACHER = some(
-    batch_size=[2, 5],
-    channels_last=[True, False],
-    dropout=[0, 0.9],
-    epochs=[1, 7],
-    erasing_p=[0, 1],
-    lr=[1e-6, 0.05],
-    lr_policy=["step", "cosine"],
-    precision=["fp32", "bf16"],
-    stride=[1, 2],
-    trunk_lr_factor=[0, 1],
-    warm_epochs=[0, 9],
-)
+DGNET = some(f"""
+    {"".join(f"{name}: [0, 0.3, 1, 7.5], " for name in WEIGHTS.split())}
+    ID_stride: [1, 2], ID_style: [AB, normal, PCB], batch_size: [2, 3], beta1: [0, 0.5], channels_last: [true, false],
+    crop_image_height: [32, 40, 64, 70], crop_image_width: [16, 32, 36], detach_f: [true, false],
+    erasing_p: [0, 0.5, 1], head_lr_factor: [0.1, 10], id_freeze_iter: [0, 5], id_weight_decay: [null, 0, 0.04],
+    lr2: [1.0e-9, 0.002], lr_policy: [constant, step, multistep, cosine], max_iter: [1, 10], norm_id: [true, false],
+    pool: [max, avg], precision: [fp32, bf16], seed: [0, {2**31 - 1}], single: [gray, edge], step_size: [1, 100],
+    teacher: [one, "one,two"], teacher_style: [0, 1, 2, 3, 4], train_bn: [true, false],
+    use_encoder_again: [-1.0, 0.5, 2.0], warm_iter: [0, 3], warm_scale: [0, 0.5], warm_teacher_iter: [0, 3],
+    weight_decay: [0, 0.1]
+""")
+TEACHER = some("""
+    batch_size: [2, 5], channels_last: [true, false], dropout: [0, 0.9], epochs: [1, 7], erasing_p: [0, 1],
+    lr: [1.0e-6, 0.05], lr_policy: [step, cosine], precision: [fp32, bf16], stride: [1, 2], trunk_lr_factor: [0, 1],
+    warm_epochs: [0, 9]
+""")
 
 
 def parsed(values: dict[str, Any], least: int = 1) -> Any:
@@ -154,11 +106,11 @@ def parsed(values: dict[str, Any], least: int = 1) -> Any:
 
 
 @fuzz(10)
-@given(changes=DGNET, t=st.sampled_from([0, 1, 5, 99]))
+@given(changes=DGNET, gen=GEN, dis=DIS, t=st.sampled_from([0, 1, 5, 99]))
 def test_any_config_of_dgnet_takes_a_step_and_is_saved(
-    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], t: int
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], gen: dict, dis: dict, t: int
 ) -> None:
-    gen = changes.setdefault("gen", {})
+    changes |= dict(gen=gen, dis=dis)
     gen["id_dim"] = 256 // gen.get("n_res", 4)  # the trunk's code, cut into a chunk for each residual block
     cfg = parsed(merged(TINY_DGNET, changes), least=2)
     teachers = [build_teacher(4, backbone="resnet10w8") for _ in cfg.teachers]
@@ -216,16 +168,18 @@ class Pixels(nn.Module):
         return (nn.functional.adaptive_avg_pool2d(x, (4, 2)).flatten(1) + 10,)
 
 
+MODES = {
+    ".jpg": "RGB, L, CMYK",
+    ".png": "RGB, L, 1, P, RGBA, LA, I;16, transparent palette",
+    ".bmp": "RGB, L, 1, P",
+    ".ppm": "RGB, L, I;16",
+}
+
+
 def draw_image(data: st.DataObject, file: Path) -> tuple[Path, tuple[int, int]]:
     """An image of any mode, size and orientation on disk, with its upright (width, height)."""
-    suffix, mode = data.draw(
-        st.sampled_from(
-            [(".jpg", m) for m in ("RGB", "L", "CMYK")]
-            + [(".png", m) for m in ("RGB", "L", "1", "P", "RGBA", "LA", "I;16", "transparent palette")]
-            + [(".bmp", m) for m in ("RGB", "L", "1", "P")]
-            + [(".ppm", m) for m in ("RGB", "L", "I;16")]
-        )
-    )
+    suffix = data.draw(st.sampled_from(list(MODES)))
+    mode = data.draw(st.sampled_from(MODES[suffix].split(", ")))
     width, height = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -255,7 +209,7 @@ def test_any_image_is_read_upright_in_colour(tmp_path_factory: pytest.TempPathFa
     for path, size in drawn:
         image = load_image(path)
         assert image.mode == "RGB" and image.size == size
-    images = ImageList(paths, np.array([1, 1, 2]), np.zeros(3, np.int64))
+    images = ImageList(paths, [1, 1, 2], [0, 0, 0])
     loader = PairLoader(images, batch_size=3, height=8, width=4, seed=0, pad=data.draw(st.integers(0, 9)))
     batch = loader.batch(0)
     for x in (batch.x, batch.xp):
@@ -423,14 +377,11 @@ def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path, approx
 
 
 def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
-    rows = [
-        Row(f"train_all/{i}/{i}_c1s1_0.png", "a.jpg", "b.jpg", f"{i}", "2", 1, 2, "1:0.7500 2:0.1000") for i in (1, 2)
-    ]
-    for row in rows:
-        noise(tmp_path / row.file)
-    write_rows(tmp_path, rows)
-    paths = [tmp_path / row.file for row in rows]
-    real = ImageList(paths, np.array([1, 2]), np.zeros(2, np.int64))
+    names = [f"train_all/{i}/{i}_c1s1_0.png" for i in (1, 2)]
+    paths = [noise(tmp_path / name) for name in names]
+    both = zip(names, "12", strict=True)
+    write_rows(tmp_path, [Row(name, "a.jpg", "b.jpg", i, "2", 1, 2, "1:0.7500 2:0.1000") for name, i in both])
+    real = ImageList(paths, [1, 2], [0, 0])
     inside = tmp_path.resolve()
 
     def read() -> None:
