@@ -20,13 +20,11 @@ from data.folders import (
     ARCHIVE_FOLDERS,
     PREPARED_FOLDER,
     SPLITS,
-    SUFFIXES,
     TRAINING_SPLITS,
-    is_image_name,
-    list_folders,
-    list_images,
     read_archive,
 )
+from data.formats import is_image
+from data.listing import list_folders, list_images
 from utils import UserError
 
 VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
@@ -239,13 +237,11 @@ def _defect(root: Path, row: dict[str, str]) -> str | None:
         return f"identity -1 is junk, which belongs into the gallery and not into {split}"
     if camera and not re.fullmatch(_NUMBER, camera):
         return f"camera {camera[:80]!r} is not a whole number of 0 or more; number the cameras"
-    if not is_image_name(path):
-        return f"{path[:80]} is no image by its name; use {SUFFIXES}"
     if _leads_out(path):
         return f"{path[:80]!r} leads out of {root}; give paths of files in it, relative to it"
     if not (root / path).is_file():
         return f"{root / path}: no such file; paths are relative to --data_root"
-    return None
+    return None if is_image(root / path) else f"{path[:80]} is no image by its name"
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

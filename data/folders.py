@@ -11,16 +11,16 @@ which the released weights have their class numbers.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data.listing import leave_out, leave_out_deeper, list_folders, list_images, note
 from utils import UserError
 
 SPLITS = ("train_all", "train", "val", "query", "gallery", "multi-query")
@@ -34,8 +34,6 @@ ARCHIVE_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "bounding_box_train") | {
 PREPARED_FOLDER = "pytorch"
 # A file that marks a prepared folder while it is being filled, so that nobody trains on half a data set.
 UNFINISHED_MARK = ".unfinished"
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm")
-SUFFIXES = " ".join(IMAGE_SUFFIXES)  # for messages
 
 _NAME = re.compile(r"(-?\d{1,18})_c(\d{1,18})", re.ASCII)
 
@@ -97,52 +95,11 @@ def parse_name(file: str | Path) -> tuple[int, int]:
     """
     match = _NAME.match(file.name if isinstance(file, Path) else file)
     if match is None:
-        raise UserError(f"{file}: no identity and camera in the file name; rename it like 0002_c1s1_000451_03.jpg")
+        raise UserError(
+            f"{file}: no identity and camera in the file name; rename it like 0002_c1s1_000451_03.jpg, or let "
+            "prepare.py --dataset folder or csv do it"
+        )
     return int(match[1]), int(match[2])
-
-
-# --------------------------------------------------------------------------------------------- listing files
-def is_image_name(name: str) -> bool:
-    """Whether a file is to be read as an image, by its name's suffix."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name; hidden files are left out."""
-    return [folder / name for name in _visible(folder, os.path.isfile) if is_image_name(name)]
-
-
-def list_folders(folder: Path) -> list[str]:
-    """The names of the folders directly in `folder`, sorted; hidden ones are left out."""
-    return _visible(folder, os.path.isdir)
-
-
-def _visible(folder: Path, fits: Callable[[str], bool]) -> list[str]:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); set its permissions, or move it away") from None
-    return [name for name in names if not name.startswith(".") and fits(os.path.join(folder, name))]
-
-
-def find_images(source: str | Path, option: str) -> list[Path]:
-    """The image files of a folder and its sub-folders, sorted folder by folder; or the one file that `source` is.
-
-    Hidden files and folders are left out, links to folders are not followed. Raises UserError that names `option`,
-    where `source` came from, if it is missing or holds no image.
-    """
-    source = Path(source).expanduser()
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(f"{option} {source}: no such file or folder")
-    paths = []
-    for folder, inner, _ in os.walk(source, onerror=lambda error: logging.warning(f"{error}; left out")):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        paths += list_images(Path(folder))
-    if not paths:
-        raise UserError(f"{option} {source}: no images in it or below; looked for {SUFFIXES} files")
-    return paths
 
 
 # ------------------------------------------------------------------------------------------- reading a split
@@ -153,7 +110,10 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
     need_names  True: every file name must carry identity and camera (evaluation needs them). False: the camera is 0
                 where the name has none; one sub-folder per identity is enough for training
 
-    A training image's identity is its sub-folder's name. All others have their identity in the file name.
+    In the prepared layout an image's identity is its sub-folder's; if the sub-folders of query and gallery are not
+    numbers, it is that in the file name. Identity 0 is a person in training folders and where it has queries, and a
+    distractor in the gallery otherwise.
+
     Raises UserError for a missing or empty folder, an unfinished preparation, or a name that cannot be read.
     """
     if split not in SPLITS:
@@ -178,10 +138,10 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
 def read_archive(folder: Path, split: str) -> ImageList:
     """One split from its folder in the archive, with identities and cameras from the file names.
 
-    The first image of each identity, in file name order, is its `val` image; the others are `train`. Junk and
-    distractors (identity 0 or less) never train.
+    The first image of each identity, in file name order, is its `val` image; the others are `train`. Junk never trains.
     """
-    images = _read_flat(list_images(folder), training=split in TRAINING_SPLITS)
+    leave_out_deeper(folder)
+    images = _read_flat(list_images(folder), split)
     if split in ("train", "val"):
         first = np.array(
             [token != before for before, token in zip([None, *images.tokens], images.tokens, strict=False)]
@@ -192,37 +152,71 @@ def read_archive(folder: Path, split: str) -> ImageList:
     return images
 
 
-def _read_flat(paths: list[Path], *, training: bool) -> ImageList:
+def _read_flat(paths: list[Path], split: str) -> ImageList:
     """Images that lie directly in a folder, by the identities and cameras in their names."""
     rows = [(path.name.partition("_")[0], path, *parse_name(path)) for path in paths]
     # By token first: `20_c1` sorts before `2_c1` as a file name, but folder `2` before folder `20`.
-    rows = sorted((row for row in rows if row[2] > 0 or not training), key=lambda row: (row[0], row[1].name))
+    rows = sorted(_trainable(rows, split), key=lambda row: (row[0], row[1].name))
     tokens, paths, pids, camids = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
     return ImageList(paths, pids, camids, tokens)
+
+
+def _trainable(rows: list[tuple], split: str) -> list[tuple]:
+    """The rows (token, path, pid, camid) that a split keeps: training has no junk. Identity 0 is noted."""
+    if split not in TRAINING_SPLITS:
+        if split == "query" and (zeros := sum(row[2] == 0 for row in rows)):
+            note(f"identity 0 is taken for a person, who has {zeros} queries")
+        return rows
+    if zeros := sum(row[2] == 0 for row in rows):
+        note(f"identity 0 is taken for a person, who has {zeros} training images")
+    for row in rows:
+        if row[2] < 0:
+            leave_out(row[1], "junk (identity below 0) among training images")
+    return [row for row in rows if row[2] >= 0]
 
 
 def _read_prepared(folder: Path, split: str, need_names: bool) -> ImageList:
     loose, tokens = list_images(folder), list_folders(folder)
     if loose and not tokens:
         # The archive's `query` bears the same name as the prepared one; its images lie directly in it.
-        return _read_flat(loose, training=split in TRAINING_SPLITS)
+        return _read_flat(loose, split)
     if loose:
         raise UserError(f"{loose[0]}: lies beside sub-folders; move every image into the sub-folder of its identity")
-    by_token = {token: paths for token in tokens if (paths := list_images(folder / token))}
+    by_token = {token: list_images(folder / token) for token in tokens}
+    for token in tokens:
+        leave_out_deeper(folder / token)
+    if empty := [token for token, paths in by_token.items() if not paths]:
+        note(f"{len(empty)} folders of identities hold no image ({', '.join(empty[:3])})")
+    by_token = {token: paths for token, paths in by_token.items() if paths}
     if not by_token:
-        raise UserError(f"{folder}: no images; expected one sub-folder per identity with {SUFFIXES} files")
-    # The folders' names are the identities if they are different numbers.
-    folder_pids = [int(token) for token in by_token if re.fullmatch(r"-?[0-9]{1,18}", token)]
-    if len(set(folder_pids)) < len(by_token):
-        folder_pids = range(1, len(by_token) + 1)
+        raise UserError(f"{folder}: no images; expected one sub-folder per identity")
+    # The folders' names are the identities if they are numbers.
+    numbers = {token: int(token) for token in by_token if re.fullmatch(r"-?[0-9]{1,18}", token)}
+    if len(numbers) < len(by_token):
+        numbers = None
+    elif len(set(numbers.values())) < len(by_token):
+        same = next(token for token in numbers if list(numbers.values()).count(numbers[token]) > 1)
+        raise UserError(f"{folder}: two folders of identity {int(same)}, {same} among them; merge or rename them")
 
-    rows = []
-    for (token, paths), folder_pid in zip(by_token.items(), folder_pids, strict=True):
+    rows, disagreeing = [], []
+    for place, (token, paths) in enumerate(by_token.items(), 1):
         for path in paths:
-            named = need_names or _NAME.match(path.name)
-            pid, camid = parse_name(path) if named else (folder_pid, 0)
-            rows.append((path, folder_pid if split in TRAINING_SPLITS else pid, camid, token))
-    return ImageList(*map(list, zip(*rows, strict=True)))
+            pid, camid = parse_name(path) if need_names or _NAME.match(path.name) else (None, 0)
+            if numbers is not None:
+                disagreeing += [path] if pid not in (None, numbers[token]) else []
+                pid = numbers[token]
+            elif pid is None or split in TRAINING_SPLITS:
+                pid = place
+            rows.append((token, path, pid, camid))
+    if disagreeing:
+        note(
+            f"{len(disagreeing)} images lie in the folder of another identity than their names say, "
+            f"{disagreeing[0].parent.name}/{disagreeing[0].name} first; the folder counts"
+        )
+    if not (rows := _trainable(rows, split)):
+        raise UserError(f"{folder}: no images of people in it")
+    tokens, paths, pids, camids = map(list, zip(*rows, strict=True))
+    return ImageList(paths, pids, camids, tokens)
 
 
 def is_data_set(root: Path) -> bool:
@@ -254,16 +248,18 @@ def read_people(
     elif loose := list_images(root):
         if not all(_NAME.match(path.name) for path in loose):
             return ImageList(loose, range(1, len(loose) + 1), [0] * len(loose), [path.stem for path in loose])
-        images = _read_flat(loose, training=False)
+        images = _read_flat(loose, "gallery")
     else:
         try:
             images = _read_prepared(root, "train_all", need_names=False)
         except UserError:
-            what = f"{SUFFIXES} files there and in one sub-folder per person"
-            raise UserError(f"{option} {root}: neither a data set nor a folder of images; looked for {what}") from None
+            remedy = "put images there, or into one sub-folder per person"
+            raise UserError(f"{option} {root}: neither a data set nor a folder of images; {remedy}") from None
     if generated and not images.pids.any():
         return replace(images, pids=np.arange(1, len(images) + 1), tokens=None)
-    people = images.select(images.pids > 0)
+    # Identity 0 is a distractor in a gallery, and among images that may come from one.
+    zero = is_data_set(root) and (split or default) != "gallery" or not list_images(root)
+    people = images.select(images.pids >= (0 if zero else 1))
     if not len(people):
         raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")
     return people

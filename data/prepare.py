@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from data import archives
 from data.archives import Splits
-from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, list_folders, list_images
+from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK
+from data.listing import list_folders, list_images
 from files import make_folder, write_whole
 from utils import UserError, between
 

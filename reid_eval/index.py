@@ -21,8 +21,8 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data.folders import find_images
 from data.images import check_images, load_image
+from data.listing import find_images
 from files import check_zip, is_part, make_folder, write_whole
 from reid_eval.ranking import main_setting
 from runs.weights import digest_weights

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import faiss
 
-from data.folders import find_images
 from data.images import check_images
+from data.listing import find_images
 from reid_eval.features import extract_features
 from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting

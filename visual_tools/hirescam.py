@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.folders import find_images
 from data.images import decode_images, normalise, to_uint8
+from data.listing import find_images
 from reIDmodel import IdNet
 from runs.load import open_net
 from utils import pick_device

@@ -21,8 +21,9 @@ from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFol
 from PIL import Image
 
 import reid_eval.index as index_module
-from data.folders import find_images, read_split
+from data.folders import read_split
 from data.images import decode_images, normalise
+from data.listing import find_images
 from files import write_tensors
 from reid_eval.features import load_features
 from reid_eval.index import SearchIndex, fingerprint, open_index

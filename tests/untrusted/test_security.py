@@ -38,8 +38,9 @@ from conftest import (
 from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
-from data.folders import list_images, read_split
+from data.folders import read_split
 from data.generated import MANIFEST, SETTINGS, Row, add_generated, write_rows
+from data.listing import list_images
 from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
 from runs.folder import RunFolder, start_folder
