@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from reid_eval import ranking
 from reid_eval.features import Features
-from reid_eval.ranking import best_scores, first_entries, rank
+from reid_eval.ranking import first_entries, rank
 from reid_eval.reranking import multi_query, rerank
 from utils import UserError
 
@@ -217,16 +217,15 @@ def side(pids, camids, keys=None, features=None):
     return Features(features, np.array(pids), np.array(camids), None if keys is None else np.array(keys))
 
 
-def test_best_scores_are_those_of_a_full_stable_sort():
+def test_lists_are_those_of_a_full_stable_sort():
     rng = np.random.default_rng(0)
     # Small whole numbers, so that many scores are equal, and exactly so.
     query, gallery = (rng.integers(-2, 3, (n, 2, 4)).astype(np.float32) for n in (9, 50))
-    indices, scores = best_scores(query, gallery, (1.0, 0.5), 7)
     full = np.einsum("qd,gd->qg", query[:, 0], gallery[:, 0]) + 0.5 * np.einsum("qd,gd->qg", query[:, 1], gallery[:, 1])
+    lists = first_entries(side([1] * 9, [1] * 9, None, query), side([2] * 50, [1] * 50, None, gallery), top=7)
     order = np.argsort(-full, axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(indices, order)
-    np.testing.assert_array_equal(scores, np.take_along_axis(full, order, 1))
-    assert best_scores(query, gallery[:3], (1.0, 0.5), 7)[0].shape == (9, 3)
+    np.testing.assert_array_equal([[e.index for e in entries] for entries in lists], order)
+    np.testing.assert_array_equal([[e.score for e in entries] for entries in lists], np.take_along_axis(full, order, 1))
 
 
 def test_marks_worked_by_hand():
