@@ -71,8 +71,8 @@ class PlainPairs:
 
     def batch(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = random.sample(range(len(self.paths)), n)
-        others = [[j for j, label in enumerate(self.labels) if label == self.labels[i] and j != i] for i in chosen]
-        positives = [random.choice(same or [i]) for i, same in zip(chosen, others, strict=True)]
+        same = [[j for j, label in enumerate(self.labels) if label == self.labels[i] and j != i] for i in chosen]
+        positives = [random.choice(candidates or [i]) for i, candidates in zip(chosen, same, strict=True)]
         x, xp = (torch.stack([self.read(self.paths[i]) for i in indices]) for indices in (chosen, positives))
         return x, xp
 

@@ -350,22 +350,22 @@ def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script,
 def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     assert "configs/teacher.yaml --name nobody" in refused("teacher=nobody")
     assert "nobody" in refused("teacher='tutor,nobody'")
-    other = tmp_path / "output" / "models" / "other"
-    weights, opts = other / "net_last.pth", other / "opts.yaml"
-    other.mkdir()
+    folder = tmp_path / "output" / "models" / "misfit"
+    weights, opts = folder / "net_last.pth", folder / "opts.yaml"
+    folder.mkdir()
     torch.save(build_teacher(5, backbone="resnet10w8").state_dict(), weights)
     opts.write_text("stride: 2\nbackbone: resnet10w8\n")
     for settings in ((), ("id_init=teacher", "teacher_w=0")):
-        assert re.search("5 identities.* 8", refused("teacher=other", *settings))
+        assert re.search("5 identities.* 8", refused("teacher=misfit", *settings))
     opts.write_text("stride: 3\n")
-    assert "stride" in refused("teacher=other")
+    assert "stride" in refused("teacher=misfit")
     opts.write_text("stride: 2\nbackbone: resnet10w8\ncrop_image_height: tall\n")
-    assert "opts.yaml: " in refused("teacher=other")
+    assert "opts.yaml: " in refused("teacher=misfit")
     opts.unlink()
     cut(weights)
-    assert "net_last.pth: " in refused("teacher=other")
+    assert "net_last.pth: " in refused("teacher=misfit")
     torch.save({"epoch": 3}, weights)
-    assert "net_last.pth: " in refused("teacher=other")
+    assert "net_last.pth: " in refused("teacher=misfit")
 
 
 def test_resuming_what_is_not_there(trained: Runs, script: Script) -> None:

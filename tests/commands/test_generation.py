@@ -150,8 +150,8 @@ def test_the_parts_of_an_image_are_its_sum() -> None:
     parts = take_apart(images, changed)
     assert {name: part.shape[3] for name, part in parts.items()} == {"shade": 1, "pattern": 1, "colour": 3}
     assert np.allclose(sum(parts.values()), images)
-    other = np.where(changed[..., None], images, 0)
-    for name, part in take_apart(other, changed).items():  # what is not changed has no say
+    masked = np.where(changed[..., None], images, 0)
+    for name, part in take_apart(masked, changed).items():  # what is not changed has no say
         assert np.allclose(part[changed], parts[name][changed])
 
 
@@ -164,6 +164,13 @@ def test_pairs_join_three_people_and_depend_on_the_seed_alone() -> None:
         choose_pairs([0, 0, 1, 1], 3, seed=1)
 
 
+def painted(hair: np.ndarray, clothes: np.ndarray) -> np.ndarray:
+    """Images (n, 32, 16, 3) whose upper and lower halves have the channels `hair` and `clothes`."""
+    images, n = np.zeros((len(hair), 32, 16, 3), np.uint8), np.arange(len(hair))
+    images[n, :16, :, hair] = images[n, 16:, :, clothes] = 255
+    return images
+
+
 def test_recognition_asks_for_the_appearance() -> None:
     class Colour(torch.nn.Module):
         """Knows people by their mean colour."""
@@ -174,24 +181,18 @@ def test_recognition_asks_for_the_appearance() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
             return x, (x.mean((2, 3)),)
 
-    def painted(colours: list[int]) -> np.ndarray:
-        images = np.zeros((len(colours), 32, 16, 3), np.uint8)
-        for image, colour in zip(images, colours, strict=True):
-            image[..., colour] = 255
-        return images
-
     images = ImageList([Path(f"{i}.png") for i in range(3)], np.array([1, 2, 3]), np.array([1, 1, 1]))
     i, j = np.array([0, 1, 2]), np.array([1, 2, 0])
     rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, recoloured=i, reconstruction=j, other=j)
-    swaps = Swaps(i, j, {name: painted(colours.tolist()) for name, colours in rows.items()})
+    swaps = Swaps(i, j, {name: painted(colours, colours) for name, colours in rows.items()})
     net = Colour()
-    known = embed_images(net, normalise(torch.from_numpy(painted([0, 1, 2])).permute(0, 3, 1, 2))).numpy()
+    known = embed_images(net, normalise(torch.from_numpy(painted(i, i)).permute(0, 3, 1, 2))).numpy()
     gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
-    found = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"))
+    recognised = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"))
     top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"))
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
-    assert {row: table["official"]["rank1"] for row, table in found.items()} == pytest.approx(expected)
+    assert {row: table["official"]["rank1"] for row, table in recognised.items()} == pytest.approx(expected)
 
 
 def test_whom_the_heads_name() -> None:
@@ -202,20 +203,14 @@ def test_whom_the_heads_name() -> None:
             upper, lower = x.chunk(2, dim=2)
             return x, (lower.mean((2, 3)), upper.mean((2, 3)))
 
-    def painted(hair: np.ndarray, clothes: np.ndarray) -> np.ndarray:
-        images = np.zeros((len(hair), 32, 16, 3), np.uint8)
-        images[np.arange(len(hair)), :16, :, hair] = 255
-        images[np.arange(len(hair)), 16:, :, clothes] = 255
-        return images
-
     i, j = np.array([0, 1, 2]), np.array([1, 2, 0])  # classes of clothes and of structure
     images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
     swaps = Swaps(i, j, images)
     ab = build_id_net("AB", 3, backbone="resnet10w8")
-    found = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"))
-    assert list(found) == ["generated", "true", "generated changed", "true changed"]
-    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in found.items()}
-    assert list(found["true"]) == ["primary", "fine-grained"]
+    heads_of = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"))
+    assert list(heads_of) == ["generated", "true", "generated changed", "true changed"]
+    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in heads_of.items()}
+    assert list(heads_of["true"]) == ["primary", "fine-grained"]
     third = pytest.approx(1 / 3)
     assert named["true"] == [(0, 1), (1, 0)]
     assert named["generated"] == named["generated changed"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
