@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils import add_batch_argument, add_net_arguments, between, check_net_arguments, run_cli
+from utils import add_batch_argument, add_net_arguments, add_rerank_argument, between, check_net_arguments, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     add_batch_argument(parser, "--batchsize")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the net (fp32)")
     parser.add_argument("--multi", action="store_true", help="also multi-query; needs multi-query/ or gt_bbox/")
-    parser.add_argument("--rerank", action="store_true", help="also k-reciprocal re-ranking")
+    add_rerank_argument(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")
     parser.add_argument("--no-cameras", action="store_true", help="leave out nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features here too, .npz or .mat")

@@ -182,6 +182,12 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def add_rerank_argument(parser: argparse.ArgumentParser) -> None:
+    """`--rerank`, which is the field's variant, or `--rerank paper`."""
+    about = "also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3): as toolkits do it, or by the paper's formulas"
+    parser.add_argument("--rerank", nargs="?", const="field", choices=("field", "paper"), help=about)
+
+
 def check_net_arguments(args: argparse.Namespace) -> None:
     """Raise UserError if both a run and a teacher are given, or a snapshot of a teacher, which has only one file."""
     if args.name and args.teacher:

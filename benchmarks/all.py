@@ -12,22 +12,18 @@ from benchmarks.machine import benchmark_parser
 from utils import ROOT, UserError, pick_device, run_cli
 
 
-def commands(device: str) -> dict[str, list[str]]:
-    """Module to options."""
-    return {
-        "train_step": ["--device", device] + ([] if device.startswith("cuda") else ["--short", "--rounds", "2"]),
-        "loader": ["--quick", "--device", device],
-        "features": ["--quick", "--device", device],
-        "ranking": "--queries 500 --gallery 5000 --repeats 3 --sample 20".split(),
-    }
-
-
 def main() -> None:
     parser = benchmark_parser("all", __doc__)
     parser.set_defaults(results=ROOT / "outputs/benchmarks")
     args = parser.parse_args()
-    failed = []
-    for module, options in commands(str(pick_device(args.device))).items():
+    device, failed = str(pick_device(args.device)), []
+    commands = {
+        "train_step": ["--device", device] + ([] if device.startswith("cuda") else ["--short", "--rounds", "2"]),
+        "loader": ["--quick", "--device", device],
+        "features": ["--quick", "--device", device],
+        "ranking": ["--queries", "500", "--gallery", "5000"],
+    }
+    for module, options in commands.items():
         command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--results", str(args.results)]
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(module)

@@ -17,57 +17,43 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.machine import benchmark_parser, compare, describe_machine, draw_images, finish, write_result
+from benchmarks.machine import (
+    benchmark_parser,
+    compare,
+    describe_machine,
+    draw_images,
+    finish,
+    plain_reader,
+    write_result,
+)
 from precision import has_bf16
 from reid_eval.features import extract_features
 from reIDmodel import build_id_net
-from utils import IMAGENET_MEAN, IMAGENET_STD, between, pick_device, run_cli, set_threads
+from utils import between, pick_device, run_cli, set_threads
 
 PLAIN_BATCH = 32
+REPEATS = 3
 # By name: backbone, height, width, and the images of a round on a CPU and on a GPU.
 NETS = {"latest": ("resnet50", 256, 128, 16, 2048), "demo": ("resnet10w16", 64, 32, 256, 2048)}
-
-
-class PlainImages(Dataset):
-    """Normalised images, decoded and resized when they are asked for."""
-
-    def __init__(self, paths: list[Path], height: int, width: int) -> None:
-        self.paths = paths
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((height, width), transforms.InterpolationMode.BICUBIC),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        with Image.open(self.paths[i]) as image:
-            return self.transform(image.convert("RGB"))
 
 
 @torch.no_grad()
 def plain_features(net, paths: list[Path], height: int, width: int, device: torch.device) -> np.ndarray:
     """Features (n, heads, dim) float32 by a plain loop."""
-    net.eval()
+    read = plain_reader(transforms.Resize((height, width), transforms.InterpolationMode.BICUBIC))
     parts = []
-    for x in DataLoader(PlainImages(paths, height, width), batch_size=PLAIN_BATCH):
-        total = 0
-        for view in (x, torch.flip(x, [3])):
-            total = total + F.normalize(torch.stack(net.embed(view.to(device)), dim=1), dim=2)
+    for x in DataLoader(paths, PLAIN_BATCH, collate_fn=lambda files: torch.stack([read(file) for file in files])):
+        views = (torch.stack(net.embed(view.to(device)), dim=1) for view in (x, torch.flip(x, [3])))
+        total = sum(F.normalize(view, dim=2) for view in views)
         parts.append(F.normalize(total, dim=2).cpu())
     return torch.cat(parts).numpy()
 
 
-def measure_speed(name: str, images: list[Path], device: torch.device, *, count: int | None, repeats: int) -> dict:
+def measure_speed(name: str, images: list[Path], device: torch.device, count: int | None) -> dict:
     """Images per second of the net called `name` in `NETS`, and the ratios to the plain loop."""
     backbone, height, width, on_cpu, on_gpu = NETS[name]
     count = count or (on_cpu if device.type == "cpu" else on_gpu)
@@ -81,7 +67,7 @@ def measure_speed(name: str, images: list[Path], device: torch.device, *, count:
     finish(device)
     # Of unit vectors: 1 where they are the same.
     agreement = {way: float((f * first["plain"]).sum(-1).min()) for way, f in first.items() if way != "plain"}
-    return compare(ways, repeats, count, device) | {"least cosine to plain": agreement, "images": count}
+    return compare(ways, REPEATS, count, device) | {"least cosine to plain": agreement, "images": count}
 
 
 def precisions(device: torch.device) -> list[str]:
@@ -92,7 +78,6 @@ def precisions(device: torch.device) -> list[str]:
 def main() -> None:
     parser = benchmark_parser("features", __doc__)
     parser.add_argument("--images", type=between(1), help="images in a round (default: 16 or 256 on a CPU, else 2048)")
-    parser.add_argument("--repeats", type=between(1), default=3, help="rounds (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the demo's net alone, 64 images")
     args = parser.parse_args()
     set_threads(1)
@@ -102,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = draw_images(Path(folder), 8).paths
         for name in nets:
-            result["speed"][name] = measure_speed(name, images, device, count=count, repeats=args.repeats)
+            result["speed"][name] = measure_speed(name, images, device, count)
     write_result(args.results, "features", result)
 
 

@@ -7,8 +7,6 @@ snapshots and every image must be the same, bit for bit.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import random
 import subprocess
 import sys
@@ -43,24 +41,22 @@ SETTINGS = dict(
 class Trial:
     """A run in `folder` that is started, killed and started again."""
 
-    def __init__(self, folder: Path, config: Path, max_iter: int) -> None:
-        self.folder, self.config, self.max_iter = folder, config, max_iter
-        self.path = folder / "outputs" / "run"
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder, self.config, self.path = folder, config, folder / "outputs" / "run"
         folder.mkdir()
 
     def start(self, workers: int = 0) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(self.config), "--name", "run"]
-        command += ["--output_path", str(self.folder), "--resume", "auto", "--threads", "1", "--device", "cpu"]
-        command += ["--set", f"max_iter={self.max_iter}", f"num_workers={workers}"]
+        command = [sys.executable, ROOT / "train.py", "--config", self.config, "--name", "run", "--resume", "auto"]
+        command += ["--output_path", self.folder, "--threads", "1", "--device", "cpu"]
+        command += ["--set", f"num_workers={workers}"]
         with open(self.folder / "out.txt", "w") as out:
             return subprocess.Popen(command, stdout=out, stderr=out)
 
     def finish(self) -> None:
         """Run to the end. Raises UserError with the end of the output if the run fails."""
         if status := self.start().wait():
-            raise UserError(
-                f"{self.folder}: ended with status {status}: {(self.folder / 'out.txt').read_text()[-2000:]}"
-            )
+            end = (self.folder / "out.txt").read_text()[-2000:]
+            raise UserError(f"{self.folder}: ended with status {status}: {end}")
 
     def newest(self) -> int:
         return max(snapshots(self.path / "checkpoints"), default=0)
@@ -69,14 +65,10 @@ class Trial:
         """What is being written at this moment: `checkpoints`, `images` or None."""
         return next((path.parent.name for path in self.path.glob("*/*.part")), None)
 
-    def files(self) -> dict[str, str]:
-        """Hashes of snapshots and images, without the manifests, which also hold the number of workers."""
-        paths = [p for kind in ("checkpoints", "images") for p in (self.path / kind).rglob("*") if p.is_file()]
-        return {
-            str(path.relative_to(self.path)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(paths)
-            if path.suffix != ".json"
-        }
+    def files(self, kind: str) -> dict[Path, bytes]:
+        """Contents of `checkpoints` or `images`, without the manifests, which also hold the number of workers."""
+        paths = [path for path in (self.path / kind).rglob("*") if path.is_file() and path.suffix != ".json"]
+        return {path.relative_to(self.path): path.read_bytes() for path in paths}
 
 
 def kill_once(trial: Trial, rng: random.Random, seconds: float) -> str:
@@ -85,11 +77,8 @@ def kill_once(trial: Trial, rng: random.Random, seconds: float) -> str:
     Returns what it was doing: start-up, step, checkpoints or images; `nothing` if the run ended before.
     """
     aim = rng.choice([None, None, "checkpoints", "checkpoints", "images"])
-    before, process, end = (
-        trial.newest(),
-        trial.start(rng.choice([0, 0, 2])),
-        time.monotonic() + rng.uniform(0, seconds),
-    )
+    before, process = trial.newest(), trial.start(rng.choice([0, 0, 2]))
+    end = time.monotonic() + rng.uniform(0, seconds)
     try:
         # A moment at random, or the writing of a file after a new snapshot.
         while process.poll() is None and time.monotonic() < end + (60 if aim else 0):
@@ -106,6 +95,29 @@ def kill_once(trial: Trial, rng: random.Random, seconds: float) -> str:
     return trial.writing() or "step" if trial.newest() > before else "start-up"
 
 
+def measure(scratch: Path, data: Path, kills: int, seed: int) -> dict:
+    """Train both runs in `scratch`; returns the result for JSON."""
+    machine, config, steps = describe_machine(), scratch / "run.yaml", STEPS_PER_KILL * kills + 4
+    config.write_text(yaml.safe_dump(SETTINGS | dict(data_root=str(data), max_iter=steps)))
+    whole, killed = (Trial(scratch / name, config) for name in ("whole", "killed"))
+    began = time.time()
+    whole.finish()
+    # The first file in the run's folder shows when the steps began, near enough.
+    steps_began = (whole.path / "config.yaml").stat().st_mtime
+    seconds = steps_began - began + STEPS_PER_KILL * (time.time() - steps_began) / steps
+
+    rng, moments = random.Random(seed), Counter()
+    while moments.total() < kills and (moment := kill_once(killed, rng, seconds)) != "nothing":
+        moments[moment] += 1
+        print(f"kill {moments.total()}: {moment}; newest snapshot {killed.newest()}", flush=True)
+    killed.finish()
+    files = {kind: whole.files(kind) for kind in ("checkpoints", "images")}
+    same = {kind: contents == killed.files(kind) for kind, contents in files.items()}
+    result = dict(kills=moments.total(), moments=dict(moments), seed=seed, steps=steps)
+    result |= dict(same_as_undisturbed=all(same.values()), same=same)
+    return result | dict(files_compared={kind: len(contents) for kind, contents in files.items()}, machine=machine)
+
+
 def main() -> int:
     parser = benchmark_parser("kill_test", __doc__, device=False)
     parser.add_argument("--kills", type=between(1), default=30, help="how often the run is killed (default: 30)")
@@ -114,34 +126,12 @@ def main() -> int:
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        result = run(Path(scratch), args)
+        if not args.data:
+            make_dataset(Path(scratch) / "data", preset="tiny")
+        result = measure(Path(scratch), args.data or Path(scratch) / "data", args.kills, args.seed)
     result["seconds"] = round(time.monotonic() - began)
     write_result(args.results, "kill_test", result)
     return 0 if result["same_as_undisturbed"] and result["kills"] == args.kills else 1
-
-
-def run(scratch: Path, args: argparse.Namespace) -> dict:
-    """Train both runs in `scratch`; returns the result for JSON."""
-    machine, data, config = describe_machine(), args.data or scratch / "data", scratch / "run.yaml"
-    if not args.data:
-        make_dataset(data, preset="tiny")
-    config.write_text(yaml.safe_dump(SETTINGS | dict(data_root=str(data))))
-    max_iter = STEPS_PER_KILL * args.kills + 4
-    whole, killed = (Trial(scratch / name, config, max_iter) for name in ("whole", "killed"))
-    began = time.time()
-    whole.finish()
-    # The first file in the run's folder shows when the steps began, near enough.
-    steps_began = (whole.path / "config.yaml").stat().st_mtime
-    seconds = steps_began - began + STEPS_PER_KILL * (time.time() - steps_began) / max_iter
-
-    rng, moments = random.Random(args.seed), Counter()
-    while moments.total() < args.kills and (moment := kill_once(killed, rng, seconds)) != "nothing":
-        moments[moment] += 1
-        print(f"kill {moments.total()}: {moment}; newest snapshot {killed.newest()}", flush=True)
-    killed.finish()
-    files = whole.files()
-    same = dict(kills=moments.total(), moments=dict(moments), seed=args.seed, steps=max_iter)
-    return same | {"same_as_undisturbed": files == killed.files(), "files_compared": len(files), "machine": machine}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
+from torchvision import transforms
 
 from data.folders import ImageList, read_split
 from files import write_json
 from mannequins.dataset import make_dataset
+from utils import IMAGENET_MEAN, IMAGENET_STD
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -60,6 +65,17 @@ def draw_images(folder: Path, identities: int) -> ImageList:
     with redirect_stdout(None):
         make_dataset(folder / "mannequins", preset="tiny", train_ids=identities, test_ids=2)
     return read_split(folder / "mannequins", "train_all", need_names=False)
+
+
+def plain_reader(*steps: Callable[[Any], Any]) -> Callable[[Path], torch.Tensor]:
+    """Reads an image file as such scripts usually do: Pillow, torchvision's `steps`, then (3, H, W) normalised."""
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    def read(path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+
+    return read
 
 
 def alternate(
@@ -103,18 +119,17 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def resident_bytes(key: str) -> int:
+    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest so far (without /proc for both)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
+        return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:
     """Print a result and write it to `name`.json in `folder`, in place of an earlier one."""
     path = Path(folder) / f"{name}.json"
-    print(yaml.safe_dump({name: rounded(result)}, sort_keys=False, width=120), end="")
     write_json(path, result)
-    print(f"written to {path}")
-
-
-def rounded(value: Any) -> Any:
-    """Numbers with four digits, in dicts and lists too."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(yaml.safe_dump({name: rounded}, sort_keys=False, width=120), end=f"written to {path}\n")

@@ -11,29 +11,25 @@ The features are random; sizes, counts of labels and order are those of the data
 
 from __future__ import annotations
 
-import re
-import resource
 import statistics
-import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import alternate, benchmark_parser, describe_machine, median_ratio, write_result
+from benchmarks.machine import alternate, benchmark_parser, describe_machine, median_ratio, resident_bytes, write_result
 from reid_eval.features import Features
 from reid_eval.ranking import BOTH, SETTINGS, rank
 from reid_eval.reranking import rerank
 from utils import between, run_cli
 
-PARTS = ("speed", "memory", "rerank")
-HEADS = 2
+HEADS, DIM = 2, 1024  # numbers per image, of both heads together
+REPEATS, SAMPLE = 5, 100  # rounds of the speed part, queries of the plain reference
 KINDS = {"good": 1.0, "chance": 0.0}  # how strongly an image shows its identity
 # Shares of Market-1501's gallery: 3,819 junk and 2,793 distractors of 19,732.
 JUNK_SHARE, DISTRACTOR_SHARE = 3819 / 19732, 2793 / 19732
 
 
-def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) -> tuple[Features, Features]:
+def make_problem(nq: int, ng: int, dim: int = DIM, *, signal: float, seed: int = 0) -> tuple[Features, Features]:
     """Query and gallery with two heads of `dim` / 2 numbers; about 17.5 gallery images per identity, six cameras.
 
     An image's features are its identity's, weighted with `signal` and a long-tailed random factor, plus noise. So most
@@ -64,8 +60,8 @@ def make_problem(nq: int, ng: int, dim: int, *, signal: float, seed: int = 0) ->
 def plain_reference(query: Features, gallery: Features, weights: tuple[float, ...]) -> dict[str, np.ndarray]:
     """Rank query by query, as evaluation scripts usually do, with set operations on indices and a loop over the hits.
 
-    Returns (nq,) arrays `official` and `standard` (AP), `inp` and `first` (rank of the first match) for one score
-    setting; all are 0 without a match.
+    Returns (nq,) arrays of one score setting: `official` and `standard` (AP), `inp` and `first` (rank of the first
+    match); all are 0 without a match.
     """
     rows = []
     for i in range(len(query)):
@@ -88,17 +84,16 @@ def plain_reference(query: Features, gallery: Features, weights: tuple[float, ..
     return dict(zip(("official", "standard", "inp", "first"), np.array(rows).T, strict=True))
 
 
-def rank_sides(query: Features, gallery: Features, *, progress: bool = False):
-    sides = query.pids, gallery.pids, query.camids, gallery.camids
-    return rank(query.features, gallery.features, *sides, progress=progress)
+def rank_sides(q: Features, g: Features, *, progress: bool = False) -> dict:
+    return rank(q.features, g.features, q.pids, g.pids, q.camids, g.camids, progress=progress)
 
 
-def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> dict:
+def measure_speed(nq: int, ng: int) -> dict:
     """Seconds and ratios for every kind of features in `KINDS`."""
-    result = {}
+    result, sample = {}, min(SAMPLE, nq)
     for kind, signal in KINDS.items():
-        query, gallery = make_problem(nq, ng, dim, signal=signal)
-        chosen = np.random.default_rng(1).choice(nq, min(sample, nq), replace=False)
+        query, gallery = make_problem(nq, ng, signal=signal)
+        chosen = np.random.default_rng(1).choice(nq, sample, replace=False)
         sampled = Features(query.features[chosen], query.pids[chosen], query.camids[chosen])
         results = rank_sides(query, gallery)
         seconds = alternate(
@@ -107,61 +102,46 @@ def measure_speed(nq: int, ng: int, dim: int, *, repeats: int, sample: int) -> d
                 "ranking": partial(rank_sides, query, gallery),
                 "plain reference, one setting, sample": partial(plain_reference, sampled, gallery, SETTINGS[BOTH]),
             },
-            repeats,
+            REPEATS,
         )
         product, ours, plain = seconds.values()
-        plain = [s * nq / len(sampled) for s in plain]
+        plain = [s * nq / sample for s in plain]
         result[kind] = {
             "mAP": {name: by["official"].mAP for name, by in results.items()},
             "median": {name: statistics.median(values) for name, values in seconds.items()},
             "ranking / bare product": median_ratio(ours, product),
             "plain reference of all settings / ranking of all": len(SETTINGS) * median_ratio(plain, ours),
         }
-    return result | {"settings": list(SETTINGS), "sampled queries": min(sample, nq), "repeats": repeats}
+    return result | {"settings": list(SETTINGS), "sampled queries": sample, "repeats": REPEATS}
 
 
-def measure_memory(nq: int, ng: int, dim: int) -> dict:
+def measure_memory(nq: int, ng: int) -> dict:
     """Peak memory of this process in bytes, less the features, and seconds of the ranking."""
-    query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
+    query, gallery = make_problem(nq, ng, signal=KINDS["good"])
     features = query.features.nbytes + gallery.features.nbytes
-    start = time.perf_counter()
-    rank_sides(query, gallery, progress=True)
-    seconds = time.perf_counter() - start
-    return {"features": features, "beyond_features": peak_memory() - features, "seconds": seconds}
+    (seconds,) = alternate({"ranking": partial(rank_sides, query, gallery, progress=True)}, 1)["ranking"]
+    return {"features": features, "beyond_features": resident_bytes("VmHWM") - features, "seconds": seconds}
 
 
-def measure_rerank(nq: int, ng: int, dim: int) -> dict:
+def measure_rerank(nq: int, ng: int) -> dict:
     """Peak memory of this process in bytes, and seconds of one re-ranking; junk counts as images here."""
-    query, gallery = make_problem(nq, ng, dim, signal=KINDS["good"])
-    start = time.perf_counter()
-    rerank(query.features, gallery.features)
-    return {"images": nq + ng, "seconds": time.perf_counter() - start, "peak": peak_memory()}
+    query, gallery = make_problem(nq, ng, signal=KINDS["good"])
+    (seconds,) = alternate({"rerank": partial(rerank, query.features, gallery.features)}, 1)["rerank"]
+    return {"images": nq + ng, "seconds": seconds, "peak": resident_bytes("VmHWM")}
 
 
-def peak_memory() -> int:
-    """Greatest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+MEASURES = {"speed": measure_speed, "memory": measure_memory, "rerank": measure_rerank}
 
 
 def main() -> None:
     parser = benchmark_parser("ranking", __doc__, device=False)
-    parser.add_argument("part", choices=PARTS, nargs="?", default="speed", help="what to measure (default: speed)")
+    parser.add_argument("part", choices=MEASURES, nargs="?", default="speed", help="what to measure (default: speed)")
     parser.add_argument("--queries", type=between(1), default=3368, help="number of queries (default: 3368)")
     parser.add_argument("--gallery", type=between(20), help="gallery images (default: 19732; memory: 500000)")
-    parser.add_argument("--dim", type=between(1), default=512, help="numbers per head (default: 512)")
-    parser.add_argument("--repeats", type=between(1), default=5, help="rounds of the speed part (default: 5)")
-    parser.add_argument("--sample", type=between(1), default=100, help="queries of the plain reference (default: 100)")
     args = parser.parse_args()
-    sizes = args.queries, args.gallery or (500_000 if args.part == "memory" else 19_732), HEADS * args.dim
-    result = {"machine": describe_machine(), "sizes": dict(zip(("queries", "gallery", "dim"), sizes, strict=True))}
-    if args.part == "speed":
-        result |= measure_speed(*sizes, repeats=args.repeats, sample=args.sample)
-    else:
-        result |= {"memory": measure_memory, "rerank": measure_rerank}[args.part](*sizes)
-    write_result(args.results, f"ranking-{args.part}", result)
+    nq, ng = args.queries, args.gallery or (500_000 if args.part == "memory" else 19_732)
+    result = {"machine": describe_machine(), "sizes": {"queries": nq, "gallery": ng, "dim": DIM}}
+    write_result(args.results, f"ranking-{args.part}", result | MEASURES[args.part](nq, ng))
 
 
 if __name__ == "__main__":

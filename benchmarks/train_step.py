@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks.machine import (
     describe_machine,
     finish,
     median_ratio,
+    resident_bytes,
     write_result,
 )
 from benchmarks.plain import PlainTrainer
@@ -50,15 +50,17 @@ AFTER_ALL_RAMPS = 40_000
 
 def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
     """Trainer and changes of the config by name; the plain one comes first."""
-    cuda, fast = device.type == "cuda", dict(channels_last=True)
-    full, half = {"precision": "fp32"}, fast | {"precision": pick_precision(device, "auto")}
-    steps: dict[str, tuple[type[DGNetTrainer], dict[str, Any]]] = {"plain": (PlainTrainer, full)}
-    steps |= {"plain tf32": (PlainTrainer, full)} if cuda else {}
-    steps |= {"fp32": (DGNetTrainer, full)}
-    steps |= {"bf16": (DGNetTrainer, half)} if has_bf16(device) else {}
-    steps |= {"fp16": (DGNetTrainer, fast | {"precision": "fp16"})} if cuda else {}
-    steps |= {} if short else {"recompute": (DGNetTrainer, half | {"recompute": True})}
-    return steps
+    cuda, full = device.type == "cuda", {"precision": "fp32"}
+    half = {"channels_last": True, "precision": pick_precision(device, "auto")}
+    steps = {
+        "plain": (True, PlainTrainer, full),
+        "plain tf32": (cuda, PlainTrainer, full),
+        "fp32": (True, DGNetTrainer, full),
+        "bf16": (has_bf16(device), DGNetTrainer, half),
+        "fp16": (cuda, DGNetTrainer, half | {"precision": "fp16"}),
+        "recompute": (not short, DGNetTrainer, half | {"recompute": True}),
+    }
+    return {name: (kind, changes) for name, (wanted, kind, changes) in steps.items() if wanted}
 
 
 def random_batch(cfg: DGNetConfig, seed: int) -> Batch:
@@ -68,7 +70,6 @@ def random_batch(cfg: DGNetConfig, seed: int) -> Batch:
     return Batch(x, xp, torch.randint(0, CLASSES, (n,), generator=generator), torch.arange(n))
 
 
-# --------------------------------------------------------------------------------------------- measuring
 class Steps:
     """One variant's trainer with two batches; a call makes one step and waits for its end."""
 
@@ -89,7 +90,7 @@ class Steps:
 
 
 def peak_memory(steps: Steps) -> int:
-    """Greatest number of bytes during a step, less those before it; on a CPU sampled from the resident memory."""
+    """Greatest number of bytes during a step, less those before it; on a CPU of resident memory."""
     if steps.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(steps.device)
         before = torch.cuda.memory_allocated(steps.device)
@@ -98,28 +99,11 @@ def peak_memory(steps: Steps) -> int:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # or glibc would hide what it keeps for later
-    stop, seen = threading.Event(), [resident_bytes()]
-
-    def watch() -> None:
-        while not stop.wait(0.005):
-            seen.append(resident_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        steps()
-    finally:
-        stop.set()
-        watcher.join()
-    return max(seen) - seen[0]
-
-
-def resident_bytes() -> int:
-    """The resident memory of this process; 0 on systems without /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:
-        return 0
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the greatest memory so far
+    before = resident_bytes("VmRSS")
+    steps()
+    return resident_bytes("VmHWM") - before
 
 
 def launches(steps: Steps) -> int:
@@ -169,16 +153,16 @@ def main() -> None:
     cfg = load_config(args.config, settings)
     if not isinstance(cfg, DGNetConfig):
         raise UserError(f"--config {args.config}: is a teacher's; give a DG-Net run's, such as configs/latest.yaml")
-    result: dict[str, Any] = {
+    rounds = args.rounds or (20 if device.type == "cuda" else 3)
+    result = {
         "machine": describe_machine() | {"threads": torch.get_num_threads()},
         "device": device.type,
         "config": Path(args.config).name,
         "batch_size": cfg.batch_size,
         "size": [cfg.crop_image_height, cfg.crop_image_width],
         "backbone": cfg.backbone,
+        "variants": measure(cfg, device, rounds=rounds, short=args.short),
     }
-    rounds = args.rounds or (20 if device.type == "cuda" else 3)
-    result["variants"] = measure(cfg, device, rounds=rounds, short=args.short)
     write_result(args.results, f"train_step-{device.type}-batch{cfg.batch_size}", result)
 
 

@@ -123,11 +123,7 @@ def draw_pairs(pids: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def pair_scores(
-    images: ImageList,
-    pairs: np.ndarray,
-    measures: dict[str, PairMeasure],
-    protocol: Protocol,
-    device: torch.device,
+    images: ImageList, pairs: np.ndarray, measures: dict[str, PairMeasure], protocol: Protocol, device: torch.device
 ) -> dict[str, float]:
     """The mean of every measure over pairs (n, 2) of image indices."""
     values: dict[str, list[Tensor]] = {name: [] for name in measures}
@@ -157,19 +153,14 @@ def score(
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Compute every score whose weights and images are there.
 
-    Args:
-        sides: the images, "real" and possibly "fake", of which `protocol.count` are drawn from each side.
-        real_vs_real: also FID and KID between two random halves of the real images, which are the floor.
-        weights: folder of weights, besides PyTorch's cache.
-        network, lpips: replace Inception and LPIPS.
+    sides           the images, "real" and possibly "fake", of which `protocol.count` are drawn from each side
+    real_vs_real    also FID and KID between two random halves of the real images, which are the floor
+    weights         folder of weights, besides PyTorch's cache
+    network, lpips  replace Inception and LPIPS
 
-    Returns:
-        `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}` without the scores that were not computed, and a
-        line for each of those that says why. FID and KID of "real" are those between its halves.
-
-    Raises:
-        UserError: fewer images than `protocol.count` or two (four for halves), an image that cannot be decoded, or no
-            score at all.
+    Returns `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}` without the scores that were not computed,
+    and a line for each of those that says why. FID and KID of "real" are those between its halves. Raises UserError for
+    fewer images than `protocol.count` or two (four for halves), an undecodable image, and if there is no score at all.
     """
     sides = {name: draw_images(images, name, protocol) for name, images in sides.items()}
     if real_vs_real and len(sides["real"]) < 4:

@@ -46,17 +46,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--real-vs-real", action="store_true", help="FID and KID between random halves of --real")
     parser.add_argument("--count", type=between(2), help="images to draw from each folder (default: all)")
     parser.add_argument("--pairs", type=between(1), default=2000, help="pairs for SSIM and LPIPS (default: 2000)")
-    parser.add_argument(
-        "--size",
-        type=between(32),
-        nargs=2,
-        default=(128, 64),
-        metavar=("HEIGHT", "WIDTH"),
-        help="every image is first resized to this (default: 128 64)",
-    )
-    parser.add_argument(
-        "--seed", type=between(0, 2**32 - 1), default=0, help="of images, halves, pairs and KID's subsets (default: 0)"
-    )
+    size = dict(type=between(32), nargs=2, default=(128, 64), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", **size, help="every image is first resized to this (default: 128 64)")
+    parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="of every random choice (default: 0)")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the weights, besides PyTorch's cache")
     parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
@@ -106,16 +98,14 @@ def score_cells(row: dict[str, float | None]) -> list[str]:
 
 
 def print_scores(
-    real: ImageList,
-    fake: ImageList | None,
+    sides: dict[str, ImageList],
     protocol: Protocol,
     device: torch.device,
     *,
     real_vs_real: bool = False,
     weights: Path | None = None,
 ) -> dict[str, Any]:
-    """Compute and print the scores with their protocol; returns both, ready for JSON. Raises as `metrics.score`."""
-    sides = {"real": real} | ({"fake": fake} if fake else {})
+    """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`."""
     scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, weights=weights)
     stated = describe(sides, protocol)
     for side in sides:
@@ -138,7 +128,7 @@ def print_scores(
     fewest = min([row["images"] for row in scores.values()] + [half] * real_vs_real)
     if any("fid" in row for row in scores.values()) and fewest < FULL_RANK:
         print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
-    if fake and set(stated["real"]["formats"]) != set(stated["fake"]["formats"]):
+    if len({frozenset(stated[side]["formats"]) for side in sides}) > 1:
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
     return {"scores": scores, "not_computed": missing, "protocol": stated, "published": published}
 
@@ -147,11 +137,12 @@ def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
     set_threads(args.threads)
-    real = read_people(args.real, args.split, option="--real")
-    fake = read_people(args.fake, option="--fake", generated=True) if args.fake else None
-    check_images([*real.paths, *(fake.paths if fake else [])], skip_bad=False, remedy="remove them")
+    sides = {"real": read_people(args.real, args.split, option="--real")}
+    if args.fake:
+        sides["fake"] = read_people(args.fake, option="--fake", generated=True)
+    check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
-    result = print_scores(real, fake, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
+    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

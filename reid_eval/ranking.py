@@ -299,46 +299,36 @@ class Entry(NamedTuple):
     rank: int | None  # from 1 among the images that count; None for junk
 
 
-def best_scores(
-    query: np.ndarray, gallery: np.ndarray, weights: Sequence[float], count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gallery indices and scores, both (nq, min(count, ng)), of the highest scores for each query, highest first.
-
-    `query` is (nq, heads, dim), `gallery` (ng, heads, dim). Entries with equal scores keep the gallery's order.
-    """
-    count = min(count, len(gallery))
-    indices, best = np.empty((len(query), count), np.int64), np.empty((len(query), count), np.float32)
-    step = max(1, _LIST_BYTES // (4 * max(1, len(gallery))))
-    for start in range(0, len(query), step):
-        rows = slice(start, start + step)
-        scores = sum(np.float32(w) * (query[rows, h] @ gallery[:, h].T) for h, w in enumerate(weights) if w != 0)
-        for i, row in enumerate(scores, start):
-            candidates = np.flatnonzero(row >= np.partition(row, -count)[-count])  # more if scores are equal
-            indices[i] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
-            best[i] = row[indices[i]]
-    return indices, best
-
-
 def first_entries(
     query: Features, gallery: Features, *, top: int = 10, remove_same_camera: bool = True
 ) -> list[list[Entry]]:
     """The list of every query down to the `top`-th image that counts, with the junk in between; at most 2 * `top` long.
 
     Junk is what `rank` leaves out: identity -1, and the query's identity under the query's camera; without
-    `remove_same_camera` only the query image itself. Scores are those of `main_setting`.
+    `remove_same_camera` only the query image itself. Scores are those of `main_setting`; images with equal scores keep
+    the gallery's order.
     """
     _, weights = main_setting(query.features.shape[1])
-    indices, scores = best_scores(query.features, gallery.features, weights, 2 * top)
-    same = (gallery.pids[indices] == query.pids[:, None]) & (query.pids[:, None] != JUNK)
-    junk = np.zeros_like(same)
-    if remove_same_camera:
-        junk = (gallery.pids[indices] == JUNK) | (same & (gallery.camids[indices] == query.camids[:, None]))
-    elif query.keys is not None and gallery.keys is not None:
-        junk = same & (gallery.keys[indices] == query.keys[:, None])
-    ranks = np.cumsum(~junk, axis=1)
-    shown = (ranks - ~junk < top).sum(1)  # fewer than `top` images that count precede an entry
-    marks = np.where(junk, "junk", np.where(same, "right", "wrong"))
-    rows = zip(indices.tolist(), scores.tolist(), marks.tolist(), np.where(junk, 0, ranks).tolist(), shown, strict=True)
-    return [
-        [Entry(*entry, rank or None) for *entry, rank in list(zip(*columns, strict=True))[:n]] for *columns, n in rows
-    ]
+    q_marks, g_marks = (query.camids, gallery.camids) if remove_same_camera else (query.keys, gallery.keys)
+    count, lists = min(2 * top, len(gallery)), []
+    step = max(1, _LIST_BYTES // (4 * max(1, len(gallery))))
+    for start in range(0, len(query), step):
+        products = query.features[start : start + step].transpose(1, 0, 2) @ gallery.features.transpose(1, 2, 0)
+        scores = sum(np.float32(w) * product for w, product in zip(weights, products, strict=True) if w != 0)
+        for i, row in enumerate(scores, start):
+            best = np.flatnonzero(row >= np.partition(row, -count)[-count])  # more than `count` if scores are equal
+            best = best[np.argsort(-row[best], kind="stable")[:count]]
+            right = (gallery.pids[best] == query.pids[i]) & (query.pids[i] != JUNK)
+            marked = (
+                g_marks[best] == q_marks[i] if q_marks is not None and g_marks is not None else np.zeros_like(right)
+            )
+            junk = right & marked | (gallery.pids[best] == JUNK) & remove_same_camera
+            entries, ranked = [], 0
+            for g, is_right, is_junk in zip(best.tolist(), right, junk, strict=True):
+                if ranked == top:
+                    break
+                ranked += not is_junk
+                mark = "junk" if is_junk else "right" if is_right else "wrong"
+                entries.append(Entry(g, float(row[g]), mark, None if is_junk else ranked))
+            lists.append(entries)
+    return lists

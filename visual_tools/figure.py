@@ -178,8 +178,7 @@ def write_swaps(model: Swapper, images: ImageList, count: int, seed: int, out: P
 def check_free(path: Path, *, suffix: str, force: bool) -> Path:
     """`path`, to be written: a file that ends in `suffix`, or a folder if that is "".
 
-    Raises UserError for another suffix, for a folder instead of a file or the reverse, and, without `force`, for an
-    existing file and a folder that is not empty.
+    Raises UserError for a path of the other kind and, without `force`, for an existing file or a folder with files.
     """
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"--out {path}: must end in {suffix}")

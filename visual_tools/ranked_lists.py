@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, Template
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import load_image
@@ -50,45 +51,36 @@ class Result:
 
 
 # --------------------------------------------------------------------------------------------- the page
-def template(name: str) -> Template:
-    """A template of this folder that escapes everything it is given."""
+def write_html(path: Path, template: str, **context: Any) -> Path:
+    """Fill a template of this folder, which escapes everything it is given, and write it, whole or not at all.
+
+    Bytes that are not text, which names of files may contain, become question marks. Raises UserError if the file
+    cannot be written.
+    """
     folder = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+    environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template(template).render(context).encode("utf-8", "replace")
+    make_folder(path.parent)
+    return write_whole(path, lambda file: file.write(page))
 
 
 def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Sequence[str] = ()) -> Path:
-    """Write the page of all results; the images stay where they are and are linked relative to the page.
-
-    Raises UserError if it cannot be written.
-    """
+    """Write the page of all results; the images stay where they are and are linked relative to the page."""
     folder = os.path.abspath(out.parent)
 
     def linked(path: str, caption: str) -> dict[str, str]:
-        # A file's name may contain any bytes.
-        src = quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
-        return {"src": src, "name": _text(os.path.basename(path)), "caption": _text(caption)}
+        src = quote(os.fsencode(os.path.relpath(path, folder)))
+        return {"src": src, "name": os.path.basename(path), "caption": caption}
 
-    stream = template("page.html").stream(
-        title=_text(title),
-        notes=[_text(note) for note in notes],
-        sort_keys=list(results[0].values) if results else [],
-        results=(
-            {
-                "query": linked(result.path, result.caption),
-                "sort_values": json.dumps(list(result.values.values())),
-                "hits": [linked(hit.path, hit.caption) | {"mark": hit.mark} for hit in result.hits],
-            }
-            for result in results
-        ),
-    )
-    stream.enable_buffering(1000)
-    make_folder(out.parent)
-    return write_whole(out, lambda file: stream.dump(file, encoding="utf-8"))
-
-
-def _text(text: str) -> str:
-    """`text` with question marks instead of bytes that are not text, which names of files may contain."""
-    return text.encode("utf-8", "replace").decode()
+    sections = [
+        {
+            "query": linked(result.path, result.caption),
+            "sort_values": json.dumps(list(result.values.values())),
+            "hits": [linked(hit.path, hit.caption) | {"mark": hit.mark} for hit in result.hits],
+        }
+        for result in results
+    ]
+    return write_html(out, "page.html", title=title, notes=notes, sort_keys=list(results[0].values), results=sections)
 
 
 # --------------------------------------------------------------------------------------- an evaluation

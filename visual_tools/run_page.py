@@ -19,7 +19,7 @@ from PIL import Image
 
 from config import Config, DGNetConfig
 from data.images import load_image
-from files import Damaged, make_folder, read_json, write_whole
+from files import Damaged, read_json
 from runs.folder import RunFolder, open_run, run_config
 from runs.load import find_teacher
 from runs.snapshot import read_manifest, snapshots
@@ -27,7 +27,7 @@ from runs.swapper import Swapper, open_swapper
 from utils import UserError, own_command, set_threads
 from visual_tools.curves import draw_panels, read_log
 from visual_tools.figure import check_free, choose_input, interpolations, labels, swap_matrix
-from visual_tools.ranked_lists import template
+from visual_tools.ranked_lists import write_html
 from visual_tools.tables import generation_tables, highlights, read_from, reid_tables, results, settings_table, show
 
 T = TypeVar("T")
@@ -192,11 +192,8 @@ def write_report(args: argparse.Namespace) -> None:
                 raise UserError(f"--{key}: {run.name} is a teacher's run, which has no swaps; omit the option")
     set_threads(args.threads)
     out = check_free(Path(args.out), suffix=".html", force=args.force) if args.out else run.path / "report.html"
-    make_folder(out.parent)
     # The hash in the page's policy lets the browser run this script and no other. The rest is escaped.
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = template("report.html").render(gather(args, run, cfg), script=Markup(script), script_hash=digest)
-    page = page.encode("utf-8", "replace")
-    write_whole(out, lambda file: file.write(page))
-    print(f"report written to {out} ({len(page) / 1e6:.1f} MB)")
+    write_html(out, "report.html", script=Markup(script), script_hash=digest, **gather(args, run, cfg))
+    print(f"report written to {out} ({out.stat().st_size / 1e6:.1f} MB)")

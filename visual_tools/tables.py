@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,46 +57,51 @@ def read_from(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not in the format of this version; create it again") from None
 
 
+class Row(NamedTuple):
+    """The result of one head of one net in one convention; `values` are in percent by the keys of COLUMNS."""
+
+    net: str
+    is_teacher: bool
+    head: str
+    convention: str
+    values: dict[str, float]
+
+
 def reid_tables(run: RunFolder, cfg: Config) -> list[Table]:
-    """A table per data set and kind of query, from `reid*.json` of the run and of its teachers, by convention."""
-    generates = isinstance(cfg, DGNetConfig)
-    nets = []
-    for name in cfg.teachers if generates else [run.name]:
-        try:
-            nets.append((f"teacher {name}", find_teacher(name, run.output_path).folder))
-        except UserError:
-            continue  # a teacher whose files are gone has no row
-    teachers = len(nets)
-    nets += [(run.name, run.path)] if generates else []
-    # By data set and task: the caption, the notes, and rows of (convention, is a teacher's, net, head, numbers in %).
-    content: dict[tuple[str, str], tuple[str, list[str], list[tuple[str, bool, str, str, list[float]]]]] = {}
-    for k, (name, folder) in enumerate(nets):
+    """A table per data set and kind of query, from `reid*.json` of the run and of its teachers."""
+    nets = [] if not isinstance(cfg, DGNetConfig) else [(run.name, False, run.path)]
+    for name in reversed(cfg.teachers if nets else [run.name]):
+        with suppress(UserError):  # a teacher whose files are gone has no row
+            nets.insert(0, (f"teacher {name}", True, find_teacher(name, run.output_path).folder))
+    rows: dict[tuple[str, str], list[Row]] = {}
+    about: dict[tuple[str, str], tuple[str, list[str]]] = {}  # caption and notes
+    for name, is_teacher, folder in nets:
         for path, report in results(folder, "tables"):
             with read_from(path):
                 net = name if report["iteration"] is None else f"{name}, {report['iteration']} steps"
-                data_set, notes = report["tested_on"], [f"{c}: {text}." for c, text in report["conventions"].items()]
+                counts = f"{report['queries']} queries, {report['gallery']} gallery images"
+                notes = [f"{convention}: {explanation}." for convention, explanation in report["conventions"].items()]
                 for task, heads in report["tables"].items():
-                    caption = f"{data_set}, {task}: {report['queries']} queries, {report['gallery']} gallery images"
-                    rows = content[data_set, task][2] if (data_set, task) in content else []
-                    content[data_set, task] = caption, notes, rows
+                    key = report["tested_on"], task
+                    about[key] = f"{', '.join(key)}: {counts}", notes
                     for head, by_convention in heads.items():
                         for convention in report["conventions"]:
-                            values = [100 * by_convention[convention][key] for key in COLUMNS]
-                            rows.append((convention, k < teachers, net, head, values))
-    return [reid_table(*parts) for parts in content.values()]
+                            values = {column: 100 * by_convention[convention][column] for column in COLUMNS}
+                            rows.setdefault(key, []).append(Row(net, is_teacher, head, convention, values))
+    return [reid_table(*about[key], rows[key]) for key in rows]
 
 
-def reid_table(caption: str, notes: list[str], rows: list[tuple[str, bool, str, str, list[float]]]) -> Table:
-    """The re-identification results of several nets on one data set; `rows` as in `reid_tables`."""
-    conventions = list(dict.fromkeys(row[0] for row in rows))
-    rows = sorted(rows, key=lambda row: conventions.index(row[0]))
-    column, cells = list(COLUMNS).index("mAP"), []
-    for convention, is_teacher, net, head, values in rows:
-        teacher = next((row[4] for row in rows if row[:2] == (convention, True)), None)
-        gain = "-" if is_teacher or teacher is None else f"{values[column] - teacher[column]:+.2f}"
-        label = "one head" if head == "feature" else ROW_LABELS.get(head, head)
-        cells.append([net, label, convention, *(f"{value:.2f}" for value in values), gain])
-    strong = frozenset(i for i, row in enumerate(rows) if row[3] == BOTH)
+def reid_table(caption: str, notes: list[str], rows: list[Row]) -> Table:
+    """The re-identification results of several nets on one data set, sorted by convention."""
+    conventions = list(dict.fromkeys(row.convention for row in rows))
+    rows = sorted(rows, key=lambda row: conventions.index(row.convention))
+    cells = []
+    for row in rows:
+        teacher = next((r for r in rows if r.is_teacher and r.convention == row.convention), None)
+        gain = "-" if row.is_teacher or teacher is None else f"{row.values['mAP'] - teacher.values['mAP']:+.2f}"
+        label = "one head" if row.head == "feature" else ROW_LABELS.get(row.head, row.head)
+        cells.append([row.net, label, row.convention, *(f"{value:.2f}" for value in row.values.values()), gain])
+    strong = frozenset(i for i, row in enumerate(rows) if row.head == BOTH)
     return Table(caption, ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"], cells, 3, notes, strong)
 
 
@@ -161,13 +166,13 @@ def highlights(tables: list[Table], swaps: dict[str, Any] | None, rate: float | 
     """
     tiles = []
     if tables:
-        official = [i for i, row in enumerate(tables[0].rows) if row[2] == "official"]
-        best = next((i for i in official if i in tables[0].strong), official[-1])
-        teacher = next((i for i in official if tables[0].rows[i][0].startswith("teacher ") and i != best), None)
+        official = {i: row for i, row in enumerate(tables[0].rows) if row[2] == "official"}
+        best = next((i for i in official if i in tables[0].strong), max(official))
+        teacher = next((row for i, row in official.items() if row[0].startswith("teacher ") and i != best), None)
         for name in ("Rank-1", "mAP"):
             column = tables[0].heads.index(name)
-            remark = "" if teacher is None else f"teacher {tables[0].rows[teacher][column]}"
-            tiles.append((f"{name}, official", f"{tables[0].rows[best][column]} %", remark))
+            remark = f"teacher {teacher[column]}" if teacher else ""
+            tiles.append((f"{name}, official", f"{official[best][column]} %", remark))
     if swaps is not None:
         remark = f"{swaps['generated']:.1f} against {swaps['copy']:.1f} grey levels"
         tiles.append(("swap error below copying", f"{100 * swaps['reduction']:.1f} %", remark))

@@ -40,7 +40,7 @@ def main() -> None:
         return
     protocol = metrics.Protocol(seed=args.seed, batch_size=args.batchsize)
     try:
-        score.print_scores(images, swaps, protocol, model.device, weights=args.weights)
+        score.print_scores({"real": images, "fake": swaps}, protocol, model.device, weights=args.weights)
     except UserError as error:  # the images are written, even if the scores lack something
         print(f"scores: {error}")
 

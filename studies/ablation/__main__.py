@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from benchmarks.machine import describe_machine
 from files import make_folder, read_json, write_json, write_text
@@ -58,7 +57,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ------------------------------------------------------------------------------------------------ what to run
 def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
     """The chosen runs and those that they need, seed by seed: the whole table stands after the first seed."""
     chosen = set(names or CELLS)
@@ -89,27 +87,29 @@ def result_file(study: Study, run: Run, where: str) -> Path:
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process has the folder to itself inside the context; `wait` waits until it has."""
-    handle = os.open(make_folder(folder), os.O_RDONLY)
+    handle, mine = os.open(make_folder(folder), os.O_RDONLY), True
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        mine = False
+    try:
+        yield mine
     finally:
         os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------ working through it
 def work(study: Study, runs: list[Run], where: str, *, again: bool) -> set[Run]:
     """Train and score the unfinished runs; returns those that failed, and those that needed one that did.
 
     Raises SystemExit with 128 and the signal's number when a signal stops training.
     """
     left = [run for run in runs if again or not result_file(study, run, where).is_file()]
-    if where == "test" and not again:
-        refuse_second_scoring(study, left)
+    for run in left if where == "test" and not again else ():
+        if dates := test_dates(study, run)[1]:
+            raise UserError(
+                f"{run[0]}-{run[1]}: was scored on the test identities on {dates[-1]}, and the result is gone; choose "
+                "settings with --evaluate val, or score once more with --again"
+            )
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
     failed: set[Run] = set()
     while left:
@@ -152,31 +152,20 @@ def make(study: Study, run: Run, where: str) -> None:
     result = score(study, run, where)
     if where == "test":
         # Noted before the result, in a folder that stays when the run's is removed: these identities have been seen.
-        times = [*test_dates(study, run), date.today().isoformat()]
-        write_json(scored_file(study, run), {"scored_on_test": times})
-        result["times_scored_on_test"] = len(times)
+        path, dates = test_dates(study, run)
+        dates.append(date.today().isoformat())
+        write_json(path, {"scored_on_test": dates})
+        result["times_scored_on_test"] = len(dates)
     write_json(result_file(study, run, where), result)
     print(f"written to {result_file(study, run, where)}", flush=True)
 
 
-def scored_file(study: Study, run: Run) -> Path:
-    return study.out / "scored-on-test" / f"{run[0]}-{run[1]}.json"
-
-
-def test_dates(study: Study, run: Run) -> list[str]:
-    """The dates on which a run was scored on the test identities."""
-    path = scored_file(study, run)
-    return read_json(path, "put it back, or remove it if the run is new")["scored_on_test"] if path.is_file() else []
-
-
-def refuse_second_scoring(study: Study, runs: list[Run]) -> None:
-    """Raise UserError if a run without a result was scored on the test identities before."""
-    if seen := [run for run in runs if test_dates(study, run)]:
-        name = "{}-{}".format(*seen[0])
-        raise UserError(
-            f"{name} ({len(seen)} in all): was scored on the test identities on {test_dates(study, seen[0])[-1]}, and "
-            "the result is gone; choose settings with --evaluate val, or score once more with --again"
-        )
+def test_dates(study: Study, run: Run) -> tuple[Path, list[str]]:
+    """The dates on which a run was scored on the test identities, and the file that holds them."""
+    path = study.out / "scored-on-test" / f"{run[0]}-{run[1]}.json"
+    if not path.is_file():
+        return path, []
+    return path, read_json(path, "put it back, or remove it if the run is new")["scored_on_test"]
 
 
 def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> None:
@@ -187,7 +176,7 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
         return
     rows, sweep = table.rows(results), table.sweep(results)
     claims = table.claims(rows)
-    content: dict[str, Any] = {
+    content = {
         "preset": args.preset,
         "evaluated_on": where,
         "device": str(study.device),

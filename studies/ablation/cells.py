@@ -64,17 +64,9 @@ CELLS: dict[str, Cell] = {
 # Trained for as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
 # How an id net learns from nothing within minutes (studies/ablation/notebook.md).
-FROM_SCRATCH = dict(
-    id_init="backbone",
-    id_freeze_iter=0,
-    id_weight_decay=0.04,
-    head_lr_factor=1.0,
-    lr2=0.015,
-    joint_bn=True,
-    B_w=1.0,  # with 0.2 that decay empties the fine-grained head
-    warm_iter=400,
-    warm_teacher_iter=400,
-)
+FROM_SCRATCH = dict(id_init="backbone", id_freeze_iter=0, id_weight_decay=0.04, head_lr_factor=1.0, lr2=0.015)
+# With B_w 0.2 that decay empties the fine-grained head.
+FROM_SCRATCH |= dict(joint_bn=True, B_w=1.0, warm_iter=400, warm_teacher_iter=400)
 # Settings that have no effect in the `common_steps`: up to there, runs that differ in nothing else are the same.
 LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "detach_f"}
 
@@ -84,90 +76,58 @@ class Preset:
     """Data, base configurations and what is changed in them.
 
     data      every setting of the renderer, whose own presets may change
+    configs   files of teacher and DG-Net
     held_out  share of the training identities that no run sees, in whole groups of the same colours
     swaps     pairs on which generation is measured
     """
 
     about: str
     data: dict[str, Any]
-    teacher_config: str
-    dgnet_config: str
+    configs: tuple[str, str]
     swaps: int
     teacher: dict[str, Any] = field(default_factory=dict)
     dgnet: dict[str, Any] = field(default_factory=dict)
     held_out: float = 1 / 7
 
 
-TINY_DATA = dict(
-    seed=7,
-    train_ids=12,
-    test_ids=6,
-    cameras=6,
-    min_cameras=3,
-    train_cameras=8,
-    images_per_camera=2,
-    distractors=4,
-    junk=4,
-    group_size=3,
-    test_group_size=6,
-    vivid=0,
-    tint=0.05,
-    light=0.08,
-    noise=3.0,
-    occluders=0.08,
-)
+CAMERAS = dict(cameras=6, min_cameras=3, train_cameras=8, images_per_camera=2)
+LOOKS = dict(vivid=0, tint=0.05, light=0.08, noise=3.0, occluders=0.08)
+PEOPLE = dict(seed=7, train_ids=12, test_ids=6, distractors=4, junk=4, group_size=3, test_group_size=6)
+TINY_DATA = PEOPLE | CAMERAS | LOOKS
 SMALL_DATA = TINY_DATA | dict(train_ids=144, test_ids=96, distractors=60, junk=40, test_group_size=12)
-LARGE_DATA = SMALL_DATA | dict(
-    train_ids=462,
-    test_ids=200,
-    cameras=8,
-    images_per_camera=4,
-    distractors=400,
-    junk=200,
-    group_size=6,
-    test_group_size=6,
+LARGE_DATA = SMALL_DATA | dict(train_ids=462, test_ids=200, distractors=400, junk=200, group_size=6, test_group_size=6)
+LARGE_DATA |= dict(cameras=8, images_per_camera=4)
+# Copies of the demo's, so that the demo can be retuned.
+SMALL_CONFIGS = "studies/ablation/configs/small-teacher.yaml", "studies/ablation/configs/small.yaml"
+TINY_DGNET = dict(
+    backbone="resnet10w8",
+    gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=128, mlp_dim=16),
+    dis=dict(dim=4, n_layer=1, n_res=1, num_scales=1),
+    **dict(batch_size=2, max_iter=8, id_freeze_iter=4, warm_iter=4, warm_teacher_iter=4, warm_scale=0.5),
+    **dict(snapshot_save_iter=2, image_save_iter=8, image_display_iter=8, display_size=2, precision="fp32"),
 )
-CONFIGS = "studies/ablation/configs"  # copies of the demo's, so that the demo can be retuned
 
 # No data set is drawn from seed 0: that is the demo's, whose test identities have been looked at.
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         "seconds a run, to try the command; its numbers mean nothing",
         TINY_DATA,
-        f"{CONFIGS}/small-teacher.yaml",
-        f"{CONFIGS}/small.yaml",
+        SMALL_CONFIGS,
         teacher=dict(backbone="resnet10w8", epochs=2, batch_size=8, snapshot_epochs=1, precision="fp32"),
-        dgnet=dict(
-            backbone="resnet10w8",
-            gen=dict(dim=4, n_downsample=1, n_res=2, id_dim=128, mlp_dim=16),
-            dis=dict(dim=4, n_layer=1, n_res=1, num_scales=1),
-            batch_size=2,
-            max_iter=8,
-            id_freeze_iter=4,
-            warm_iter=4,
-            warm_teacher_iter=4,
-            warm_scale=0.5,
-            snapshot_save_iter=2,
-            image_save_iter=8,
-            image_display_iter=8,
-            display_size=2,
-            precision="fp32",
-        ),
+        dgnet=TINY_DGNET,
         swaps=16,
     ),
     "small": Preset(
         "small networks at 64 x 32: 96 identities to train on, 48 to validate, 96 to test; for two CPU cores",
         SMALL_DATA,
-        f"{CONFIGS}/small-teacher.yaml",
-        f"{CONFIGS}/small.yaml",
+        SMALL_CONFIGS,
         swaps=512,
         held_out=1 / 3,
     ),
     "scratch": Preset(
         "small, but an id net from scratch, the fine-grained head at full weight, 2,000 steps; on data of its own",
         SMALL_DATA | dict(seed=8),
-        f"{CONFIGS}/small-teacher.yaml",
-        f"{CONFIGS}/small.yaml",
+        SMALL_CONFIGS,
         dgnet=FROM_SCRATCH | dict(max_iter=2000),
         swaps=512,
         held_out=1 / 3,
@@ -175,8 +135,7 @@ PRESETS: dict[str, Preset] = {
     "large": Preset(
         "ResNet-18 at 128 x 64: 396 identities to train on, 66 to validate, 200 to test; for a GPU",
         LARGE_DATA,
-        "configs/mannequins-teacher.yaml",
-        "configs/mannequins.yaml",
+        ("configs/mannequins-teacher.yaml", "configs/mannequins.yaml"),
         # At the files' length a run takes hours. This is the schedule of `scratch`, shorter, with twice the images a
         # step.
         teacher=dict(epochs=20, warm_epochs=1, batch_size=64, lr=0.1, weight_decay=0.01),
@@ -184,7 +143,6 @@ PRESETS: dict[str, Preset] = {
         swaps=2048,
     ),
 }
-
 
 read_base = cache(read_yaml)  # the preset's file, for every run
 
@@ -204,18 +162,10 @@ def score_settings(heads: int) -> dict[str, tuple[float, ...]]:
 
 def cell_config(preset: Preset, name: str, seed: int, *, data_root: str, **changes: Any) -> Config:
     """The configuration of a run: the preset's file, then the preset's, the cell's and the given changes."""
-    cell = CELLS[name]
-    file = ROOT / (preset.dgnet_config if cell.task == "dgnet" else preset.teacher_config)
-    preset_changes = preset.dgnet if cell.task == "dgnet" else preset.teacher
-    values = (
-        read_base(file)
-        | preset_changes
-        | {"data_root": data_root, "seed": seed, "keep_last": 1}
-        | cell.changes
-        | changes
-    )
-    if cell.task == "dgnet":
-        values["teacher"] = f"teacher-{seed}"
+    cell, dgnet = CELLS[name], CELLS[name].task == "dgnet"
+    values = read_base(ROOT / preset.configs[dgnet]) | (preset.dgnet if dgnet else preset.teacher)
+    values |= {"data_root": data_root, "seed": seed, "keep_last": 1} | cell.changes | changes
+    values |= {"teacher": f"teacher-{seed}"} if dgnet else {}
     cfg = parse_config(values, f"cell {name}")
     if name == "both" and (steps := common_steps(cfg)):
         # Other runs start from the snapshot of that step, so `both` writes and keeps it.

@@ -26,17 +26,16 @@ from data.generated import MANIFEST
 from data.images import normalise
 from data.prepare import Task, fill_folder
 from files import read_json, write_json
-from gen_eval.metrics import Network, Protocol, frechet_distance, image_features
+from gen_eval.metrics import Protocol, frechet_distance, image_features
 from mannequins.against_truth import ask_teacher
 from mannequins.dataset import Factors, is_embedded, load_factors, make_dataset
 from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, shrink
 from precision import pick_precision
 from reid_eval.features import extract_data_set
 from reid_eval.ranking import rank
-from reIDmodel import IdNet
 from runs.folder import TEACHER_FILES, RunFolder, make_run_folder, resolve_data_root
 from runs.load import load_run_for_test, load_teacher, load_teacher_for_test
-from runs.session import Session, build_session
+from runs.session import build_session
 from runs.snapshot import snapshot_folder, snapshots
 from runs.swapper import load_swapper
 from studies.ablation.cells import CELLS, LONG, Preset, cell_config, common_steps, score_settings, starts_as_both
@@ -163,23 +162,19 @@ def read_time(folder: RunFolder) -> dict[str, float]:
     return read_json(path, "remove the folder of its run, which then begins anew")
 
 
-def seconds_of(study: Study, run: Run, steps: int) -> float:
-    """How long `steps` steps of a run take, by those that were measured."""
-    timed = read_time(study.run(*run))
-    if not timed["steps"]:
-        raise UserError(f"{study.run(*run).path}: no step of it was timed; give --long_epochs")
-    return steps * timed["seconds"] / timed["steps"]
-
-
 def long_epochs(study: Study, seed: int, images: int) -> int:
     """Passes over `images` in as many steps as the teacher makes in the time of teacher and DG-Net together."""
     cfg, real = study.config("teacher", seed), len(read_split(study.held, "train_all"))
     if study.long_epochs is not None:
         return max(1, round(study.long_epochs * (real // cfg.batch_size) / (images // cfg.batch_size)))
-    steps = cfg.epochs * (real // cfg.batch_size)
-    teacher = seconds_of(study, ("teacher", seed), steps)
-    both = seconds_of(study, ("both", seed), study.config("both", seed).max_iter)
-    return max(1, round((teacher + both) / teacher * steps / (images // cfg.batch_size)))
+    seconds, steps = {}, cfg.epochs * (real // cfg.batch_size)
+    for name, count in (("teacher", steps), ("both", study.config("both", seed).max_iter)):
+        timed = read_time(study.run(name, seed))
+        if not timed["steps"]:
+            raise UserError(f"{study.run(name, seed).path}: no step of it was timed; give --long_epochs")
+        seconds[name] = count * timed["seconds"] / timed["steps"]
+    ratio = (seconds["teacher"] + seconds["both"]) / seconds["teacher"]
+    return max(1, round(ratio * steps / (images // cfg.batch_size)))
 
 
 def final_config(study: Study, run: Run) -> Config:
@@ -199,7 +194,7 @@ def final_config(study: Study, run: Run) -> Config:
 
 
 def train(study: Study, run: Run) -> int:
-    """Train a run or continue it; returns 0, or 128 and a signal's number."""
+    """Train a run or continue it, and add the time to its `time.json`; returns 0, or 128 and a signal's number."""
     if run[0] == "offline":
         generate(study, run[1])
     cfg, folder = final_config(study, run), study.run(*run)
@@ -210,24 +205,15 @@ def train(study: Study, run: Run) -> int:
     if run[0] == "oracle":
         size = cfg.crop_image_height, cfg.crop_image_width
         session.trainer.fed_back = TrueSwaps(study.factors, session.images, size, cfg.crop_padding)
-    return train_timed(session)
 
+    def clocks() -> dict[str, float]:
+        steps = max(snapshots(folder.checkpoints), default=0)
+        return {"steps": steps, "seconds": clock_of(study.device)(), "wall": time.perf_counter()}
 
-def train_timed(session: Session) -> int:
-    """Train, and add the time to the run's `time.json`; returns the exit status."""
-    folder = session.run
-
-    def newest() -> int:
-        return max(snapshots(folder.checkpoints), default=0)
-
-    clock = clock_of(session.device)
-    before, seconds, wall = newest(), clock(), time.perf_counter()
+    before = clocks()
     status = runpy.run_path(str(ROOT / "train.py"))["train"](session, "auto")
-    passed = read_time(folder)
-    passed["steps"] += newest() - before
-    passed["seconds"] += clock() - seconds
-    passed["wall"] += time.perf_counter() - wall
-    write_json(folder.path / "time.json", passed)
+    passed, after = read_time(folder), clocks()
+    write_json(folder.path / "time.json", {key: passed[key] + after[key] - before[key] for key in before})
     return status
 
 
@@ -306,7 +292,12 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     rows = measure_swaps(swaps)
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     recognised, _ = ask_teacher(model, root, swaps)
-    network = pooled_trunk(load_teacher("teacher-0", study.out).to(study.device))
+    net = load_teacher("teacher-0", study.out).to(study.device)
+
+    @torch.inference_mode()
+    def network(images: Tensor) -> Tensor:
+        return net.pool(net.feature_map(normalise(images))).flatten(1)
+
     sides = [read_split(root, split) for split in ("query", "gallery")]
     people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
     real = torch.cat([image_features(images, network, Protocol(model.size), study.device) for images in people])
@@ -315,21 +306,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     result |= {"recoloured": rows["recoloured"]["changed"], "shares": clothes_shares(swaps)}
     for suffix, row in (("", "generated"), ("_of_true", "true")):
         result[f"rank1{suffix}"] = recognised[row]["official"]["rank1"]
-        result[f"fid{suffix}"] = frechet_distance(real, features_of(network, swaps.images[row], study.device))
+        parts = torch.from_numpy(swaps.images[row]).permute(0, 3, 1, 2).split(64)
+        features = torch.cat([network(part.to(study.device)).double().cpu() for part in parts])
+        result[f"fid{suffix}"] = frechet_distance(real, features)
     return result
-
-
-def pooled_trunk(net: IdNet) -> Network:
-    """Images (N, 3, H, W) uint8 to the pooled last feature map (N, C) of a teacher."""
-
-    def network(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return net.pool(net.feature_map(normalise(images))).flatten(1)
-
-    return network
-
-
-def features_of(network: Network, images: np.ndarray, device: torch.device, batch_size: int = 64) -> Tensor:
-    """Features (n, D) float64 of images (n, H, W, 3) uint8."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return torch.cat([network(part.to(device)).double().cpu() for part in x.split(batch_size)])

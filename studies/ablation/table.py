@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from files import write_whole
@@ -18,15 +18,14 @@ Value = tuple[float, float | None]  # mean and standard deviation over the seeds
 
 # Further rows of a cell: its net compared by single heads.
 OTHER_SCORES = {"both": {PRIMARY: "both, compared by primary alone", FINE: "both, compared by fine-grained alone"}}
-COLUMNS: dict[str, Callable[[Result, str], float | None]] = {
-    "mAP": lambda r, s: 100 * r["reid"][s]["official"]["mAP"],
-    "Rank-1": lambda r, s: 100 * r["reid"][s]["official"]["rank1"],
-    "mAP, standard": lambda r, s: 100 * r["reid"][s]["standard"]["mAP"],
-    "L1 changed": lambda r, s: _generation(r, "changed"),
-    "below copy, %": lambda r, s: _generation(r, "reduction", 100),
-    "SSIM": lambda r, s: _generation(r, "ssim"),
-    "recognised, %": lambda r, s: _generation(r, "rank1", 100),
-    "FID": lambda r, s: _generation(r, "fid"),
+# By column: where `reid` (convention, key) or `generation` (key) of a result holds it, and the factor.
+REID = {"mAP": ("official", "mAP"), "Rank-1": ("official", "rank1"), "mAP, standard": ("standard", "mAP")}
+GENERATION = {
+    "L1 changed": ("changed", 1),
+    "below copy, %": ("reduction", 100),
+    "SSIM": ("ssim", 1),
+    "recognised, %": ("rank1", 100),
+    "FID": ("fid", 1),
 }
 AGAINST_BOTH = "mAP - both"
 DECIMALS = {"SSIM": 3, "FID": 3}
@@ -38,8 +37,13 @@ NOTE = (
 )
 
 
-def _generation(result: Result, key: str, scale: float = 1) -> float | None:
-    return scale * result["generation"][key] if "generation" in result else None
+def read(result: Result, setting: str, column: str = "mAP") -> float | None:
+    """The number of a column, in percent where it is a share; None without a measure of generation."""
+    if column in REID:
+        convention, key = REID[column]
+        return 100 * result["reid"][setting][convention][key]
+    key, factor = GENERATION[column]
+    return factor * result["generation"][key] if "generation" in result else None
 
 
 def mean_and_deviation(values: Sequence[float]) -> Value:
@@ -50,20 +54,20 @@ def mean_and_deviation(values: Sequence[float]) -> Value:
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """`{"cell", "setting", "label", "seeds", "values": {column: Value or None}}` for every cell that has results.
 
-    The columns are mAP, `AGAINST_BOTH` and the rest of `COLUMNS`.
+    The columns are mAP, `AGAINST_BOTH`, the rest of `REID` and `GENERATION`.
     """
-    table, by_cell, read_mAP = [], {}, COLUMNS["mAP"]
+    table, by_cell = [], {}
     for result in results:
         by_cell.setdefault(result["cell"], []).append(result)
-    both = {result["seed"]: read_mAP(result, BOTH) for result in by_cell.get("both", ())}
+    both = {result["seed"]: read(result, BOTH) for result in by_cell.get("both", ())}
     for name in (name for name in CELLS if name in by_cell):
         labels = {CELLS[name].scored: CELLS[name].about} | OTHER_SCORES.get(name, {})
         for setting, label in labels.items():
-            gains = [read_mAP(r, setting) - both[r["seed"]] for r in by_cell[name] if r["seed"] in both]
+            gains = [read(r, setting) - both[r["seed"]] for r in by_cell[name] if r["seed"] in both]
             itself = (name, setting) == ("both", BOTH)
             values = {"mAP": None, AGAINST_BOTH: mean_and_deviation(gains) if gains and not itself else None}
-            for column, read in COLUMNS.items():
-                numbers = [read(result, setting) for result in by_cell[name]]
+            for column in (*REID, *GENERATION):
+                numbers = [read(result, setting, column) for result in by_cell[name]]
                 values[column] = None if None in numbers else mean_and_deviation(numbers)
             seeds = sorted(result["seed"] for result in by_cell[name])
             table.append({"cell": name, "setting": setting, "label": label, "seeds": seeds, "values": values})
@@ -93,8 +97,8 @@ def sweep(results: Iterable[Result]) -> dict[float, dict[float, Value]]:
     for result in results:
         if result["cell"] == "both" or set(CELLS[result["cell"]].changes) == {"B_w"}:
             for beta in BETAS:
-                mAP = 100 * result["reid"][f"beta {beta:g}"]["official"]["mAP"]
-                numbers.setdefault(result["B_w"], {}).setdefault(beta, []).append(mAP)
+                mAPs = numbers.setdefault(result["B_w"], {}).setdefault(beta, [])
+                mAPs.append(read(result, f"beta {beta:g}"))
     return {
         alpha: {beta: mean_and_deviation(values) for beta, values in by_beta.items()}
         for alpha, by_beta in sorted(numbers.items())
@@ -125,30 +129,27 @@ def claims(table: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
     seeds = next((row["seeds"] for row in table if row["cell"] == "both"), None)
     scored = {(row["cell"], row["setting"]): row["values"] for row in table if row["seeds"] == seeds}
 
-    def mAP(name: str) -> float | None:
-        values = scored.get((name, CELLS[name].scored))
-        return None if values is None else values["mAP"][0]
+    def mean(name: str, column: str = "mAP") -> float:
+        """NaN if it was not measured."""
+        value = scored.get((name, CELLS[name].scored), {}).get(column)
+        return math.nan if value is None else value[0]
 
-    both, primary, oracle = mAP("both"), mAP("primary_only"), mAP("oracle")
-    teachers = [mAP("teacher_long"), mAP("teacher_erasing")]
-    teacher = None if None in teachers else max(teachers)
-    gain = None if None in (teacher, both) else both - teacher
-    ceiling = None if None in (teacher, oracle) else oracle - teacher
-    below = scored.get(("both", BOTH), {}).get("below copy, %")
-
-    def claim(text: str, holds: Callable[[], bool], *values: float | None) -> tuple[str, bool | None]:
-        if None in values:
-            return f"{text}: not measured", None
-        return f"{text}: {', '.join(f'{value:.1f}' for value in values)}", holds()
-
+    both, primary, oracle, below = mean("both"), mean("primary_only"), mean("oracle"), mean("both", "below copy, %")
+    teachers = mean("teacher_long"), mean("teacher_erasing")
+    teacher = math.nan if math.isnan(sum(teachers)) else max(teachers)
+    gain, ceiling = both - teacher, oracle - teacher
+    judged = [
+        ("mAP, both > primary only", both > primary, both, primary),
+        ("mAP, primary only > teacher at equal time", primary > teacher, primary, teacher),
+        ("mAP, both at least 5 above the teacher at equal time", gain >= 5, both, teacher),
+        ("gain in mAP, both at least two thirds of the oracle", gain >= 2 / 3 * ceiling > 0, gain, ceiling),
+        ("changed pixels, both at least 50 % below copying", below >= 50, below),
+    ]
     return [
-        claim("mAP, both > primary only", lambda: both > primary, both, primary),
-        claim("mAP, primary only > teacher at equal time", lambda: primary > teacher, primary, teacher),
-        claim("mAP, both at least 5 above the teacher at equal time", lambda: gain >= 5, both, teacher),
-        claim(
-            "gain in mAP, both at least two thirds of the oracle", lambda: gain >= 2 / 3 * ceiling > 0, gain, ceiling
-        ),
-        claim("changed pixels, both at least 50 % below copying", lambda: below[0] >= 50, below and below[0]),
+        (f"{text}: not measured", None)
+        if math.isnan(sum(values))
+        else (f"{text}: {', '.join(f'{value:.1f}' for value in values)}", holds)
+        for text, holds, *values in judged
     ]
 
 
@@ -161,29 +162,22 @@ def draw_figure(path: Path, results: list[Result], title: str) -> None:
     """mAP of every row with its seeds, and the sweeps of alpha and beta, as a PNG."""
     table, surface = rows(results), sweep(results)
     figure = Figure(figsize=(12, max(4.5, 0.34 * len(table) + 1.5)), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1))
-
-    bars = figure.add_subplot(grid[:, 0])
-    places = range(len(table))
-    values = [row["values"]["mAP"] for row in table]
-    bars.barh(places, [mean for mean, _ in values], xerr=[std or 0 for _, std in values], color="#9db7d5", capsize=3)
-    for place, row in zip(places, table, strict=True):
-        by_seed = [COLUMNS["mAP"](r, row["setting"]) for r in results if r["cell"] == row["cell"]]
-        bars.plot(by_seed, [place] * len(by_seed), "o", color="#1f4e79", markersize=4)
-    bars.set_yticks(places, [row["label"] for row in table])
-    bars.invert_yaxis()
-    bars.set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")
-
-    by_alpha, by_beta = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    for axes, name in ((by_alpha, "alpha (B_w), at beta 0.5"), (by_beta, "beta at test time")):
-        axes.set_xlabel(name)
-        axes.set_ylabel("mAP, %")
+    axes = figure.subplot_mosaic([["cells", "alpha"], ["cells", "beta"]], width_ratios=(1.7, 1))
+    for place, row in enumerate(table):
+        mean, deviation = row["values"]["mAP"]
+        axes["cells"].barh(place, mean, xerr=deviation or 0, color="#9db7d5", capsize=3)
+        by_seed = [read(r, row["setting"]) for r in results if r["cell"] == row["cell"]]
+        axes["cells"].plot(by_seed, [place] * len(by_seed), "o", color="#1f4e79", markersize=4)
+    axes["cells"].set_yticks(range(len(table)), [row["label"] for row in table])
+    axes["cells"].invert_yaxis()
+    axes["cells"].set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")
+    axes["alpha"].set(xlabel="alpha (B_w), at beta 0.5", ylabel="mAP, %")
+    axes["beta"].set(xlabel="beta at test time", ylabel="mAP, %")
     if surface:
         means, deviations = zip(*(at[0.5] for at in surface.values()), strict=True)
-        by_alpha.errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
+        axes["alpha"].errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
         for alpha, at in surface.items():
-            by_beta.plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
-        by_beta.legend(fontsize="small")
+            axes["beta"].plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
+        axes["beta"].legend(fontsize="small")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))

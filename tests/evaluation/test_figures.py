@@ -241,17 +241,17 @@ def test_what_can_be_read_as_people(tiny_data: Path, tmp_path: Path) -> None:
     assert 0 < len(gallery) < len(read_split(tiny_data, "gallery")) and gallery.pids.min() > 0
 
     names = [path.name for path in query.paths[:3]]
-    plain = read_people(
-        copy_people(tiny_data / "query", tmp_path / "plain", dict(zip(names, ("x.png", "y.jpg", "z.bmp"), strict=True)))
+    plain = copy_people(
+        tiny_data / "query", tmp_path / "plain", dict(zip(names, ("x.png", "y.jpg", "z.bmp"), strict=True))
     )
-    assert plain.tokens == ["x", "y", "z"] and len(set(plain.pids)) == 3
+    assert read_people(plain).tokens == ["x", "y", "z"] and len(set(read_people(plain).pids)) == 3
     copy_people(tiny_data / "query", tmp_path / "sorted" / "ann", {names[0]: "1.png", names[1]: "2.png"})
     copy_people(tiny_data / "query", tmp_path / "sorted" / "bob", {names[2]: "1.png"})
     of_folders = read_people(tmp_path / "sorted")
     assert of_folders.tokens == ["ann", "ann", "bob"] and of_folders.pids.tolist() == [1, 1, 2]
     assert file_names(of_folders) == ["000000_1", "000001_2", "000002_1"]
     with pytest.raises(UserError, match="--split"):
-        read_people(tmp_path / "plain", "query")
+        read_people(plain, "query")
 
 
 def test_the_choice_takes_different_people_first(tiny_data: Path) -> None:
@@ -275,10 +275,8 @@ def test_labels_are_short(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("name", ["show_rainbow", "test_folder"])
 def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_path: Path, name: str) -> None:
-    folder, out = tmp_path / "in", tmp_path / ("out" if name in FOLDER_SCRIPTS else "out.png")
+    folder, out, run = tmp_path / "in", tmp_path / "out.png", f"visual_tools/{name}"
     where = ("--name", "one", "--output_path", place.run.output_path, "--input", folder, "--out", out)
-    run = f"visual_tools/{name}"
-    assert str(folder) in script(run, *where).error
     folder.mkdir()
     (folder / "notes.txt").write_text("no image")
     assert str(folder) in script(run, *where).error
@@ -286,12 +284,8 @@ def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_p
     assert "a.png" in script(run, *where).error
     (folder / "b.jpg").write_text("no image")
     assert str(folder / "b.jpg") in script(run, *where).error
-    shutil.copy(place.people / "c.png", folder / "b.jpg")
     error = script(run, *where, "--count", 4).error
-    assert str(folder) in error and "--count" in error
-    assert not out.exists()
-    done(script(run, *where, *(("--no-score",) * (name == "test_folder"))))
-    assert out.exists()
+    assert str(folder) in error and "--count" in error and not out.exists()
 
 
 @pytest.mark.parametrize(

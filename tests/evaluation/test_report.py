@@ -129,24 +129,20 @@ def test_evaluated_are_the_weights_that_are_saved(place: Place) -> None:
 
 
 def test_a_test_set_that_cannot_be_evaluated(place: Place, script: Any, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(place.data / "bounding_box_train", data / "bounding_box_train")
-    options = ("--name", "blind", "--output_path", tmp_path, "--set", f"data_root={data}")
+    shutil.copytree(place.data / "bounding_box_train", tmp_path / "bounding_box_train")
+    options = ("--name", "blind", "--output_path", tmp_path, "--set", f"data_root={tmp_path}")
     refused: Outcome = script("train", "--config", place.folder / "config.yaml", *options)
-    assert str(data) in refused.error and not (tmp_path / "outputs").exists()
+    assert str(tmp_path) in refused.error and not (tmp_path / "outputs").exists()
 
 
 # -------------------------------------------------------------------------------------------------- curves
 def test_every_scalar_is_in_one_panel() -> None:
     names = ["loss/recon_x_a", "loss/recon_x_b", "loss/dis_total", "loss/new", "schedule/lr2", "images_per_second"]
     panels = group({name: (np.arange(3), np.ones(3)) for name in names})
-    assert {title: list(curves) for title, curves in panels.items()} == {
-        "Totals": ["dis_total"],
-        "Reconstruction of images": ["recon_x_a", "recon_x_b"],
-        "Other losses": ["new"],
-        "Learning rates": ["lr2"],
-        "Images per second": ["images_per_second"],
-    }
+    assert list(panels) == [
+        *("Totals", "Reconstruction of images", "Other losses", "Learning rates", "Images per second")
+    ]
+    assert sum(map(list, panels.values()), []) == ["dis_total", "recon_x_a", "recon_x_b", "new", "lr2", names[-1]]
 
 
 def test_curves_are_small_and_self_contained() -> None:
@@ -217,20 +213,14 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     assert f"train.py --config {place.folder}" in read.text and "report.py --name" in read.text
 
 
-def test_the_page_has_everything_within(page: Path) -> None:
+def test_the_page_has_everything_within_and_runs_no_name(place: Place, page: Path) -> None:
     html = page.read_text()
-    addresses = [
-        v for tag, a in Reader(html).tags for k, v in a.items() if k in ("src", "href", "xlink:href", "action")
-    ]
+    read = Reader(html)
+    addresses = [v for _, a in read.tags for k, v in a.items() if k in ("src", "href", "xlink:href", "action")]
     assert len(addresses) > 40 and all(address.startswith(("data:", "#")) for address in addresses)
     assert "url(http" not in html and "@import" not in html
-    assert not any(tag in ("iframe", "object", "embed", "base") for tag, _ in Reader(html).tags)
-
-
-def test_hostile_names_are_shown_as_text(place: Place, page: Path) -> None:
-    read = Reader(page.read_text())
+    assert not any(tag in ("iframe", "object", "embed", "base") or "onerror" in a for tag, a in read.tags)
     assert NAME in read.text and str(place.data) in read.text
-    assert not any("onerror" in attributes or attributes.get("src") == "x" for _, attributes in read.tags)
     assert sum(tag == "script" for tag, _ in read.tags) == 1
 
 
@@ -254,10 +244,8 @@ def test_images_of_the_page_are_the_models(place: Place, page: Path) -> None:
 
 def test_ranked_lists_are_those_of_the_evaluation(place: Place, page: Path) -> None:
     lists = json.loads((place.run.path / "rank_lists.json").read_text())["lists"]
-    shown = [query for query in lists if query["kind"] in ("best", "worst")]
-    assert [query["kind"] for query in lists] == ["worst"] * 2 + ["best"] * 2 + ["random"] * 2
-    read = Reader(page.read_text())
-    assert all(query["caption"] in read.text for query in shown)
+    shown, read = [query for query in lists if query["kind"] in ("best", "worst")], Reader(page.read_text())
+    assert len(shown) == 4 and all(query["caption"] in read.text for query in shown)
     marks = [a["class"] for tag, a in read.tags if tag == "figure" and a.get("class") in ("right", "wrong", "junk")]
     assert sorted(marks) == sorted(hit["mark"] for query in shown for hit in query["hits"])
 
@@ -303,15 +291,7 @@ def test_a_teachers_report(place: Place, script: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option, value",
-    [
-        ("--name", "nobody"),
-        ("--which_epoch", 7),
-        ("--count", 1),
-        ("--count", 13),
-        ("--input", "nowhere"),
-        ("--out", "page.txt"),
-        ("--out", "mine.html"),
-    ],
+    [("--which_epoch", 7), ("--count", 13), ("--input", "nowhere"), ("--out", "page.txt"), ("--out", "mine.html")],
 )
 def test_bad_options(
     place: Place, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: object
@@ -322,7 +302,7 @@ def test_bad_options(
     assert (tmp_path / "mine.html").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", ["{", '{"tables": 3}', '{"tables": {"single query": {}}, "iteration": 1}'])
+@pytest.mark.parametrize("content", ["{", '{"tables": {"single query": {}}, "iteration": 1}'])
 def test_a_damaged_result_is_named_on_the_page(script: Any, tmp_path: Path, content: str) -> None:
     run = bare_run(tmp_path, "odd", TINY_DGNET | dict(data_root="nowhere"))
     (run.path / "reid.json").write_text(content)
@@ -358,8 +338,8 @@ def browser() -> Iterator[Any]:
             browser.quit()
 
 
-def look(browser: Any, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
-    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+def look(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     dark = [dict(name="prefers-color-scheme", value=scheme)]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=dark))
@@ -388,19 +368,11 @@ def test_it_opens_clean_and_fits(browser: Any, page: Path, width: int, scheme: s
     assert browser.get_log("browser") == []
 
 
-@pytest.mark.parametrize("how", ["hover", "focus", "tap"])
+@pytest.mark.parametrize("how", ["focus", "click"])
 def test_pointing_at_a_swap_shows_its_sources(browser: Any, page: Path, how: str) -> None:
-    from selenium.webdriver import ActionChains
-
-    look(browser, page, 375 if how == "tap" else 1280)
+    look(browser, page, 1280)
     cell = browser.find_element("css selector", '[data-clothes="2"][data-pose="1"]')
-    if how == "hover":
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
-        ActionChains(browser).move_to_element(cell).perform()
-    elif how == "focus":
-        browser.execute_script("arguments[0].focus()", cell)
-    else:
-        cell.click()
+    browser.execute_script(f"arguments[0].{how}()", cell)
     shown, sources, lit, names, people = browser.execute_script(
         """const src = where => document.querySelector(where + " img").src;
         return [["clothes", "pose", "swap"].map(name => src(`[data-shows=${name}]`)),
