@@ -150,7 +150,7 @@ def cache_of(data: Path) -> dict[str, Any]:
     """How many files this process has decoded for a cache, what is in it, and a refusal."""
     opened: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.cache.decoded", lambda path: opened.append(path) or decoded(path))
+        patch.setattr("data.cache.decoded", lambda path, size: opened.append(path) or decoded(path, size))
         made = loader(data, 4, 5, cache="source")
         images = read_split(data, "train_all", need_names=False)
     same = all(torch.equal(kept, decoded(path)) for kept, path in zip(made.pixels, images.paths, strict=True))
