@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -116,6 +117,14 @@ def finish(device: torch.device) -> None:
 def median_ratio(over: list[float], under: list[float]) -> float:
     """The median of `over` / `under`, round by round of `alternate`."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def resident_bytes(key: str) -> int:
+    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest so far (without /proc for both)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
+        return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:

@@ -11,15 +11,12 @@ The features are random; sizes, counts of labels and order are those of the data
 
 from __future__ import annotations
 
-import re
-import resource
 import statistics
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import alternate, benchmark_parser, describe_machine, median_ratio, write_result
+from benchmarks.machine import alternate, benchmark_parser, describe_machine, median_ratio, resident_bytes, write_result
 from reid_eval.features import Features
 from reid_eval.ranking import BOTH, SETTINGS, rank
 from reid_eval.reranking import rerank
@@ -123,22 +120,14 @@ def measure_memory(nq: int, ng: int) -> dict:
     query, gallery = make_problem(nq, ng, signal=KINDS["good"])
     features = query.features.nbytes + gallery.features.nbytes
     (seconds,) = alternate({"ranking": partial(rank_sides, query, gallery, progress=True)}, 1)["ranking"]
-    return {"features": features, "beyond_features": peak_memory() - features, "seconds": seconds}
+    return {"features": features, "beyond_features": resident_bytes("VmHWM") - features, "seconds": seconds}
 
 
 def measure_rerank(nq: int, ng: int) -> dict:
     """Peak memory of this process in bytes, and seconds of one re-ranking; junk counts as images here."""
     query, gallery = make_problem(nq, ng, signal=KINDS["good"])
     (seconds,) = alternate({"rerank": partial(rerank, query.features, gallery.features)}, 1)["rerank"]
-    return {"images": nq + ng, "seconds": seconds, "peak": peak_memory()}
-
-
-def peak_memory() -> int:
-    """Greatest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"images": nq + ng, "seconds": seconds, "peak": resident_bytes("VmHWM")}
 
 
 MEASURES = {"speed": measure_speed, "memory": measure_memory, "rerank": measure_rerank}

@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks.machine import (
     describe_machine,
     finish,
     median_ratio,
+    resident_bytes,
     write_result,
 )
 from benchmarks.plain import PlainTrainer
@@ -90,7 +90,7 @@ class Steps:
 
 
 def peak_memory(steps: Steps) -> int:
-    """Greatest number of bytes during a step, less those before it; on a CPU sampled from the resident memory."""
+    """Greatest number of bytes during a step, less those before it; on a CPU of resident memory."""
     if steps.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(steps.device)
         before = torch.cuda.memory_allocated(steps.device)
@@ -99,26 +99,11 @@ def peak_memory(steps: Steps) -> int:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # or glibc would hide what it keeps for later
-    done, seen = threading.Event(), [resident_bytes()]
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(resident_bytes())
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        steps()
-    finally:
-        done.set()
-    return max(seen) - seen[0]
-
-
-def resident_bytes() -> int:
-    """The resident memory of this process; 0 on systems without /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:
-        return 0
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the greatest memory so far
+    before = resident_bytes("VmRSS")
+    steps()
+    return resident_bytes("VmHWM") - before
 
 
 def launches(steps: Steps) -> int:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.formats import formats
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, one_line
 
-# What a file may really hold, whatever its suffix. Pillow would also open formats that start other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")
+BACKGROUND = (255, 255, 255)  # behind transparent pixels, whose hidden colours no viewer shows
 # What Pillow raises on a broken file.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
@@ -32,23 +32,26 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.
 @contextmanager
 def _open(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """Read an image's header. Pillow only warns of an image up to twice as large as it allows."""
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
+    with Image.open(file, formats=formats()) as image:
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
         yield image
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Decode a file to an upright RGB image. Raises UserError naming a file that cannot be decoded."""
+    """Decode a file to an upright RGB image; what is transparent lets `BACKGROUND` through.
+
+    Raises UserError naming a file that cannot be decoded.
+    """
     try:
         with _open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):
                 # Pillow would clip 16-bit gray at 255, not scale it.
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            elif upright.mode == "P":
-                # A palette with transparency has to pass through RGBA.
-                upright = upright.convert("RGBA")
+            elif upright.has_transparency_data:
+                background = Image.new("RGBA", upright.size, BACKGROUND)
+                upright = Image.alpha_composite(background, upright.convert("RGBA"))
             return upright.convert("RGB")
     except DECODE_ERRORS as error:
         raise UserError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove the file") from None

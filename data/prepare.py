@@ -15,7 +15,6 @@ import filecmp
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +118,7 @@ def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
             earlier = sources.setdefault(target, image.source)
             if earlier != image.source:
                 raise UserError(f"{image.source} and {earlier} would both become {target}; rename one of them")
-    absent = [source for source in dict.fromkeys(sources.values()) if not source.is_file()]
-    if absent:
+    if absent := [source for source in dict.fromkeys(sources.values()) if not source.is_file()]:
         raise UserError(f"{absent[0]}: no such file, one of {len(absent)} missing images; unpack the archive again")
     missing = [(source, target) for target, source in sources.items() if not _is_there(source, target)]
     _check_strangers(prepared, task, set(sources))
@@ -244,11 +242,7 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     ):
         if name in options and dataset != needed:
             raise UserError(f"{option}: goes with --dataset {needed}, not with {dataset}; leave it out")
-    try:
-        for task in read_tasks(dataset, data_root, **options):
-            print_counts(fill_folder(task, copy=copy), task.title)
-            print(f"prepared: {task.root / PREPARED_FOLDER}")
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+    for task in read_tasks(dataset, data_root, **options):
+        print_counts(fill_folder(task, copy=copy), task.title)
+        print(f"prepared: {task.root / PREPARED_FOLDER}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,11 +13,12 @@ if not __package__:  # run as a file, from any directory
 from data.folders import data_set_name, other_data_set, read_split
 from files import write_json
 from mannequins.dataset import load_factors
+from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, name_people, recognise
+from reid_eval.features import Features, extract_features
+from runs.folder import resolve_data_root
+from runs.load import find_teacher, load_teacher
+from runs.swapper import Swapper, open_swapper
 from utils import UserError, add_run_arguments, between, run_cli
-
-if TYPE_CHECKING:
-    from mannequins.truth import Swaps
-    from runs.swapper import Swapper
 
 TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's heads name
 LABELS = {
@@ -55,10 +56,6 @@ def ask_teacher(
     The second is empty without `training`, or if the teacher's classes are not the data set's training identities.
     Raises UserError for a run without a teacher, and for a teacher whose files are missing.
     """
-    from mannequins.truth import classify, recognise
-    from reid_eval.features import Features, extract_features
-    from runs.load import find_teacher, load_teacher
-
     if not model.cfg.teachers:
         raise UserError("the run's config names no teacher")
     name = model.cfg.teachers[0]
@@ -80,8 +77,6 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
 
     elsewhere  the run was trained on another data set than `root`, so that its classes are other people
     """
-    from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, name_people
-
     factors, notes, training = load_factors(root), [], None
     how = dict(size=model.size, seed=seed)
     swaps = draw_swaps(model.swap, factors, read_split(root, "query"), count=count, **how)
@@ -186,10 +181,6 @@ def main() -> None:
     parser.add_argument("--count", type=between(1), default=512, help="swaps to draw (default: 512)")
     parser.add_argument("--seed", type=between(0), default=0, help="of the choice of swaps")
     args = parser.parse_args()
-
-    from runs.folder import resolve_data_root
-    from runs.swapper import open_swapper
-
     model = open_swapper(args)
     root = resolve_data_root(args.data_root or model.cfg.data_root)
     suffix = other_data_set(root, resolve_data_root(model.cfg.data_root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import signal
@@ -167,6 +168,12 @@ class Outcome:
         assert len(errors) == 1, self.err
         assert "Traceback" not in self.err + self.out
         return errors[0]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder with the hash of what it holds."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def load_script(name: str) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from files import write_whole
@@ -163,29 +162,22 @@ def draw_figure(path: Path, results: list[Result], title: str) -> None:
     """mAP of every row with its seeds, and the sweeps of alpha and beta, as a PNG."""
     table, surface = rows(results), sweep(results)
     figure = Figure(figsize=(12, max(4.5, 0.34 * len(table) + 1.5)), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1))
-
-    bars = figure.add_subplot(grid[:, 0])
-    places = range(len(table))
-    values = [row["values"]["mAP"] for row in table]
-    bars.barh(places, [mean for mean, _ in values], xerr=[std or 0 for _, std in values], color="#9db7d5", capsize=3)
-    for place, row in zip(places, table, strict=True):
+    axes = figure.subplot_mosaic([["cells", "alpha"], ["cells", "beta"]], width_ratios=(1.7, 1))
+    for place, row in enumerate(table):
+        mean, deviation = row["values"]["mAP"]
+        axes["cells"].barh(place, mean, xerr=deviation or 0, color="#9db7d5", capsize=3)
         by_seed = [read(r, row["setting"]) for r in results if r["cell"] == row["cell"]]
-        bars.plot(by_seed, [place] * len(by_seed), "o", color="#1f4e79", markersize=4)
-    bars.set_yticks(places, [row["label"] for row in table])
-    bars.invert_yaxis()
-    bars.set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")
-
-    by_alpha, by_beta = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    for axes, name in ((by_alpha, "alpha (B_w), at beta 0.5"), (by_beta, "beta at test time")):
-        axes.set_xlabel(name)
-        axes.set_ylabel("mAP, %")
+        axes["cells"].plot(by_seed, [place] * len(by_seed), "o", color="#1f4e79", markersize=4)
+    axes["cells"].set_yticks(range(len(table)), [row["label"] for row in table])
+    axes["cells"].invert_yaxis()
+    axes["cells"].set_xlabel("mAP, official, %; bar: mean, line: standard deviation, dots: seeds")
+    axes["alpha"].set(xlabel="alpha (B_w), at beta 0.5", ylabel="mAP, %")
+    axes["beta"].set(xlabel="beta at test time", ylabel="mAP, %")
     if surface:
         means, deviations = zip(*(at[0.5] for at in surface.values()), strict=True)
-        by_alpha.errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
+        axes["alpha"].errorbar(list(surface), means, yerr=[d or 0 for d in deviations], marker="o", capsize=3)
         for alpha, at in surface.items():
-            by_beta.plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
-        by_beta.legend(fontsize="small")
+            axes["beta"].plot(list(at), [mean for mean, _ in at.values()], "o-", label=f"alpha {alpha:g}")
+        axes["beta"].legend(fontsize="small")
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
