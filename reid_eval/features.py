@@ -89,12 +89,11 @@ def extract_features(
     Several processes share the batches, and each returns all features. The batches are those of a single process, so
     the features are equal to the bit.
 
-    Args:
-        net: module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`.
-        height, width: size in pixels at which the images are read.
-        batch_size: images per pass. None: 32 on a CPU; on a GPU 512, halved until a pass fits in its memory.
-        precision: of the net, "fp32", "bf16", "fp16" or "auto" (`precision.pick_precision`).
-        progress: show a progress bar on stderr if it is a terminal.
+    net            module with `embed(x) -> tuple of (N, dim)`, one per head, already on `device`
+    height, width  size in pixels at which the images are read
+    batch_size     images per pass; None: 32 on a CPU; on a GPU 512, halved until a pass fits in its memory
+    precision      of the net, "fp32", "bf16", "fp16" or "auto" (`precision.pick_precision`)
+    progress       show a progress bar on stderr if it is a terminal
 
     Raises UserError for an image that cannot be read, a batch that does not fit, and fp16 on a CPU.
     """
@@ -153,10 +152,8 @@ def save_features(
 
     `.npz` holds everything in one file, with the arrays `more`. `.mat` is the release's `pytorch_result.mat`, and the
     multi-query images go to `multi_query.mat` beside it; there the heads lie side by side, (n, heads * dim), labels are
-    (1, n), and the number of `heads` and the names of the images are added.
-
-    Raises:
-        UserError: another ending, or a folder that cannot be written.
+    (1, n), and the number of `heads` and the names of the images are added. Raises UserError for another ending and a
+    folder that cannot be written.
     """
     check_feature_file(path)
     path = Path(path)
@@ -189,9 +186,8 @@ def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
     heads of 512, any other row is one head. With `multi` the multi-query images are read too; those of a `.mat` are in
     `multi_query.mat` beside it.
 
-    Raises:
-        UserError: a file that is missing or of another kind, parts that are missing or do not fit together,
-            identities or cameras that are not whole numbers, features that are not finite.
+    Raises UserError for a file that is missing or of another kind, parts that are missing or do not fit together,
+    identities or cameras that are not whole numbers, and features that are not finite.
     """
     path = Path(path)
     second = path.with_name("multi_query.mat") if multi and path.suffix != ".npz" else path

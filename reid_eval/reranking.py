@@ -25,13 +25,8 @@ def multi_query(
     The plain mean of the normalised features, which is not normalised again: that is what DG-Net's published
     multi-query numbers use. A query's length scales its scores and cannot change their order within one head.
 
-    Args:
-        features: (n, heads, dim) of the multi-query images (Market-1501's `gt_bbox`).
-        pids, camids: (n,) their identities and cameras.
-        q_pids, q_camids: (nq,) those of the queries.
-
-    Raises:
-        UserError: a query's identity and camera has no image.
+    `features` (n, heads, dim), `pids`, `camids` (n,) are of the multi-query images (Market-1501's `gt_bbox`), `q_pids`
+    and `q_camids` (nq,) of the queries. Raises UserError if a query's identity and camera has no image.
     """
     pairs, owner = np.unique(np.stack([pids, camids], 1), axis=0, return_inverse=True)
     owner = owner.ravel()

@@ -8,8 +8,7 @@ python -m visual_tools.report --name latest
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, from any directory
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, from any directory
 
 from utils import run_cli
 from visual_tools.options import figure_parser

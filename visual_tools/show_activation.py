@@ -7,8 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, from any directory
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, from any directory
 
 from utils import add_net_arguments, between, check_net_arguments, run_cli
 

@@ -349,6 +349,5 @@ def test_a_network_of_another_run_is_named(place: Place, script: Script, tmp_pat
 
 def test_an_id_net_of_other_people_is_named(script: Script, place: Place, tmp_path: Path) -> None:
     run = snapshot(RunFolder(tmp_path, "six"), classes=6)
-    config = yaml.safe_load(run.config_file.read_text())
-    run.config_file.write_text(yaml.safe_dump(config | dict(ID_class=4)))
+    run.config_file.write_text(yaml.safe_dump(yaml.safe_load(run.config_file.read_text()) | dict(ID_class=4)))
     assert "ID_class" in script("visual_tools/show_rainbow", *Place(run, place.people).where).error

@@ -158,22 +158,19 @@ def test_a_mat_has_the_releases_names_and_shapes(tmp_path, sides):
 
 @pytest.mark.parametrize("suffix", [".npz", ".mat"])
 def test_parts_of_256_stay_parts(tmp_path, suffix):
-    query, gallery = make_side(10, heads=4, dim=256), make_side(10, heads=4, dim=256, seed=1)
-    save_features(tmp_path / f"pcb{suffix}", query, gallery)
+    side = make_side(10, heads=4, dim=256)
+    save_features(tmp_path / f"pcb{suffix}", side, side)
     assert load_features(tmp_path / f"pcb{suffix}").query.features.shape == (10, 4, 256)
 
 
 def save_raw(path, sides, **changes):
     arrays = {}
-    for prefix, side in (("query", sides["query"]), ("gallery", sides["gallery"])):
-        arrays |= {f"{prefix}_f": side.features.reshape(len(side), -1)}
-        arrays |= {f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
-    arrays |= changes
-    arrays = {name: value for name, value in arrays.items() if value is not None}
-    if path.suffix == ".mat":
-        scipy.io.savemat(path, arrays)
-    else:
-        np.savez(path, **arrays)
+    for prefix in ("query", "gallery"):
+        side = sides[prefix]
+        flat = side.features.reshape(len(side), -1)
+        arrays |= {f"{prefix}_f": flat, f"{prefix}_label": side.pids, f"{prefix}_cam": side.camids}
+    arrays = {name: value for name, value in (arrays | changes).items() if value is not None}
+    scipy.io.savemat(path, arrays) if path.suffix == ".mat" else np.savez(path, **arrays)
     return path
 
 
