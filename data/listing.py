@@ -72,9 +72,9 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def leave_out_deeper(folder: Path) -> None:
-    """Leave out the images in folders inside `folder`, which is to hold images alone."""
-    for name in list_folders(folder):
-        for path in walk_images(folder / name):
+    """Leave out the images in folders inside `folder`, which is to hold images alone; links are not followed."""
+    for name in list_folders(folder) if not folder.is_symlink() else ():
+        for path in walk_images(folder / name) if not (folder / name).is_symlink() else ():
             leave_out(path, DEEPER)
 
 

@@ -78,10 +78,10 @@ def test_first_image_of_each_identity_is_val(archive: Path) -> None:
     assert (
         both == sorted(MARKET_NAMES["bounding_box_train"]) == [p.name for p in read_split(archive, "train_all").paths]
     )
-    # Junk and distractors never train; the gallery keeps them.
+    # Junk never trains; identity 0 is a person where it has training images.
     for name in ("-1_c1s1_000001_01.jpg", "0000_c1s1_000001_01.jpg"):
         noise(archive / "bounding_box_train" / name)
-    assert read_split(archive, "train_all").pids.min() == 2
+    assert set(read_split(archive, "train_all").pids.tolist()) == {0, 2, 7, 11, 1500}
     gallery = read_split(archive, "gallery")
     assert gallery.pids.tolist() == [-1, 0, 3, 3, 4] and gallery.camids.tolist() == [3, 6, 1, 2, 5]
 
@@ -100,7 +100,7 @@ def test_prepared_and_archive_give_the_same_lists(archive: Path, split: str) -> 
 
 
 def test_labels_are_those_of_image_folder(tmp_path: Path) -> None:
-    for token, n in (("2", 2), ("20", 1), ("10", 3), ("-1", 1), ("0003", 2)):
+    for token, n in (("2", 2), ("20", 1), ("10", 3), ("0", 1), ("0003", 2)):
         for i in range(n):
             noise(tmp_path / "train_all" / token / f"{token}_c1s1_{i}.JPG")
     (tmp_path / "train_all" / ".hidden").mkdir()
@@ -110,7 +110,7 @@ def test_labels_are_those_of_image_folder(tmp_path: Path) -> None:
     assert ours.classes == [c for c in theirs.classes if c != ".hidden"]
     assert ours.labels().tolist() == [label - (label > hidden) for label in theirs.targets]
     assert ours.num_classes == 5
-    assert ours.pids.tolist() == [-1, 3, 3, 10, 10, 10, 2, 2, 20]
+    assert ours.pids.tolist() == [0, 3, 3, 10, 10, 10, 2, 2, 20]
     assert ours.select([True] + [False] * 7 + [True]).labels().tolist() == [0, 1]
 
 

@@ -40,6 +40,7 @@ from scipy.io import savemat
 
 from data.folders import read_split
 from data.generated import MANIFEST, SETTINGS, Row, add_generated, write_rows
+from data.images import check_images
 from data.listing import list_images
 from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
@@ -307,10 +308,10 @@ def test_a_name_of_a_run_is_no_path(place: Place, options: tuple[str, ...]) -> N
         place.assert_refuses(name, *options, name)
 
 
-def test_links_in_a_circle_are_left_out(place: Place, gallery: Path) -> None:
+def test_links_in_a_circle_are_unreadable_images(place: Place, gallery: Path) -> None:
     (gallery / "round.jpg").symlink_to(gallery / "round.jpg")
     (gallery / "here").symlink_to(gallery, target_is_directory=True)
-    assert [path.name for path in list_images(gallery)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert [path.name for path in list_images(gallery)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "round.jpg"]
     data = place.folder / "people" / "train_all"
     for person in ("0001", "0002"):
         noise(data / person / f"{person}_c1_a.png")
@@ -318,7 +319,10 @@ def test_links_in_a_circle_are_left_out(place: Place, gallery: Path) -> None:
         (data / person / "up").symlink_to("..")
     (data / "0003").symlink_to("0003")
     (data / "0004").symlink_to("..")
-    assert [path.name for path in read_split(data.parent, "train_all").paths] == ["0001_c1_a.png", "0002_c1_a.png"]
+    images = read_split(data.parent, "train_all", need_names=False).paths
+    assert [path.name for path in images] == ["0001_c1_a.png", "loop.png", "0002_c1_a.png", "loop.png"]
+    with pytest.raises(UserError, match="2 of 4 .*loop.png"):
+        check_images(images, skip_bad=False)
     circle = place.folder / "circle"
     circle.symlink_to(circle)
     place.assert_refuses(f"--gallery {circle}", *search(place, circle))
