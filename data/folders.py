@@ -258,7 +258,7 @@ def read_people(
     if generated and not images.pids.any():
         return replace(images, pids=np.arange(1, len(images) + 1), tokens=None)
     # Identity 0 is a distractor in a gallery, and among images that may come from one.
-    zero = is_data_set(root) and (split or default) != "gallery" or not list_images(root)
+    zero = (split or default) != "gallery" if is_data_set(root) else not list_images(root)
     people = images.select(images.pids >= (0 if zero else 1))
     if not len(people):
         raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")

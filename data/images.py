@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import struct
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.formats import formats
+from data.listing import leave_out
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, one_line
 
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, whose hidden colours no viewer shows
@@ -172,7 +172,7 @@ def check_images(
     Bad files are empty, no image, cut short, or of an absurd size. Pixels are decoded only where header and end leave
     a doubt, so that 13,000 files take seconds.
 
-    skip_bad  False: raise UserError if any file is bad. True: name them in a warning
+    skip_bad  False: raise UserError if any file is bad. True: leave them out, which `data.listing.say_reading` says
     remedy    what the error offers besides replacing the files
     Raises UserError also if fewer than `minimum` images remain.
     """
@@ -186,7 +186,9 @@ def check_images(
             raise UserError(f"{summary}; replace them, or {remedy}")
         if len(paths) - len(bad) < minimum:
             raise UserError(f"{summary}; no image remains, give a folder with readable images")
-        logging.warning(f"{summary}; left out")
+        for path, why in zip(paths, defects, strict=True):
+            if why is not None:
+                leave_out(path, f"unreadable: {why}")
     return [why is None for why in defects]
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,51 +99,51 @@ def find_images(source: str | Path, option: str) -> list[Path]:
     if not source.is_dir():
         raise UserError(f"{option} {source}: no such file or folder")
     if not (paths := walk_images(source)):
-        raise UserError(f"{option} {source}: no images in it or below{_in_words()}")
+        raise UserError(f"{option} {source}: no images in it or below")
     return paths
 
 
 # ---------------------------------------------------------------------------------------------- saying it
-def say_reading(sides: dict[str, ImageList]) -> dict[str, Any]:
-    """Log what was read, by split, and in a second line what was left out or assumed, if anything.
+def say_reading(sides: Mapping[str, ImageList | list[Path]]) -> dict[str, Any]:
+    """Log what was read, by split or folder, and in a second line what was left out or assumed, if anything.
 
-    Returns both, ready for JSON: `{"read": {split: {"images", "identities", "cameras"}}, "left_out": {reason: count},
-    "assumed": [...]}`. The next call begins anew.
+    Returns both, ready for JSON: `{"read": {name: {"images", "identities", "cameras"}}, "left_out": {reason: {"count",
+    "first"}}, "assumed": [...]}`; identities without junk and distractors. The next call begins anew.
     """
-    read = {
-        name: {
-            "images": len(images),
-            "identities": len({token for token, pid in zip(images.tokens, images.pids, strict=True) if pid >= 0}),
-            "cameras": len(set(images.camids.tolist()) - {0}),
-        }
-        for name, images in sides.items()
-    }
-    lines = [
-        f"{name} {n['images']} images of {n['identities']} identities, {n['cameras'] or 'no'} cameras"
-        for name, n in read.items()
-    ]
-    log.info("read: %s", "; ".join(lines))
-    if words := _in_words():
-        log.warning("%s", words.removeprefix("; "))
-    counts = {reason: len(paths) for reason, paths in _by_reason().items()}
-    reading = {"read": read, "left_out": counts, "assumed": list(_notes)}
+    read: dict[str, dict[str, int]] = {}
+    for name, images in sides.items():
+        read[name] = {"images": len(images)}
+        if not isinstance(images, list):
+            read[name]["identities"] = len(set(images.pids.tolist()) - {-1, 0})
+            read[name]["cameras"] = len(set(images.camids.tolist()) - {0})
+    reading = {"read": read, "left_out": _by_reason(), "assumed": list(_notes)}
     _left_out.clear()
     _notes.clear()
+    first, second = in_words(reading)
+    if first:
+        log.info("read: %s", first)
+    if second:
+        log.warning("%s", second)
     return reading
 
 
-def _by_reason() -> dict[str, list[Path]]:
+def _by_reason() -> dict[str, dict[str, Any]]:
     reasons = defaultdict(list)
     for path, reason in _left_out.items():
-        reasons[reason].append(path)
-    return reasons
+        reasons[reason].append(path.name)
+    return {reason: {"count": len(names), "first": names[:3]} for reason, names in reasons.items()}
 
 
-def _in_words() -> str:
-    """What was left out, with counts and the first names, and what was assumed."""
+def in_words(reading: dict[str, Any]) -> tuple[str, str]:
+    """What was read, and what was left out or assumed, as `say_reading` logs it; empty texts if nothing was."""
+    sides = []
+    for name, n in reading["read"].items():
+        people = f" of {n['identities']} identities, {n['cameras'] or 'no'} cameras" if "identities" in n else ""
+        sides.append(f"{name} {n['images']} images{people}")
     parts = [
-        f"{len(paths)} {reason} ({', '.join(path.name for path in paths[:3])}{', ...' if len(paths) > 3 else ''})"
-        for reason, paths in _by_reason().items()
+        f"{n['count']} {reason} ({', '.join(n['first'])}{', ...' if n['count'] > len(n['first']) else ''})"
+        for reason, n in reading["left_out"].items()
     ]
-    words = f"; left out {len(_left_out)} files: {'; '.join(parts)}" if parts else ""
-    return words + "".join(f"; {what}" for what in _notes)
+    count = sum(n["count"] for n in reading["left_out"].values())
+    left_out = [f"left out {count} files: {', '.join(parts)}"] if parts else []
+    return "; ".join(sides), "; ".join(left_out + reading["assumed"])

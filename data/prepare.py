@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import archives
 from data.archives import Splits
 from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK
-from data.listing import list_folders, list_images
+from data.listing import list_folders, list_images, say_reading
 from files import make_folder, write_whole
 from utils import UserError, between
 
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
         if name in options and dataset != needed:
             raise UserError(f"{option}: goes with --dataset {needed}, not with {dataset}; leave it out")
     for task in read_tasks(dataset, data_root, **options):
+        say_reading({})
         print_counts(fill_folder(task, copy=copy), task.title)
         print(f"prepared: {task.root / PREPARED_FOLDER}")
     return 0

@@ -14,6 +14,7 @@ import torch
 
 from data.folders import ImageList, read_people
 from data.images import check_images
+from data.listing import say_reading
 from files import write_json
 from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score
 from utils import UserError, between, pick_device, run_cli, set_threads
@@ -140,6 +141,7 @@ def main() -> None:
     if args.fake:
         sides["fake"] = read_people(args.fake, option="--fake", generated=True)
     check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
+    say_reading(sides)
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
     result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
     if args.out:

@@ -11,6 +11,7 @@ if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.folders import data_set_name, other_data_set, read_split
+from data.listing import say_reading
 from files import write_json
 from mannequins.dataset import load_factors
 from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, name_people, recognise
@@ -79,7 +80,9 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
     """
     factors, notes, training = load_factors(root), [], None
     how = dict(size=model.size, seed=seed)
-    swaps = draw_swaps(model.swap, factors, read_split(root, "query"), count=count, **how)
+    query = read_split(root, "query")
+    say_reading({"query": query})
+    swaps = draw_swaps(model.swap, factors, query, count=count, **how)
     rows = measure_swaps(swaps)
     generated, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     result = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from data.folders import check_test_set, data_set_name, other_data_set
+from data.folders import check_test_set, data_set_name, other_data_set, read_split
+from data.listing import say_reading
 from files import write_json
 from parallel.collectives import is_main
 from reid_eval.features import check_feature_file, extract_data_set, save_features
@@ -33,13 +34,17 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     # Check all of them first, so that a missing folder is reported before the first evaluation.
     for data_root in roots.values():
         check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
-    reports = {name: test_on(data_root, tested, args, device) for name, data_root in roots.items()}
+    splits = ("query", "gallery", "multi-query") if args.multi else ("query", "gallery")
+    readings = {name: say_reading({split: read_split(root, split) for split in splits}) for name, root in roots.items()}
+    reports = {name: test_on(data_root, tested, args, device, readings[name]) for name, data_root in roots.items()}
     if len(reports) > 1 and is_main():
         trained_on = data_set_name(resolve_data_root(tested.data_root))
         print(f"\n{tested.title}, trained on {trained_on}\n{format_comparison(reports)}")
 
 
-def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def test_on(
+    data_root: Path, tested: TestNet, args: argparse.Namespace, device: torch.device, reading: dict[str, Any]
+) -> dict[str, Any]:
     """Evaluate on one data set, print the table and write the files; returns the content of reid.json.
 
     `reid.json` is about the data set that the config names; the files of others are called reid-NAME.json. `reid.npz`
@@ -60,7 +65,7 @@ def test_on(data_root: Path, tested: TestNet, args: argparse.Namespace, device: 
     header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration, "trained_on": trained_on}
     header |= {"tested_on": name, "test_dir": str(data_root), "precision": args.precision}
     written = [tested.folder / f"reid{suffix}.json"]
-    write_json(written[0], header | report)
+    write_json(written[0], header | report | {"reading": reading})
     written += save_features(tested.folder / f"reid{suffix}.npz", query, gallery, sets.multi, **per_query(results))
     if args.save_features:
         written += save_features(args.save_features, query, gallery, sets.multi)

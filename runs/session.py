@@ -19,6 +19,7 @@ from data.cache import Machine, cached_images
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
+from data.listing import say_reading
 from data.loader import PairLoader
 from data.people import People, identify_people, people_of_generated, require_same_people
 from losses import RAMPED, loss_weights
@@ -42,6 +43,7 @@ class Session:
 
     iterations      of the whole run, and of what is due every so many: a snapshot; snapshots that are kept; the image
                     grid of test pairs, to TensorBoard and to a file; an evaluation. 0 is never
+    reading         what was read and left out, as `data.listing.say_reading` returns it
     schedule        learning rates and ramped weights at an iteration, by name
     shown           losses in the progress bar
     circumstances   what besides the config affects the numbers of a run; its snapshots remember it
@@ -54,6 +56,7 @@ class Session:
     images: ImageList
     classes: int
     people: People
+    reading: dict[str, Any]
     loaders: list[PairLoader]
     trainer: DGNetTrainer | TeacherTrainer
     max_iter: int
@@ -106,6 +109,7 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
     if cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
     images = training_images(cfg)
+    reading = say_reading({cfg.train_split: images})
     classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
     options = loader_options(cfg, images, device)
     loaders = [PairLoader(images, seed=seed, **options) for seed in (2 * cfg.seed, 2 * cfg.seed + 1)]
@@ -127,7 +131,7 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
         return rates | {key: weights[term] for term, key in RAMPED.items()}
 
     return Session(
-        *(cfg, run, device, images, classes, people, loaders, trainer),
+        *(cfg, run, device, images, classes, people, reading, loaders, trainer),
         *(cfg.max_iter, cfg.snapshot_save_iter, cfg.keep_every),
         schedule,
         shown=("gen_total", "dis_total", "recon_x_a", "id", "teacher"),
@@ -141,6 +145,7 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
 def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """A teacher's run: one loader, of real images and of generated ones if there are any."""
     images, soft_labels, more = training_images(cfg), None, {}
+    reading = say_reading({cfg.train_split: images})
     classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
     if cfg.extra_data is not None:
         extra = resolve_data_root(cfg.extra_data)
@@ -168,7 +173,8 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
 
     lengths = (cfg.epochs * per_epoch, cfg.snapshot_epochs * per_epoch, cfg.keep_every * per_epoch)
     return Session(
-        *(cfg, run, device, images, classes, people, [loader], trainer, *lengths, schedule, ("id", "accuracy")),
+        *(cfg, run, device, images, classes, people, reading, [loader], trainer),
+        *(*lengths, schedule, ("id", "accuracy")),
         more_circumstances=more,
     )
 

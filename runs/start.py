@@ -9,7 +9,7 @@ import shlex
 
 from config import Config, find_config, load_config
 from data.people import People, require_same_people
-from files import is_part
+from files import is_part, write_json
 from parallel import collectives, launch
 from runs.folder import TEACHER_FILES, RunFolder, open_run, start_folder, update_config
 from runs.load import save_teacher
@@ -55,6 +55,7 @@ def begin(s: Session, resume: str | None) -> int:
         remove_parts(run.checkpoints)
         for path in filter(is_part, run.images.iterdir()):
             path.unlink()
+        write_json(run.path / "reading.json", s.reading)
     collectives.wait_for_all()
     start = restore(s, resume) if resume is not None else 0
     collectives.start_together(s.trainer, start, s.device)

@@ -40,6 +40,7 @@ from data.generated import (
     write_rows,
 )
 from data.images import check_images, denormalise, iter_images, normalise
+from data.listing import say_reading
 from data.people import identify_people
 from files import make_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
@@ -373,7 +374,9 @@ def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageL
     """The folder of the images to combine, and the checked images."""
     root = resolve_data_root(args.input or cfg.data_root)
     images = read_people(root, cfg.train_split if is_data_set(root) else None)
-    return root, images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
+    images = images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
+    say_reading({"input": images})
+    return root, images
 
 
 def known_root(args: argparse.Namespace, cfg: DGNetConfig) -> Path:

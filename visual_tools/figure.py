@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.folders import ImageList, is_data_set, read_people
 from data.images import check_images, iter_images, to_uint8
+from data.listing import say_reading
 from files import make_folder, write_whole
 from runs.folder import resolve_data_root
 from runs.grid import paint_grid
@@ -44,6 +45,7 @@ def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:
     images = read_people(source, args.split)
     if len(images) < 2:
         raise UserError(f"--input {source}: one image only ({images.paths[0].name}); a swap needs two at least")
+    say_reading({"input": images})
     return images
 
 

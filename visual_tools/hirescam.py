@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images import decode_images, normalise, to_uint8
-from data.listing import find_images
+from data.listing import find_images, say_reading
 from reIDmodel import IdNet
 from runs.load import open_net
 from utils import pick_device
@@ -55,6 +55,7 @@ def overlay(image: np.ndarray, activation: Tensor) -> np.ndarray:
 def draw(args: argparse.Namespace) -> None:
     """Write the figure of show_activation.py: a row per image, a column per head."""
     paths = [path for source in args.input for path in find_images(source, "--input")]
+    say_reading({"input": paths})
     if len(paths) > args.count:
         print(f"the first {args.count} of {len(paths)} images; --count shows more")
     device = pick_device(args.device)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from config import Config, DGNetConfig
 from data.images import load_image
+from data.listing import in_words
 from files import Damaged, read_json
 from runs.folder import RunFolder, open_run, run_config
 from runs.load import find_teacher
@@ -149,6 +150,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
     if steps is not None:
         with contextlib.suppress(Damaged):  # the report can do without
             circumstances = (read_manifest(run.checkpoints, steps) or {}).get("circumstances", {})
+    circumstances = reading_of(run, cfg) | circumstances
     generation, swaps, truth = [], None, None
     if generates:
         generation = attempt("generation", lambda: generation_tables(run)) or []
@@ -180,6 +182,18 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         "commands": commands(run, generates, args.output_path),
         "missing": missing,
     }
+
+
+def reading_of(run: RunFolder, cfg: Config) -> dict[str, str]:
+    """What training and test.py read and left out, and what the run was too short for, by title."""
+    sections = {}
+    for title, file in (("training", "reading.json"), ("test", "reid.json")):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # absent, damaged, or of an earlier version
+            content = read_json(run.path / file, "")
+            read, left_out = in_words(content.get("reading", content))
+            sections |= {f"read for {title}": read, f"left out or assumed in {title}": left_out}
+    sections["too short for"] = "; ".join(cfg.unreached())
+    return {title: words for title, words in sections.items() if words}
 
 
 def write_report(args: argparse.Namespace) -> None:

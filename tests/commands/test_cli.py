@@ -126,7 +126,7 @@ def test_a_run_leaves_its_files(trained: Runs) -> None:
     names = ("dis.pt", "gen.pt", "id.pt", "manifest.json", "state.pt")
     snapshots = [f"checkpoints/0000000{i}/{name}" for i in (3, 6) for name in names]
     figures = ["images/test_00000004.png", "images/test_00000006.png"]
-    assert sorted(contents(trained.run)) == [*snapshots, "config.yaml", *figures]
+    assert sorted(contents(trained.run)) == [*snapshots, "config.yaml", *figures, "reading.json"]
     resolved = load_config(trained.run / "config.yaml")
     assert resolved == load_config(trained.config)
     assert (resolved.teacher_w, resolved.gen.dim, resolved.erasing_p) == (0.5, 4, 0.5)
@@ -344,7 +344,7 @@ def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script,
     outcome = script("train", "--config", trained.config, "--name", "new", *trained.where, *options)
     assert f"{trained.images() - 2} images of 8 identities" in clean(outcome)
     (warning,) = [line for line in outcome.err.splitlines() if line.startswith("warning:")]
-    assert counted in warning and first.name in warning
+    assert "2 files" in warning and first.name in warning and second.name in warning
 
 
 def test_teachers_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
