@@ -166,6 +166,11 @@ class CommonConfig(Section):
     sync_bn: bool = False
     """Compute BatchNorm's statistics over the batch of all processes."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether this is a DG-Net run, which has a generator, and no teacher's."""
+        return self.task == "dgnet"
+
 
 class DGNetConfig(CommonConfig):
     """Keys of a DG-Net run."""

@@ -151,7 +151,7 @@ def main() -> None:
     batch_size = args.batch_size or (None if device.type == "cuda" else 2)
     settings = ["ID_class=auto", "pretrained=false", *([f"batch_size={batch_size}"] if batch_size else [])]
     cfg = load_config(args.config, settings)
-    if not isinstance(cfg, DGNetConfig):
+    if not cfg.generates:
         raise UserError(f"--config {args.config}: is a teacher's; give a DG-Net run's, such as configs/latest.yaml")
     rounds = args.rounds or (20 if device.type == "cuda" else 3)
     result = {

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, DGNetConfig, TeacherConfig, dump_config, load_config
+from config import Config, DGNetConfig, dump_config, load_config
 from files import is_part, write_text
 from utils import ROOT, UserError
 
@@ -69,7 +69,7 @@ def start_folder(run: RunFolder, cfg: Config, *, resume: bool) -> None:
         str(run.logs).encode()
     except UnicodeEncodeError:
         raise UserError(f"{run.logs}: TensorBoard needs a path in UTF-8; choose another --output_path") from None
-    files = [run.config_file] + ([run.model / f for f in TEACHER_FILES] if cfg.task == "teacher" else [])
+    files = [run.config_file] + ([run.model / f for f in TEACHER_FILES] if not cfg.generates else [])
     present = [path for path in files if path.exists()]
     if resume:
         if not run.path.is_dir():
@@ -85,7 +85,7 @@ def make_run_folder(run: RunFolder, cfg: Config) -> None:
 
     Also create the teacher's folder, so that a permission error appears before training.
     """
-    folder = run.model if isinstance(cfg, TeacherConfig) else run.path
+    folder = run.path if cfg.generates else run.model
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder = run.path
@@ -130,7 +130,7 @@ def run_config(run: RunFolder) -> Config:
 def generator_config(run: RunFolder) -> DGNetConfig:
     """The config of a run that has a generator. Raises UserError for a teacher's."""
     cfg = run_config(run)
-    if not isinstance(cfg, DGNetConfig):
+    if not cfg.generates:
         raise UserError(f"{run.name} is a teacher's run and generates nothing; give the --name of a DG-Net run")
     return cfg
 

@@ -231,7 +231,7 @@ def open_net(args: argparse.Namespace, device: torch.device) -> TestNet:
 def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -> TestNet:
     """The id net of a DG-Net run."""
     cfg = run_config(run)
-    if not isinstance(cfg, DGNetConfig):
+    if not cfg.generates:
         raise UserError(f"{run.name} is a teacher's run; evaluate it with: python test.py --teacher {run.name}")
     iteration = pick_epoch(run, which)
     net = load_id_net(run, cfg, iteration, device)

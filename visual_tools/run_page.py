@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from config import Config, DGNetConfig
+from config import Config
 from data.images import load_image
 from data.listing import in_words
 from files import Damaged, read_json
@@ -139,7 +139,7 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
             missing[section] = str(error)
             return None
 
-    generates = isinstance(cfg, DGNetConfig)
+    generates = cfg.generates
     scalars, trained_by = read_log(run.logs)
     reid = attempt("reid", lambda: reid_tables(run, cfg)) or []
     lists = None
@@ -200,7 +200,7 @@ def write_report(args: argparse.Namespace) -> None:
     """Write the report that the options of `visual_tools.report` ask for. Raises UserError for bad options."""
     run = open_run(args.output_path, args.name)
     cfg = run_config(run)
-    if not isinstance(cfg, DGNetConfig):
+    if not cfg.generates:
         for key in ("which_epoch", "input", "split", "count"):
             if getattr(args, key) is not None:
                 raise UserError(f"--{key}: {run.name} is a teacher's run, which has no swaps; omit the option")

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, DGNetConfig, changed_from_default
+from config import Config, changed_from_default
 from files import read_json
 from gen_eval.score import COLUMNS as SCORES
 from gen_eval.score import PROTOCOL_KEYS, PUBLISHED_NOTE, score_cells
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 def reid_tables(run: RunFolder, cfg: Config) -> list[Table]:
     """A table per data set and kind of query, from `reid*.json` of the run and of its teachers."""
-    nets = [] if not isinstance(cfg, DGNetConfig) else [(run.name, False, run.path)]
+    nets = [] if not cfg.generates else [(run.name, False, run.path)]
     for name in reversed(cfg.teachers if nets else [run.name]):
         with suppress(UserError):  # a teacher whose files are gone has no row
             nets.insert(0, (f"teacher {name}", True, find_teacher(name, run.output_path).folder))

@@ -182,7 +182,7 @@ def common_steps(cfg: DGNetConfig) -> int:
 
 def starts_as_both(name: str, cfg: Config) -> bool:
     """Whether a run does the same as `both` in the `common_steps`."""
-    if name == "both" or not isinstance(cfg, DGNetConfig) or not set(CELLS[name].changes) <= LATE_SETTINGS:
+    if name == "both" or not cfg.generates or not set(CELLS[name].changes) <= LATE_SETTINGS:
         return False
     # With a live code, reconstruction moves an id net that learns, and the ramped terms move the generator.
     same = min(cfg.id_freeze_iter, cfg.warm_iter) if "detach_f" in CELLS[name].changes else cfg.max_iter
