@@ -39,7 +39,8 @@ class _Raw(NamedTuple):
     Pixels are bytes, because worker processes hand them over and a GPU fetches them: a quarter of floats.
     """
 
-    pixels: Tensor  # (N or 2N, 3, h, w) uint8, then the draws of `augment`
+    pixels: Tensor  # (n, 3, h, w) uint8, then which of them and the other draws of `augment`
+    chosen: Tensor
     flip: Tensor
     top: Tensor
     left: Tensor
@@ -93,6 +94,7 @@ class PairLoader:
         cached = self.pixels is not None and self.pixels.shape[2:] != (self.height, self.width)
         self.resized_by = f"PyTorch, {self.device.type}" if cached else "Pillow"
         self._labels = self.images.labels()
+        self._order = 0, self.order(0)  # the newest epoch's
         # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
         self._by_label = np.argsort(self._labels, kind="stable")
         self._size = np.bincount(self._labels)
@@ -122,7 +124,9 @@ class PairLoader:
     def _draw(self, iteration: int) -> tuple[np.ndarray, ...]:
         """For the whole batch, x then xp: positions in the image list, mirror or not, top and left of the crop."""
         epoch, step = divmod(iteration, self.batches_per_epoch)
-        index = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        if self._order[0] != epoch:
+            self._order = epoch, self.order(epoch)
+        index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         rng = np.random.default_rng((self.seed, _DRAW, iteration))
         draws = [(index, *self._draw_augmentation(rng))]
         if self.with_positive:
@@ -147,14 +151,17 @@ class PairLoader:
     def _raw(self, iteration: int) -> _Raw:
         n = self.batch_size // self.part.count
         chosen, *draws = (torch.from_numpy(self.part.rows(drawn, n)) for drawn in self._draw(iteration))
+        all_of_them = torch.arange(len(chosen))
         if self.pixels is None:
             pixels = torch.stack([decoded(self.images.paths[i], (self.height, self.width)) for i in chosen.tolist()])
+        elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
+            return _Raw(self.pixels, chosen, *draws, chosen[:n])  # `augment` reads them from the cache
         else:
             pixels = self.pixels[chosen]
-        return _Raw(pixels, *draws, chosen[:n])
+        return _Raw(pixels, all_of_them, *draws, chosen[:n])
 
     def _finish(self, raw: _Raw) -> Batch:
-        pixels, *draws = (to_device(part, self.device) for part in raw[:4])
+        pixels, *draws = (to_device(part, self.device) for part in raw[:5])
         images = normalise(augment(resize(pixels, self.height, self.width), *draws, self.pad))
         index, n = raw.index, len(raw.index)
         y, q = self._labels[index.numpy()], None

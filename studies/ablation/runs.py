@@ -142,7 +142,7 @@ class TrueSwaps:
         swaps = self.draw(torch.cat([a.index, b.index]), torch.cat([b.index, a.index]))
         n, places = len(swaps), 2 * self.pad + 1
         draws = rng.random(n) < 0.5, rng.integers(0, places, n), rng.integers(0, places, n)
-        x = normalise(augment(swaps, *map(torch.from_numpy, draws), self.pad)).to(a.x.device)
+        x = normalise(augment(swaps, torch.arange(n), *map(torch.from_numpy, draws), self.pad)).to(a.x.device)
         return tuple(x.chunk(2))
 
 

@@ -226,7 +226,7 @@ def test_augment_is_torchvisions_flip_resize_pad_crop(images: ImageList, pad: in
     flips, corners = [False, True, True, False], [(0, 0), (2 * pad, pad // 2), (pad, pad), (pad // 3, 2 * pad)]
     pixels = torch.stack([decoded(path, (HEIGHT, WIDTH)) for path in images.paths[:4]])
     top, left = torch.tensor(corners).T
-    ours = normalise(augment(pixels, torch.tensor(flips), top, left, pad))
+    ours = normalise(augment(pixels, torch.arange(4), torch.tensor(flips), top, left, pad))
     for i, path in enumerate(images.paths[:4]):
         steps = [
             transforms.functional.hflip if flips[i] else lambda image: image,
