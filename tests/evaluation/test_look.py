@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder, noise
+from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder, exchange, noise
 from PIL import Image
 
 import files
@@ -637,12 +637,6 @@ def test_names_that_are_no_text(gallery: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ content that changes
 def overwrite(a: Path, b: Path) -> None:
     a.write_bytes(b.read_bytes())
-
-
-def exchange(a: Path, b: Path) -> None:
-    a.rename(spare := a.with_name("spare"))
-    b.rename(a)
-    spare.rename(b)
 
 
 def replace(a: Path, b: Path) -> None:
