@@ -123,10 +123,10 @@ class SearchIndex:
             remedy="give --skip-bad-images",
             minimum=0 if same else 1,
         )
-        say_reading({})
         names = [name for name, good in zip(unread, usable, strict=True) if good]
         contents |= zip(names, digest_files([self.gallery / name for name in names]), strict=True)
         self.files = {name: File(now, contents[name]) for name, now in stamps.items() if name in contents}
+        say_reading({"gallery": [self.gallery / name for name in self.files]})
 
         wanted, present = {file.content for file in self.files.values()}, set(self.contents)
         kept = [row for row, content in enumerate(self.contents) if content in wanted]

@@ -12,7 +12,7 @@ import faiss
 
 from data.folders import leave_out_prepared
 from data.images import check_images
-from data.listing import find_images
+from data.listing import find_images, say_reading
 from files import digest_files
 from reid_eval.features import extract_features
 from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
@@ -26,6 +26,7 @@ def search(args: argparse.Namespace) -> None:
     """Update the index, search it for every query, print the hits and write the page."""
     queries = [path for query in args.query for path in leave_out_prepared(find_images(query, "--query"), Path(query))]
     check_images(queries, skip_bad=False, remedy="leave them out")
+    say_reading({"query": queries})
     device = pick_device(args.device)
     tested = open_net(args, device)
     if args.threads:

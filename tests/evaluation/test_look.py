@@ -452,7 +452,9 @@ def test_a_prepared_folder_beside_the_originals_is_left_out(
     copies = len(list(prepared.rglob("*.jpg")))
     outcome = search(*everything)
     assert answers(clean(outcome)) == expected
-    assert str(prepared) in outcome.err and str(copies) in re.findall(r"\d+", outcome.err)
+    said = [list(map(int, re.findall(r"\d+", line.replace(str(prepared), "")))) for line in outcome.err.splitlines()]
+    assert said[0] == [len(list((archive / "query").glob("[!.]*.jpg")))] and str(prepared) in outcome.err
+    assert said[1] == [len([path for path in originals if path.name[0] != "."])] and copies in said[2]
     assert {archive / name for name in index_of(tmp_path).files} <= set(originals)
     # The same for a folder of data sets; and the queries are those of the originals, too.
     above = ("--gallery", archive.parent, "--query", archive, "--top", 1, "--index", tmp_path / "above" / "index")
