@@ -1,8 +1,8 @@
 """An index of a folder of images, for search without labels: one file that follows the changes of the folder.
 
-The file holds the relative path, size and modification time of every image, the features as vectors of a faiss index,
-and the fingerprint of the net that they come from. Small galleries are searched exactly, larger ones by an HNSW graph
-(Malkov and Yashunin, arXiv:1603.09320), whose recall compared with the exact search is measured on a sample.
+The file holds the relative path, stamp and content hash of every image, the features of every content as vectors of a
+faiss index, and the fingerprint of the net that they come from. Small galleries are searched exactly, larger ones by an
+HNSW graph (Malkov and Yashunin, arXiv:1603.09320), whose recall compared with the exact search is measured on a sample.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from data.folders import leave_out_prepared
 from data.images import check_images, load_image
-from data.listing import find_images
-from files import check_zip, is_part, make_folder, write_whole
+from data.listing import find_images, say_reading
+from files import Stamp, check_zip, digest_files, is_part, make_folder, stamp, write_whole
 from reid_eval.ranking import main_setting
 from runs.weights import digest_weights
 from utils import UserError, one_line
 
 INDEX_FILE = "index.npz"
-FORMAT = 1
+FORMAT = 2
 KINDS = (b"IxFI", b"IHNf")  # how faiss marks exact indices and graphs
 # Of the graph: links per image, candidates during construction, candidates during a search.
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 100, 128
@@ -66,18 +67,27 @@ def build_vectors(vectors: np.ndarray, *, graph: bool) -> faiss.Index:
     return index
 
 
-class SearchIndex:
-    """The index of `gallery` in `folder`.
+class File(NamedTuple):
+    """An image of the gallery: its stamp when it was last read, and the hash of its content, as `files` makes them."""
 
-    files    the images, in the order of the vectors: {relative path: (size in bytes, modification time in ns)}
-    vectors  the faiss index, exact or a graph
-    recall   the share of the true ten nearest images that the graph finds; None for an exact index
+    stamp: Stamp | None
+    content: str
+
+
+class SearchIndex:
+    """The index of `gallery` in `folder`. Copies of an image share a vector, and are one answer.
+
+    files     the images by relative path, as they are listed
+    contents  the different contents, in the order of the vectors
+    vectors   the faiss index, exact or a graph
+    recall    the share of the true ten nearest images that the graph finds; None for an exact index
     """
 
     def __init__(self, folder: Path, gallery: Path, model: str, model_name: str) -> None:
         self.folder, self.gallery = folder, gallery
         self.model, self.model_name = model, model_name
-        self.files: dict[str, tuple[int, int]] = {}
+        self.files: dict[str, File] = {}
+        self.contents: list[str] = []
         self.vectors: faiss.Index | None = None
         self.recall: float | None = None
 
@@ -93,58 +103,80 @@ class SearchIndex:
 
         Args:
             embed: image files to features (n, heads, dim).
-            approximate_from: number of images from which on the index is a graph.
+            approximate_from: number of different images from which on the index is a graph.
             skip_bad: omit unreadable images with a warning, instead of stopping.
 
+        Images whose stamp is that of the index are not opened; of all others the content decides whether it is new.
         Returns how many images were "added", "changed", "removed" and "unreadable". A long update is saved every few
         minutes, so that an interrupted one continues from there. Raises UserError for an empty gallery, unreadable
         images without `skip_bad`, and a folder that cannot be written.
         """
-        present = {os.path.relpath(path, self.gallery): _stamp(path) for path in find_images(self.gallery, "--gallery")}
-        known = dict(self.files)
-        new = [name for name, stamp in present.items() if known.get(name) != stamp]
-        kept = [row for row, (name, stamp) in enumerate(known.items()) if present.get(name) == stamp]
-        paths = [self.gallery / name for name in new]
-        minimum = 0 if kept else 1
-        usable = check_images(paths, skip_bad=skip_bad, remedy="give --skip-bad-images", minimum=minimum)
-        changed = len(kept) < len(known)
-        if changed:  # HNSW cannot delete
+        paths = leave_out_prepared(find_images(self.gallery, "--gallery"), self.gallery)
+        stamps = {os.path.relpath(path, self.gallery): stamp(path) for path in paths}
+        known = self.files
+        same = [name for name, now in stamps.items() if name in known and now and now == known[name].stamp]
+        contents = {name: known[name].content for name in same}
+        unread = [name for name in stamps if name not in contents]
+        usable = check_images(
+            [self.gallery / name for name in unread],
+            skip_bad=skip_bad,
+            remedy="give --skip-bad-images",
+            minimum=0 if same else 1,
+        )
+        names = [name for name, good in zip(unread, usable, strict=True) if good]
+        contents |= zip(names, digest_files([self.gallery / name for name in names]), strict=True)
+        self.files = {name: File(now, contents[name]) for name, now in stamps.items() if name in contents}
+        say_reading({"gallery": [self.gallery / name for name in self.files]})
+
+        wanted, present = {file.content for file in self.files.values()}, set(self.contents)
+        kept = [row for row, content in enumerate(self.contents) if content in wanted]
+        if changed := len(kept) < len(self.contents):  # HNSW cannot delete
             self._rebuild(kept, graph=self.approximate)
-            self.files = {name: stamp for name, stamp in known.items() if present.get(name) == stamp}
-        added = self._add({n: present[n] for n, good in zip(new, usable, strict=True) if good}, embed, skip_bad)
+        missing: dict[str, str] = {}
+        for name, file in self.files.items():
+            if file.content not in present:
+                missing.setdefault(file.content, name)
+        added = self._add(missing, embed, skip_bad)
+        self.files = self._with_vectors()
         if not self.files:
             raise UserError(f"--gallery {self.gallery}: no readable image in it or below")
-        graph = len(self) >= approximate_from
+        graph = len(self.contents) >= approximate_from
         if self.approximate != graph:
             if added:
                 self.save()  # building the graph takes long, too
-            self._rebuild(list(range(len(self))), graph=graph)
+            self._rebuild(range(len(self.contents)), graph=graph)
             changed = True
         if graph and self.recall is None:
             changed, self.recall = True, self._measure_recall()
-        if changed or added:
+        if changed or added or self.files != known:
             self.save()
         return {
-            "added": sum(name not in known for name in added),
-            "changed": sum(name in known for name in added),
-            "removed": sum(name not in present for name in known),
-            "unreadable": len(new) - len(added),
+            "added": sum(name not in known for name in self.files),
+            "changed": sum(name in known and file.content != known[name].content for name, file in self.files.items()),
+            "removed": sum(name not in stamps for name in known),
+            "unreadable": len(stamps) - len(self.files),
         }
 
-    def _add(self, stamps: dict[str, tuple[int, int]], embed: Embed, skip_bad: bool) -> list[str]:
-        names, added, saved = list(stamps), [], time.monotonic()
-        for start in tqdm(range(0, len(names), _BLOCK), "features", unit=f"x {_BLOCK} img", disable=None):
-            block = names[start : start + _BLOCK]
+    def _with_vectors(self) -> dict[str, File]:
+        """The files whose content is embedded."""
+        embedded = set(self.contents)
+        return {name: file for name, file in self.files.items() if file.content in embedded}
+
+    def _add(self, names: dict[str, str], embed: Embed, skip_bad: bool) -> bool:
+        """Embed contents, of each the file `names[content]`; returns whether any was embedded."""
+        contents, before, saved = list(names), len(self.contents), time.monotonic()
+        for start in tqdm(range(0, len(contents), _BLOCK), "features", unit=f"x {_BLOCK} img", disable=None):
+            block = contents[start : start + _BLOCK]
             try:
-                features = embed([self.gallery / name for name in block])
+                features = embed([self.gallery / names[content] for content in block])
             except UserError:
                 if not skip_bad:
                     raise
                 # A file may be damaged in its middle, which `check_images` cannot see.
-                block = [name for name in block if _decodes(self.gallery / name)]
+                block = [content for content in block if _decodes(self.gallery / names[content])]
                 if not block:
                     continue
-                features = embed([self.gallery / name for name in block])
+                features = embed([self.gallery / names[content] for content in block])
             vectors = to_vectors(features)
             if not np.isfinite(vectors).all():
                 raise UserError(f"{self.model_name}: its features hold NaN or infinity; use a sound model")
@@ -152,43 +184,47 @@ class SearchIndex:
                 self.vectors = build_vectors(vectors[:0], graph=False)
             self._require_width(vectors)
             self.vectors.add(vectors)
-            self.files |= {name: stamps[name] for name in block}
+            self.contents += block
             self.recall = None
-            added += block
             if time.monotonic() - saved > _SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
-        return added
+        return len(self.contents) > before
 
-    def _rebuild(self, rows: list[int], *, graph: bool) -> None:
-        vectors = self.vectors.reconstruct_n(0, self.vectors.ntotal)[rows]
+    def _rebuild(self, rows: Sequence[int], *, graph: bool) -> None:
+        vectors = self.vectors.reconstruct_n(0, self.vectors.ntotal)[list(rows)]
         self.vectors, self.recall = build_vectors(vectors, graph=graph), None
+        self.contents = [self.contents[row] for row in rows]
 
     def _measure_recall(self) -> float:
         """The mean share of the ten nearest images that the graph finds, over a sample of the images."""
-        chosen = np.random.default_rng(0).permutation(len(self))[:RECALL_SAMPLE]
+        chosen = np.random.default_rng(0).permutation(self.vectors.ntotal)[:RECALL_SAMPLE]
         sample = np.stack([self.vectors.reconstruct(int(i)) for i in chosen])
-        count = min(RECALL_AT + 1, len(self))
+        count = min(RECALL_AT + 1, self.vectors.ntotal)
         exact, exact_rows = self.vectors.storage.search(sample, count)
         close, close_rows = self._nearest(sample, count)
         shares = []
         for i, itself in enumerate(chosen):
             true = exact[i][exact_rows[i] != itself][:RECALL_AT]
-            got = close[i][(close_rows[i] != itself) & (close_rows[i] >= 0)][:RECALL_AT]
+            got = close[i][close_rows[i] != itself][:RECALL_AT]
             # Compare scores, not rows: either of two equal images will do.
             shares.append(np.count_nonzero(got >= true[-1] - 1e-6) / len(true) if len(true) else 1.0)
         return float(np.mean(shares))
 
     def search(self, vectors: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
-        """The best `top` images for every vector (n, dim): relative paths and scores, highest first.
+        """The best `top` different images for every vector (n, dim): relative paths and scores, highest first.
 
-        Images with equal scores keep the order of the index.
+        Of copies the first one listed is named. Images with equal scores keep the order of the index.
         """
-        names, answers = list(self.files), []
-        for scores, rows in zip(*self._nearest(vectors, min(top, len(self))), strict=True):
-            order = [j for j in np.lexsort((rows, -scores)) if rows[j] >= 0]
-            answers.append([(names[rows[j]], float(scores[j])) for j in order])
-        return answers
+        scores, rows = self._nearest(vectors, min(top, self.vectors.ntotal))
+        names: dict[str, str] = {}
+        for name, file in self.files.items():
+            names.setdefault(file.content, name)
+        order = np.lexsort((rows, -scores))
+        return [
+            [(names[self.contents[i]], float(score)) for i, score in zip(row[by], line[by], strict=True)]
+            for row, line, by in zip(rows, scores, order, strict=True)
+        ]
 
     def _require_width(self, vectors: np.ndarray) -> None:
         if vectors.shape[1] != self.vectors.d:
@@ -200,17 +236,23 @@ class SearchIndex:
     def _nearest(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         self._require_width(vectors)
         wide = faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * count)) if self.approximate else None
-        return self.vectors.search(vectors, count, params=wide)
+        scores, rows = self.vectors.search(vectors, count, params=wide)
+        short = (rows < 0).any(axis=1)
+        if short.any():  # a graph may have parts that no link leads to
+            scores[short], rows[short] = self.vectors.storage.search(vectors[short], count)
+        return scores, rows
 
     def save(self) -> None:
         """Write the index, whole or not at all."""
+        rows = {content: row for row, content in enumerate(self.contents)}
         about = {
             "format": FORMAT,
             "model": self.model,
             "model_name": self.model_name,
             "gallery": str(self.gallery.resolve()),
             "recall": self.recall,
-            "files": [[name, *stamp] for name, stamp in self.files.items()],
+            "contents": self.contents,
+            "files": [[name, rows[file.content], file.stamp] for name, file in self._with_vectors().items()],
         }
         blob, vectors = np.frombuffer(json.dumps(about).encode(), np.uint8), faiss.serialize_index(self.vectors)
         make_folder(self.folder)
@@ -220,7 +262,8 @@ class SearchIndex:
 def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebuild: bool = False) -> SearchIndex:
     """The index kept in `folder`; an empty one if there is none, or with `rebuild`.
 
-    Raises UserError for an index of another model or gallery, a damaged index, and a folder with other files.
+    So is one of an earlier version, which did not record what its images held. Raises UserError for an index of another
+    model or gallery, a damaged index, and a folder with other files.
     """
     index, path = SearchIndex(folder, gallery, model, model_name), folder / INDEX_FILE
     if not path.exists():
@@ -236,39 +279,46 @@ def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebu
                 f"{path}: the index of another {key} ({about[name]}), whose images do not compare with these; give "
                 "another --index, or --rebuild to make it anew"
             )
-    index.files = {name: (size, mtime) for name, size, mtime in about["files"]}
-    index.vectors, index.recall = vectors, about["recall"]
+    if vectors is None:
+        logging.info("%s: the index of an earlier version, which cannot tell whether images changed; made anew", path)
+        return index
+    index.contents, index.vectors, index.recall = about["contents"], vectors, about["recall"]
+    index.files = {name: File(then and tuple(then), index.contents[row]) for name, row, then in about["files"]}
     return index
 
 
-def _read(path: Path) -> tuple[dict[str, Any], faiss.Index]:
+def _read(path: Path) -> tuple[dict[str, Any], faiss.Index | None]:
+    """What an index file says, and its vectors; None for an index of an earlier version."""
     try:
         check_zip(path, growth=1)
         with np.load(path, allow_pickle=False) as file:
             about, blob = json.loads(file["about"].tobytes()), file["faiss"]
+        if about["format"] == 1:
+            return about, None
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, not {FORMAT}")
         if blob[:4].tobytes() not in KINDS:
             # Other kinds of faiss index may open files whose names they hold.
             raise ValueError("its vectors are of a kind that is not written here")
         vectors = faiss.deserialize_index(blob)
-        for name, size, mtime in about["files"]:
+        for name, _, then in about["files"]:
             inner = PurePath(name)
-            if inner.is_absolute() or ".." in inner.parts or not (isinstance(size, int) and isinstance(mtime, int)):
+            if (
+                inner.is_absolute()
+                or ".." in inner.parts
+                or not (then is None or all(isinstance(n, int) for n in then))
+            ):
                 raise ValueError(f"{name!r} leads out of the gallery")
-        if not vectors.ntotal == len(about["files"]) == len({name for name, *_ in about["files"]}):
-            raise ValueError("vectors and files differ in number, or a file is listed twice")
+        if len({name for name, *_ in about["files"]}) < len(about["files"]):
+            raise ValueError("a file is listed twice")
+        if not vectors.ntotal == len(set(about["contents"])) == len(about["contents"]):
+            raise ValueError("vectors and images differ in number, or an image is listed twice")
+        if {row for _, row, _ in about["files"]} != set(range(vectors.ntotal)):
+            raise ValueError("an image is in no file")
         return about, vectors
     except Exception as error:  # zipfile, zlib, json, faiss, ...: every kind of damage has its exception
         why = one_line(error)
         raise UserError(f"{path}: not a readable index ({why}); delete its folder or give another --index") from None
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:  # removed since it was listed, which reading it will report
-        return 0, 0
 
 
 def _decodes(path: Path) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import faiss
 
+from data.folders import leave_out_prepared
 from data.images import check_images
-from data.listing import find_images
+from data.listing import find_images, say_reading
+from files import digest_files
 from reid_eval.features import extract_features
 from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
@@ -22,8 +24,9 @@ from visual_tools.ranked_lists import Hit, Result, write_page
 
 def search(args: argparse.Namespace) -> None:
     """Update the index, search it for every query, print the hits and write the page."""
-    queries = [path for query in args.query for path in find_images(query, "--query")]
+    queries = [path for query in args.query for path in leave_out_prepared(find_images(query, "--query"), Path(query))]
     check_images(queries, skip_bad=False, remedy="leave them out")
+    say_reading({"query": queries})
     device = pick_device(args.device)
     tested = open_net(args, device)
     if args.threads:
@@ -40,27 +43,22 @@ def search(args: argparse.Namespace) -> None:
     changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
     kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
     counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
-    print(f"{tested.title}: {len(index)} images ({counts}), {kind}; index in {folder}")
+    copies = len(index) - len(index.contents)
+    images = f"{len(index)} images{f', {copies} of them copies' if copies else ''}"
+    print(f"{tested.title}: {images} ({counts}), {kind}; index in {folder}")
 
     features = embed(queries)
     setting, _ = main_setting(features.shape[1])
     results = []
-    # One more than asked for, since the query itself may be in the gallery; it is left out.
-    for query, answers in zip(queries, index.search(to_vectors(features), args.top + 1), strict=True):
-        hits = [(gallery / name, score) for name, score in answers if not same_file(query, gallery / name)][: args.top]
+    # One more than asked for, since the query itself or a copy of it may be in the gallery; it is left out.
+    answers = zip(queries, digest_files(queries), index.search(to_vectors(features), args.top + 1), strict=True)
+    for query, content, nearest in answers:
+        hits = [(gallery / name, score) for name, score in nearest if index.files[name].content != content][: args.top]
         print(f"\n{query}")
         for rank, (path, score) in enumerate(hits, 1):
             print(f"{rank:4}  {score:7.4f}  {path}")
         cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
         results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
     page = Path(args.page) if args.page else folder / "results.html"
-    notes = [f"{tested.title}; {len(index)} gallery images, {kind}; score: {setting}"]
+    notes = [f"{tested.title}; gallery: {images}, {kind}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
-
-
-def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file that exists."""
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False

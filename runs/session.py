@@ -22,6 +22,7 @@ from data.images import iter_images
 from data.listing import say_reading
 from data.loader import PairLoader
 from data.people import People, identify_people, people_of_generated, require_same_people
+from files import digest_contents
 from losses import RAMPED, loss_weights
 from networks import structure_input
 from parallel import collectives
@@ -98,6 +99,8 @@ def build_session(
     build = teacher_session if isinstance(cfg, TeacherConfig) else dgnet_session
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command
+    # Read now: by the first snapshot the files may have changed, or be gone.
+    session.more_circumstances["contents of the training images"] = digest_contents(session.loaders[0].images.paths)
     images_per_process = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
     nets = [*session.trainer.networks().values(), *getattr(session.trainer, "teachers", [])]
     act_on_whole_batch(nets, images_per_process, sync_bn=cfg.sync_bn)

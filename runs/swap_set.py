@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from data.generated import (
 from data.images import check_images, denormalise, iter_images, normalise
 from data.listing import say_reading
 from data.people import identify_people
-from files import make_folder, part_of, read_json, write_json
+from files import digest_contents, make_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
 from runs.folder import generator_config, open_run, resolve_data_root
@@ -52,6 +53,8 @@ from runs.weights import digest_weights
 from trainer import autocast
 from utils import UserError, halve_until_it_fits, set_threads
 
+log = logging.getLogger(__name__)
+CONTENTS = "contents"  # the setting that names what the input images hold
 # Images that the nets see at a time on a CPU, whose kernels round differently for another number of images.
 CPU_PASS = 8
 # Images at a time where `--batch_size` is auto; a GPU may have room for less.
@@ -239,7 +242,7 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
             raise UserError(f"--out {out}: another generate.py is writing to it; wait for it, or stop it") from None
         path = out / SETTINGS
         if path.exists():
-            compare_settings(out, settings)
+            settings = settings | compare_settings(out, settings)
         elif others := sorted(p.name for p in out.iterdir() if p not in (part_of(path), out / UNFINISHED_MARK)):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
         (out / UNFINISHED_MARK).touch()
@@ -259,11 +262,22 @@ def read_settings(out: Path) -> dict[str, Any]:
     return settings
 
 
-def compare_settings(out: Path, settings: dict[str, object]) -> None:
-    """Raise UserError unless a generation with `settings` may continue the one in `out`."""
-    before = read_settings(out)
+def compare_settings(out: Path, settings: dict[str, object]) -> dict[str, object]:
+    """The settings that stay as they were in `out` when a generation with `settings` continues there.
+
+    Raises UserError if it may not.
+    """
+    before, keep = read_settings(out), {}
+    if before.get(CONTENTS) is None:
+        log.warning("%s: begun by an earlier version; whether the input images have changed since is unknown", out)
+        keep[CONTENTS] = None
+    elif before[CONTENTS] != settings[CONTENTS] and before.get("images") == settings["images"]:
+        raise UserError(
+            f"--out {out}: begun with other images than {settings['input']} holds now under the same names; restore "
+            "them to continue, or choose another --out"
+        )
     for key, value in settings.items():
-        if key not in ("count", "input", "name", "data_root") and before.get(key) != value:
+        if key not in ("count", "input", "name", "data_root", *keep) and before.get(key) != value:
             raise UserError(
                 f"--out {out}: made with {key} {before.get(key)}, now {value}; give the same options to continue it, "
                 "or choose another --out"
@@ -273,6 +287,7 @@ def compare_settings(out: Path, settings: dict[str, object]) -> None:
             f"--out {out}: --count {settings['count']} is less than the {before['count']} images that it was begun "
             "with; give that number or more, or choose another --out"
         )
+    return keep
 
 
 def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[list[int]]:
@@ -359,6 +374,7 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}
+    settings |= {CONTENTS: digest_contents(images.paths) if is_main() else None}  # the first process alone compares
     settings |= {"device": device.type, "images_per_pass": pass_size(device, batch_size)}
     # On a CPU rounding depends on the number of threads, too.
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -174,6 +175,21 @@ def contents(folder: Path) -> dict[str, str]:
     """Every file under a folder with the hash of what it holds."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Give each of two files the name of the other."""
+    a.rename(spare := a.with_name("spare"))
+    b.rename(a)
+    spare.rename(b)
+
+
+def replace_keeping_time(a: Path, b: Path) -> None:
+    """Put the smaller of two pictures in the place of the larger; size in bytes and time stay."""
+    larger, smaller = sorted((a, b), key=lambda path: path.stat().st_size)[::-1]
+    size, when = larger.stat().st_size, larger.stat().st_mtime_ns
+    larger.write_bytes(smaller.read_bytes().ljust(size, b"\0"))
+    os.utime(larger, ns=(when, when))
 
 
 def load_script(name: str) -> Any:

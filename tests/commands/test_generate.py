@@ -20,7 +20,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, TINY_TEACHER, Outcome, contents, tiny_config, tiny_teacher_config, tiny_trainer
+from conftest import (
+    CPU,
+    TINY_TEACHER,
+    Outcome,
+    contents,
+    exchange,
+    replace_keeping_time,
+    tiny_config,
+    tiny_teacher_config,
+    tiny_trainer,
+)
 from PIL import Image
 
 from data.folders import UNFINISHED_MARK, read_people, read_split
@@ -384,6 +394,41 @@ def test_nothing_foreign_is_touched(generate: Generate, reference: Path, tmp_pat
         assert f"--out {tmp_path / 'cut'}" in generate(tmp_path / "cut", "--count", 4).error
     finally:
         os.close(lock)
+
+
+def copy_over(a: Path, b: Path) -> None:
+    shutil.copy2(b, a)
+
+
+@pytest.mark.parametrize("change", [exchange, replace_keeping_time, copy_over])
+def test_inputs_that_changed_under_their_names_are_noticed(
+    generate: Generate, tiny_data: Path, tmp_path: Path, change: Callable[[Path, Path], None]
+) -> None:
+    people, out = tmp_path / "people", tmp_path / "out"
+    shutil.copytree(tiny_data / "bounding_box_train", people)
+    options = ("--no-soft-labels", "--count")
+    assert generate(out, "--input", people, *options, 4).code == 0
+    change(*sorted(people.iterdir())[:2])
+    before = contents(out)
+    for count in (4, 6):
+        error = generate(out, "--input", people, *options, count).error
+        assert str(out) in error and str(people) in error
+    assert contents(out) == before
+    # The same pictures elsewhere, with other inodes and times, are the same.
+    moved = shutil.copytree(tiny_data / "bounding_box_train", tmp_path / "moved", copy_function=shutil.copyfile)
+    assert numbers(generate(out, "--input", moved, *options, 6).out) == [6, 2]
+
+
+def test_a_generation_of_an_earlier_version_is_continued(generate: Generate, reference: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(reference, tmp_path / "out"))
+    settings = json.loads((out / SETTINGS).read_text())
+    assert settings.pop("contents")
+    (out / SETTINGS).write_text(json.dumps(settings))
+    for count in (50, 52):  # each time it says that the images' contents were not recorded
+        outcome = generate(out, "--count", count)
+        assert outcome.code == 0 and str(out) in outcome.err
+        assert json.loads((out / SETTINGS).read_text())["contents"] is None
+    assert len(assert_agrees(out)) == 52
 
 
 def test_a_manifest_of_something_else_is_not_continued(reference: Path, tmp_path: Path) -> None:

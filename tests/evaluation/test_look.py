@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder
+from conftest import HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, OutputFolder, exchange, noise
 from PIL import Image
 
+import files
 import reid_eval.index as index_module
 from data.folders import read_split
 from data.images import decode_images, normalise
@@ -372,8 +374,9 @@ def test_search_scores_are_those_of_the_evaluation(
 
 
 def test_search_of_a_folder_that_changes(
-    runs: Runs, search: Script, gallery: Path, query: Path, tmp_path: Path
+    search: Script, gallery: Path, query: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files, "SETTLED_NS", 0)  # or the images would be too young for a stamp
     everything = answers(clean(search("--top", 50)))[0]
     listed = {path for path in gallery.rglob("*") if path.suffix.lower() == ".jpg" and ".hidden" not in path.parts}
     assert {Path(path) for _, path in everything} == listed and len(listed) == 12
@@ -393,8 +396,12 @@ def test_search_of_a_folder_that_changes(
     changed = clean(search("--top", 50))
     assert all(f"1 {change}" in changed for change in ("added", "changed", "removed"))
     incremental = answers(changed)[0]
-    score = {Path(path).name: score for score, path in incremental}
-    assert score["new.jpg"] == score["1.jpg"] and score["2.jpg"] == score["3.jpg"] and "0.jpg" not in score
+    # Of two copies the first one listed is the answer.
+    assert {Path(path) for _, path in incremental} == listed - {gallery / "0.jpg", gallery / "3.jpg"}
+    assert (
+        dict(map(reversed, incremental))[str(gallery / "2.jpg")]
+        == dict(map(reversed, everything))[str(gallery / "3.jpg")]
+    )
     fresh = answers(clean(search("--top", 50, "--index", tmp_path / "other")))[0]
     assert sorted(incremental) == sorted(fresh)
 
@@ -414,6 +421,72 @@ def test_an_index_becomes_a_graph_and_back(search: Script, gallery: Path, tmp_pa
 def test_the_query_itself_is_no_answer(search: Script, gallery: Path) -> None:
     found = answers(clean(search("--query", gallery / "3.jpg", "--top", 11)))[0]
     assert len(found) == 11 and str(gallery / "3.jpg") not in [path for _, path in found]
+
+
+@pytest.mark.parametrize("approximate_from", [1, 1000])
+def test_copies_are_one_answer_and_those_of_the_query_are_none(
+    search: Script, gallery: Path, tmp_path: Path, approximate_from: int
+) -> None:
+    expected = answers(clean(search("--query", gallery / "3.jpg", "--top", 11)))[0]
+    (gallery / "more" / "deeper").mkdir(parents=True)
+    for original in ("3", "4"):
+        os.link(gallery / f"{original}.jpg", gallery / "more" / f"{original}-link.jpg")
+        shutil.copyfile(gallery / f"{original}.jpg", gallery / "more" / "deeper" / f"{original}-copy.jpeg")
+        (gallery / "more" / f"{original}-symlink.JPG").symlink_to(gallery / f"{original}.jpg")
+    shutil.copyfile(gallery / "3.jpg", query := tmp_path / "elsewhere.jpg")
+    graph = ("--approximate-from", approximate_from)
+    for asked in (gallery / "3.jpg", gallery / "more" / "3-symlink.JPG", gallery / "more" / "3-link.jpg", query):
+        for top in (1, 2, 11, 50):
+            assert answers(clean(search("--query", asked, "--top", top, *graph)))[0] == expected[:top]
+    assert len(index_of(tmp_path)) == 18 and len(index_of(tmp_path).contents) == 12
+
+
+@pytest.mark.parametrize("copy", [[], ["--copy"]])
+def test_a_prepared_folder_beside_the_originals_is_left_out(
+    script: Script, search: Script, archive: Path, tmp_path: Path, copy: list[str]
+) -> None:
+    everything = ("--gallery", archive, "--query", archive / "query", "--top", 100)
+    expected = answers(clean(search(*everything)))
+    assert script("prepare", "--dataset", "market1501", "--data_root", archive, *copy).code == 0
+    prepared, originals = archive / "pytorch", [path for path in archive.rglob("*.jpg") if "pytorch" not in path.parts]
+    copies = len(list(prepared.rglob("*.jpg")))
+    outcome = search(*everything)
+    assert answers(clean(outcome)) == expected
+    said = [list(map(int, re.findall(r"\d+", line.replace(str(prepared), "")))) for line in outcome.err.splitlines()]
+    assert said[0] == [len(list((archive / "query").glob("[!.]*.jpg")))] and str(prepared) in outcome.err
+    assert said[1] == [len([path for path in originals if path.name[0] != "."])] and copies in said[2]
+    assert {archive / name for name in index_of(tmp_path).files} <= set(originals)
+    # The same for a folder of data sets; and the queries are those of the originals, too.
+    above = ("--gallery", archive.parent, "--query", archive, "--top", 1, "--index", tmp_path / "above" / "index")
+    outcome = search(*above)
+    assert len(answers(clean(outcome))) == len(list(archive.rglob("[!.]*_*.jpg"))) - copies
+    assert not any("pytorch" in Path(name).parts for name in index_of(tmp_path / "above").files)
+
+
+def test_prepared_folders_that_are_searched(script: Script, search: Script, archive: Path, tmp_path: Path) -> None:
+    assert script("prepare", "--dataset", "market1501", "--data_root", archive).code == 0
+    query, prepared = noise(tmp_path / "query.png"), archive / "pytorch"
+
+    def searched(gallery: Path, index: str) -> set[Path]:
+        found = answers(
+            clean(search("--gallery", gallery, "--query", query, "--top", 100, "--index", tmp_path / index))
+        )
+        return {Path(path) for _, path in found[0]}
+
+    assert searched(prepared / "gallery", "1") == set((prepared / "gallery").rglob("*.jpg"))
+    # A folder that has merely the name.
+    (archive / "bounding_box_test" / "pytorch").mkdir()
+    person = archive / "bounding_box_test" / "pytorch" / "snake.png"
+    Image.new("RGB", (20, 44)).save(person)
+    assert person in searched(archive, "2")
+    # Without the originals, or under another name beside them.
+    different = {path.read_bytes() for path in prepared.rglob("*.jpg")}
+    prepared.rename(archive / "sorted")
+    assert {path.read_bytes() for path in searched(archive, "3")} >= different
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (archive / "sorted").rename(alone / "pytorch")
+    assert {path.read_bytes() for path in searched(alone, "4")} == different
 
 
 def test_default_places_of_a_teachers_index(runs: Runs, script: Script, gallery: Path, query: Path) -> None:
@@ -535,7 +608,8 @@ def test_recall_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vectors = rng.standard_normal((2000, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = SearchIndex(tmp_path, tmp_path, "model", "a model")
-    index.files = {str(i): (0, 0) for i in range(2000)}
+    index.contents = [str(i) for i in range(2000)]
+    index.files = {name: index_module.File(None, name) for name in index.contents}
     index.vectors = index_module.build_vectors(vectors, graph=True)
     recall = index._measure_recall()
     chosen = np.random.default_rng(0).permutation(2000)[:200]
@@ -560,3 +634,94 @@ def test_names_that_are_no_text(gallery: Path, tmp_path: Path) -> None:
     for changes in (12, 0):
         index = open_index(tmp_path / "index", gallery, "model", "a model")
         assert sum(index.update(toy_embed, approximate_from=100).values()) == changes
+
+
+# ------------------------------------------------------------------------------ content that changes
+def overwrite(a: Path, b: Path) -> None:
+    a.write_bytes(b.read_bytes())
+
+
+def replace(a: Path, b: Path) -> None:
+    """As rsync does: a file under a hidden name, with the times that it is to have, then renamed."""
+    shutil.copy2(b, part := a.with_name(".part"))
+    os.utime(part, ns=(a.stat().st_atime_ns, a.stat().st_mtime_ns))
+    part.replace(a)
+
+
+def rotate(a: Path, b: Path) -> None:
+    """Frames renumbered: every name stays, every frame is under another."""
+    frames = sorted(a.parent.iterdir())
+    for frame in frames:
+        frame.rename(frame.with_name(f".{frame.name}"))
+    for frame, later in zip(frames, frames[1:] + frames[:1], strict=True):
+        later.with_name(f".{later.name}").rename(frame)
+
+
+@pytest.fixture(params=[0, files.SETTLED_NS], ids=["settled", "fresh"])
+def frames(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Five images of one size in bytes and one time, long enough ago to have stamps or not."""
+    monkeypatch.setattr(files, "SETTLED_NS", request.param)
+    paths = [noise(tmp_path / "frames" / f"{i}.bmp") for i in range(5)]
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+    time.sleep(0.05)
+    return paths
+
+
+@pytest.mark.parametrize("change", [overwrite, exchange, replace, rotate])
+def test_an_image_that_changes_under_its_name_is_embedded_anew(
+    frames: list[Path], tmp_path: Path, change: Callable[[Path, Path], None]
+) -> None:
+    def update(embed: Callable[[list[Path]], np.ndarray] = toy_embed) -> tuple[SearchIndex, dict[str, int]]:
+        index = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
+        return index, {name: n for name, n in index.update(embed, approximate_from=100).items() if n}
+
+    def calls(_: list[Path]) -> np.ndarray:
+        raise AssertionError("nothing new is here")
+
+    assert update()[1] == {"added": 5} and update(calls)[1] == {}
+    before = {path: (path.read_bytes(), path.stat().st_size, path.stat().st_mtime_ns) for path in frames}
+    change(frames[1], frames[3])
+    os.utime(frames[1], ns=(10**18, 10**18))
+    after = {path: (path.read_bytes(), path.stat().st_size, path.stat().st_mtime_ns) for path in frames}
+    changed = [path for path in frames if before[path][0] != after[path][0]]
+    assert frames[1] in changed and [v[1:] for v in before.values()] == [v[1:] for v in after.values()]
+
+    index, changes = update()
+    assert changes == {"changed": len(changed)}
+    vectors = index_module.to_vectors(toy_embed(frames))
+    for path, ((name, score),) in zip(frames, index.search(vectors, 1), strict=True):
+        assert (index.gallery / name).read_bytes() == path.read_bytes() and score == pytest.approx(1.5)
+    # What does not change an image's content costs nothing: other times and rights, links to it, another name.
+    os.utime(frames[0])
+    frames[2].chmod(0o600)
+    os.link(frames[4], frames[4].with_name("link.bmp"))
+    assert update(calls)[1] == {"added": 1}
+    frames[4].rename(frames[4].with_name("renamed.bmp"))
+    assert update(calls)[1] == {"added": 1, "removed": 1}
+
+
+def test_a_stamp_spares_reading(frames: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    digest = index_module.digest_files
+    monkeypatch.setattr(index_module, "digest_files", lambda paths: (read.extend(paths), digest(paths))[1])
+    for _ in range(2):
+        open_index(tmp_path / "index", frames[0].parent, "model", "a model").update(toy_embed, approximate_from=100)
+    assert read == (frames if files.SETTLED_NS == 0 else frames * 2)
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(frames: list[Path], tmp_path: Path) -> None:
+    index = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
+    index.update(toy_embed, approximate_from=100)
+    with np.load(tmp_path / "index" / "index.npz") as file:
+        about, vectors = json.loads(file["about"].tobytes()), file["faiss"]
+    old = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in frames]
+    about = {key: value for key, value in about.items() if key != "contents"} | {"format": 1, "files": old}
+    blob = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez(tmp_path / "index" / "index.npz", about=blob, faiss=vectors)
+    with pytest.raises(UserError, match="--rebuild"):
+        open_index(tmp_path / "index", frames[0].parent, "another model", "another")
+    for changes in ({"added": 5}, {}):
+        again = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
+        assert {k: n for k, n in again.update(toy_embed, approximate_from=100).items() if n} == changes
+    assert again.contents == index.contents

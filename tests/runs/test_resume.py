@@ -24,14 +24,18 @@ from conftest import (
     TINY_DGNET,
     TINY_TEACHER,
     Outcome,
+    exchange,
     load_script,
     merged,
     random_batches,
+    replace_keeping_time,
     tiny_config,
     tiny_trainer,
 )
 
 from benchmarks import kill_test
+from data.folders import read_split
+from data.generated import Row, write_rows
 from runs.folder import RunFolder
 from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from runs.recorder import Recorder
@@ -330,6 +334,56 @@ def test_a_change_that_matters_is_named(light: Runs) -> None:
     for words in ("batch_size was 2, is 3", "seed was 0, is 4", "dis.LAMBDA was 0.01, is 0.5"):
         assert words in note
     assert note.count(" was ") == 3
+
+
+def touch_up(a: Path, _: Path) -> None:
+    """The last pixel alone; what stands before it, the size and the time are as before."""
+    data, when = bytearray(a.read_bytes()), a.stat().st_mtime_ns
+    data[-3] ^= 1
+    a.write_bytes(data)
+    os.utime(a, ns=(when, when))
+
+
+@pytest.mark.parametrize("change", [exchange, replace_keeping_time, touch_up])
+def test_training_images_that_changed_under_their_names_are_noticed(
+    light: Runs, tmp_path: Path, change: Callable[[Path, Path], None]
+) -> None:
+    light.data = Path(shutil.copytree(light.data, tmp_path / "moved"))  # with other inodes and times
+    for path in light.data.rglob("*.*"):
+        os.utime(path)
+    assert not lines(clean(light.train("whole", "--resume", max_iter=5)), "warning")
+    folder = light.data / "bounding_box_train"
+    first, second = sorted(folder.iterdir())[:2]
+    before = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]
+    change(first, second)
+    assert change is exchange or [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())] == before
+    circumstance = "contents of the training images"
+    (note,) = lines(clean(light.train("whole", "--resume", max_iter=6)), "warning")
+    assert f"{circumstance} was" in note and note.count(" was ") == 1
+
+    # A snapshot of an earlier version does not say; then the names alone are compared.
+    manifest = light.run("whole") / "checkpoints" / "00000006" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["circumstances"].pop(circumstance)
+    manifest.write_text(json.dumps(content))
+    assert not lines(clean(light.train("whole", "--resume", max_iter=7)), "warning")
+
+
+def test_generated_training_images_that_changed_are_noticed(runs: Runs, tmp_path: Path) -> None:
+    extra, names = tmp_path / "extra", []
+    images = read_split(runs.data, "train_all")
+    for path, token in zip(images.paths[:3], images.tokens, strict=False):
+        names.append(f"train_all/{token}/{path.name}")
+        (extra / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, extra / names[-1])
+    write_rows(
+        extra, [Row(name, "a", "b", images.tokens[i], images.tokens[i], 1, 1, "") for i, name in enumerate(names)]
+    )
+    command = dict(config=TEACHER | dict(extra_data=str(extra), extra_labels="one_hot", epochs=1))
+    clean(runs.train("T", **command))
+    exchange(extra / names[0], extra / names[1])
+    (note,) = lines(clean(runs.train("T", "--resume", epochs=2, **command)), "warning")
+    assert "contents of the training images was" in note and "extra_data" not in note
 
 
 def test_settings_of_a_resumed_run_are_kept(light: Runs) -> None:
