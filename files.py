@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 
 class Damaged(UserError):
@@ -95,6 +99,30 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
     return folder
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the folder, which is made if missing, to itself inside the context.
+
+    `wait` waits until it has. Systems without such locks (Windows) always say yes, which is logged.
+    """
+    make_folder(folder)
+    try:
+        import fcntl
+    except ImportError:
+        log.warning("%s is not locked, which this system cannot do; start no second command on it", folder)
+        yield True
+        return
+    handle, held = os.open(folder, os.O_RDONLY), True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------- what files hold

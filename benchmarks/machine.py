@@ -7,11 +7,10 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,11 @@ import torch
 import yaml
 from PIL import Image
 from torchvision import transforms
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from data.folders import ImageList, read_split
 from files import write_json
@@ -43,14 +47,18 @@ def benchmark_parser(name: str, doc: str, *, device: bool = True) -> argparse.Ar
 
 def describe_machine() -> dict[str, Any]:
     """The date, processor (without the host's name), memory, load average and versions, ready for JSON."""
+    memory = load = None  # where the system does not say
+    with suppress(AttributeError, ValueError, OSError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        load = round(os.getloadavg()[0], 2)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     machine = {
         "date": date.today().isoformat(),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
+        "memory_gib": memory,
+        "load": load,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),
@@ -120,11 +128,11 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 
 def resident_bytes(key: str) -> int:
-    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest so far (without /proc for both)."""
+    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest (without /proc for both; 0 on Windows)."""
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
         return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
 
 
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def peak_memory(steps: Steps) -> int:
         steps()
         return torch.cuda.max_memory_allocated(steps.device) - before
     gc.collect()
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # or glibc would hide what it keeps for later
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forgets the greatest memory so far

@@ -12,7 +12,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ from data.folders import (
     read_archive,
 )
 from data.formats import is_image
-from data.listing import list_folders, list_images
+from data.listing import list_folders, list_images, note
+from data.spelling import require_one_spelling, whole_number
 from utils import UserError
 
 VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
@@ -32,6 +33,7 @@ CSV_NAME = "dataset.csv"
 CSV_COLUMNS = ("path", "identity", "camera", "split")
 CSV_SPLITS = ("train", "val", "query", "gallery", "multi-query")
 JUNK = -1
+MOST = 10**17  # identities are kept as int64
 _NUMBER = re.compile(r"\d{1,17}", re.ASCII)
 
 
@@ -93,6 +95,7 @@ def msmt17(root: Path) -> Splits:
         splits[split] = [_msmt17_image(folder, line.strip(), f"{file}: line {i}") for i, line in lines if line.strip()]
         if not splits[split]:
             raise UserError(f"{file}: names no image; unpack the archive again")
+    note("the identities are one higher than in the archive, which counts from 0")
     return splits | {"train_all": splits["train"] + splits["val"]}
 
 
@@ -140,7 +143,7 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> UserD
     rng = random.Random(seed)
     shuffled = sorted(by_name, key=lambda _: rng.random())
     tested = set(shuffled[: round(test_fraction * len(shuffled))])
-    numbers = number_identities(by_name)
+    numbers = number_identities({name: str(root / name) for name in by_name})
     train, query, gallery = [], [], []
     for name, paths in by_name.items():
         images = [_renamed(path, numbers[name], 0, path.name) for path in paths]
@@ -164,7 +167,7 @@ def table(root: Path, file: Path) -> UserData:
     """Images that a CSV lists in the columns path, identity, camera and split; more columns are ignored.
 
     path      image file in `root`, relative to it
-    identity  any text; -1 is junk, for the gallery alone
+    identity  any text, spelled alike for one person; -1 is junk, for the gallery alone
     camera    whole number. For data without cameras the column is absent, or empty in every row
     split     train, val, query, gallery or multi-query. Without val rows the first image of each identity is `val`
 
@@ -185,7 +188,11 @@ def table(root: Path, file: Path) -> UserData:
         if earlier != number:
             raise UserError(f"{where}: the same image and split as row {earlier}; remove one of them")
 
-    numbers = number_identities(row["identity"] for row in rows.values() if row["identity"] != str(JUNK))
+    places: dict[str, str] = {}
+    for number, row in rows.items():
+        if whole_number(row["identity"]) != JUNK:
+            places.setdefault(row["identity"], f"{file}: row {number}")
+    numbers = number_identities(places)
     by_split: Splits = {}
     for row in rows.values():
         source = root / row["path"]
@@ -233,7 +240,10 @@ def _defect(root: Path, row: dict[str, str]) -> str | None:
         return "path, identity or split is empty; fill it in, or remove the row"
     if split not in CSV_SPLITS:
         return f"split {split[:80]!r}: use one of {', '.join(CSV_SPLITS)}"
-    if identity == str(JUNK) and split != "gallery":
+    person = whole_number(identity)
+    if person is not None and person < JUNK:
+        return f"identity {identity[:80]!r} is below -1; people are numbered from 1, and -1 is junk"
+    if person == JUNK and split != "gallery":
         return f"identity -1 is junk, which belongs into the gallery and not into {split}"
     if camera and not re.fullmatch(_NUMBER, camera):
         return f"camera {camera[:80]!r} is not a whole number of 0 or more; number the cameras"
@@ -245,11 +255,15 @@ def _defect(root: Path, row: dict[str, str]) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
-def number_identities(names: Iterable[str]) -> dict[str, int]:
-    """Numbers above 0 for identities: their names, if all are distinct numbers above 0, else 1, 2, ... as sorted."""
-    names = sorted(set(names))
-    numbers = {name: int(name) for name in names if re.fullmatch(_NUMBER, name) and int(name) > 0}
-    if len(set(numbers.values())) == len(names):
+def number_identities(places: Mapping[str, str]) -> dict[str, int]:
+    """Numbers above 0 for identities: their names, if all are whole numbers above 0, else 1, 2, ... as sorted.
+
+    `places` says where each identity stands. Raises UserError for two spellings of one.
+    """
+    require_one_spelling(places)
+    names = sorted(places)
+    numbers = {name: whole_number(name) for name in names}
+    if all(number is not None and 0 < number < MOST for number in numbers.values()):
         return numbers
     return {name: number for number, name in enumerate(names, 1)}
 

@@ -73,8 +73,9 @@ def cached_images(
 def _allocate(file: Path, shape: tuple[int, ...]) -> Tensor:
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
     # Without this, a full disk would show as a crash while the images are written.
-    with open(file, "r+b") as stream:
-        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     return torch.from_numpy(pixels)
 
 

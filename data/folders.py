@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.listing import leave_out, leave_out_deeper, list_folders, list_images, note
+from data.spelling import require_one_spelling
 from utils import UserError
 
 SPLITS = ("train_all", "train", "val", "query", "gallery", "multi-query")
@@ -157,6 +158,7 @@ def _read_flat(paths: list[Path], split: str) -> ImageList:
     rows = [(path.name.partition("_")[0], path, *parse_name(path)) for path in paths]
     # By token first: `20_c1` sorts before `2_c1` as a file name, but folder `2` before folder `20`.
     rows = sorted(_trainable(rows, split), key=lambda row: (row[0], row[1].name))
+    require_one_spelling({token: str(path) for token, path, *_ in rows})
     tokens, paths, pids, camids = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
     return ImageList(paths, pids, camids, tokens)
 
@@ -194,9 +196,7 @@ def _read_prepared(folder: Path, split: str, need_names: bool) -> ImageList:
     numbers = {token: int(token) for token in by_token if re.fullmatch(r"-?[0-9]{1,18}", token)}
     if len(numbers) < len(by_token):
         numbers = None
-    elif len(set(numbers.values())) < len(by_token):
-        same = next(token for token in numbers if list(numbers.values()).count(numbers[token]) > 1)
-        raise UserError(f"{folder}: two folders of identity {int(same)}, {same} among them; merge or rename them")
+    require_one_spelling({token: str(folder / token) for token in by_token})
 
     rows, disagreeing = [], []
     for place, (token, paths) in enumerate(by_token.items(), 1):
@@ -249,12 +249,11 @@ def read_people(
         if not all(_NAME.match(path.name) for path in loose):
             return ImageList(loose, range(1, len(loose) + 1), [0] * len(loose), [path.stem for path in loose])
         images = _read_flat(loose, "gallery")
+    elif not any(list_images(root / name) for name in list_folders(root)):
+        remedy = "put images there, or into one sub-folder per person"
+        raise UserError(f"{option} {root}: neither a data set nor a folder of images; {remedy}")
     else:
-        try:
-            images = _read_prepared(root, "train_all", need_names=False)
-        except UserError:
-            remedy = "put images there, or into one sub-folder per person"
-            raise UserError(f"{option} {root}: neither a data set nor a folder of images; {remedy}") from None
+        images = _read_prepared(root, "train_all", need_names=False)
     if generated and not images.pids.any():
         return replace(images, pids=np.arange(1, len(images) + 1), tokens=None)
     # Identity 0 is a distractor in a gallery, and among images that may come from one.

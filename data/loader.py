@@ -192,7 +192,9 @@ class PairLoader:
             return error
 
     def _batches_from_workers(self, start: int) -> Iterator[Batch]:
-        before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        before = set(multiprocessing.active_children())
+        child_ended = getattr(signal, "SIGCHLD", None)  # not on Windows
+        handler = signal.getsignal(child_ended) if child_ended else None
         stream = iter(
             DataLoader(
                 self,
@@ -204,9 +206,9 @@ class PairLoader:
             )
         )
         workers = set(multiprocessing.active_children()) - before
-        if threading.current_thread() is threading.main_thread():
+        if child_ended and threading.current_thread() is threading.main_thread():
             # PyTorch's handler would raise in the middle of a step; a dead worker is noticed between steps as well.
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(child_ended, handler)
         try:
             while True:
                 try:

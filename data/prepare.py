@@ -23,7 +23,8 @@ from tqdm import tqdm
 from data import archives
 from data.archives import Splits
 from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK
-from data.listing import list_folders, list_images, say_reading
+from data.listing import list_folders, list_images, note, say_reading
+from data.spelling import whole_number
 from files import make_folder, write_whole
 from utils import UserError, between
 
@@ -100,7 +101,21 @@ def read_tasks(
         data = archives.table(root, Path(csv_file).expanduser() if csv_file else root / archives.CSV_NAME)
     if not data.cameras and "query" in data.splits:
         logging.info("these data have no cameras; evaluate them with test.py --no-cameras")
+    if _renumbered(data.numbers):
+        file = root / PREPARED_FOLDER / IDENTITIES_FILE
+        note(f"{len(data.numbers)} identities are numbered from 1, because not all names are numbers above 0: {file}")
     return [Task("", root, data.splits, data.numbers)]
+
+
+def require_matches(task: Task) -> None:
+    """Raise UserError if no identity of the queries is in the gallery; note how many are not."""
+    asked, there = ({image.pid for image in task.splits.get(split, ())} - {-1} for split in ("query", "gallery"))
+    if asked and not asked & there:
+        query = task.splits["query"][0].source
+        what = f"none of the {len(asked)} identities of the queries is in the gallery ({query} is the first query)"
+        raise UserError(f"--data_root {task.root}: {what}; give both of one data set")
+    if absent := len(asked - there):
+        note(f"{absent} of the {len(asked)} identities of the queries have no image in the gallery")
 
 
 def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
@@ -185,12 +200,16 @@ def _check_strangers(prepared: Path, task: Task, targets: set[Path]) -> None:
             )
 
 
+def _renumbered(numbers: dict[str, int]) -> bool:
+    return any(whole_number(name) != number for name, number in numbers.items())
+
+
 def _identities(file: Path, numbers: dict[str, int]) -> bytes | None:
-    """The table of the identities' numbers; None if their names are their numbers, or if it is there already.
+    """The table of the identities' numbers; None if they are not renumbered, or if it is there already.
 
     Raises UserError for a table with different numbers; new identities may be added to it.
     """
-    if all(name.isdecimal() and int(name) == number for name, number in numbers.items()):
+    if not _renumbered(numbers):
         return None
     table = archives.csv_bytes([("number", "identity"), *zip(numbers.values(), numbers, strict=True)])
     present = file.read_bytes() if file.exists() else b""
@@ -243,8 +262,11 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     ):
         if name in options and dataset != needed:
             raise UserError(f"{option}: goes with --dataset {needed}, not with {dataset}; leave it out")
-    for task in read_tasks(dataset, data_root, **options):
-        say_reading({})
+    tasks = read_tasks(dataset, data_root, **options)
+    for task in tasks:
+        require_matches(task)
+    say_reading({})
+    for task in tasks:
         print_counts(fill_folder(task, copy=copy), task.title)
         print(f"prepared: {task.root / PREPARED_FOLDER}")
     return 0

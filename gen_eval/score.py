@@ -1,10 +1,11 @@
-"""Scores of generated images, next to the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
+"""Scores of generated images, and the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ PUBLISHED = {
     "FD-GAN": (257.00, 0.247),
     "DG-Net": (18.24, 0.360),
 }
-PUBLISHED_NOTE = "published, Market-1501 (the DG-Net paper, which does not state its whole protocol)"
+PUBLISHED_NOTE = (
+    "published on Market-1501 by the DG-Net paper; protocol not known, not comparable, except for the ratio of SSIM"
+)
+PUBLISHED_COLUMNS = ("FID", "SSIM", "SSIM / real")
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
 PROTOCOL_KEYS = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")  # that are shown with the scores
 FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
@@ -90,6 +94,34 @@ def describe(sides: dict[str, ImageList], protocol: Protocol) -> dict[str, Any]:
     }
 
 
+def ratios(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """FID, SSIM and LPIPS of "fake" over those of "real", by name; {} without "fake". Real has an FID if it was halved.
+
+    KID is not among them: that of real halves is 0 on average.
+    """
+    real, fake = scores["real"], scores.get("fake", {})
+    return {key: fake[key] / real[key] for key in ("fid", "ssim", "lpips") if key in fake and real.get(key)}
+
+
+def ratio_cells(row: dict[str, float]) -> list[str]:
+    """A row of `ratios` as cells in the order of COLUMNS, "-" for a ratio that is missing."""
+    return [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
+
+
+def published_rows() -> dict[str, dict[str, float | None]]:
+    """FID and SSIM of the paper's rows, and the ratio of SSIM to its real row, by name; None where it gives none."""
+    real = PUBLISHED["Real"][1]
+    return {
+        name: {"fid": fid, "ssim": ssim, "ssim_ratio": ssim and ssim / real} for name, (fid, ssim) in PUBLISHED.items()
+    }
+
+
+def published_cells(row: dict[str, float | None]) -> list[str]:
+    """A published row as cells in the order of PUBLISHED_COLUMNS."""
+    cells = {"fid": "{:.2f}", "ssim": "{:.3f}", "ssim_ratio": "{:.2f}"}
+    return ["-" if row[key] is None else text.format(row[key]) for key, text in cells.items()]
+
+
 def score_cells(row: dict[str, float | None]) -> list[str]:
     """A row of scores as cells in the order of COLUMNS, "-" for a score that is missing."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
@@ -113,13 +145,10 @@ def print_scores(
         print(f"{side}: {stated[side]['images']} images of {stated[side]['identities']} identities ({formats})")
     for key in PROTOCOL_KEYS:
         print(f"{key}: {stated[key]}")
-    published = {name: {"fid": fid, "ssim": ssim} for name, (fid, ssim) in PUBLISHED.items()}
-    print(" " * 12 + "".join(f"{column:>12}" for column in COLUMNS.values()))
-    for rows in (scores, published):
-        if rows is published:
-            print(f"{PUBLISHED_NOTE}:")
-        for name, row in rows.items():
-            print(f"  {name:10}" + "".join(f"{cell:>12}" for cell in score_cells(row)))
+    to_real = ratios(scores)
+    print_rows(list(COLUMNS.values()), {name: score_cells(row) for name, row in scores.items()})
+    if to_real:
+        print_rows([], {"fake / real": ratio_cells(to_real)})
     half = scores["real"]["images"] // 2
     if real_vs_real:
         print(f"FID and KID of real: one random half ({half} images) against the other")
@@ -130,7 +159,19 @@ def print_scores(
         print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
     if len({frozenset(stated[side]["formats"]) for side in sides}) > 1:
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
-    return {"scores": scores, "not_computed": missing, "protocol": stated, "published": published}
+    rows = published_rows()
+    print(f"\n{PUBLISHED_NOTE}:")
+    print_rows(PUBLISHED_COLUMNS, {name: published_cells(row) for name, row in rows.items()})
+    published = {"comparable": False, "note": PUBLISHED_NOTE, "rows": rows}
+    result = {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
+    return result | {"published": published}
+
+
+def print_rows(heads: Sequence[str], rows: dict[str, list[str]]) -> None:
+    if heads:
+        print(" " * 13 + "".join(f"{head:>12}" for head in heads))
+    for name, cells in rows.items():
+        print(f"  {name:11}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def main() -> None:

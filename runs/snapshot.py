@@ -92,7 +92,9 @@ def save_snapshot(
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names of the files in a folder survive a power cut."""
+    """Make the names of the files in a folder survive a power cut. Windows cannot open folders, and does nothing."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

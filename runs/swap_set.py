@@ -7,7 +7,6 @@ them, so that the manifest agrees with the files whatever happens.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import logging
 import os
@@ -43,7 +42,7 @@ from data.generated import (
 from data.images import check_images, denormalise, iter_images, normalise
 from data.listing import say_reading
 from data.people import identify_people
-from files import digest_contents, make_folder, part_of, read_json, write_json
+from files import digest_contents, hold_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
 from runs.folder import generator_config, open_run, resolve_data_root
@@ -233,13 +232,9 @@ def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) 
 @contextmanager
 def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
     """Hold the folder of a data set, new or begun with `settings`, for this command alone."""
-    make_folder(out)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another generate.py is writing to it; wait for it, or stop it") from None
+    with hold_folder(out) as held:
+        if not held:
+            raise UserError(f"--out {out}: another generate.py is writing to it; wait for it, or stop it")
         path = out / SETTINGS
         if path.exists():
             settings = settings | compare_settings(out, settings)
@@ -248,8 +243,6 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
         (out / UNFINISHED_MARK).touch()
         write_json(path, settings)
         yield
-    finally:
-        os.close(lock)
 
 
 def read_settings(out: Path) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 from config import Config, changed_from_default
 from files import read_json
 from gen_eval.score import COLUMNS as SCORES
-from gen_eval.score import PROTOCOL_KEYS, PUBLISHED_NOTE, score_cells
+from gen_eval.score import (
+    PROTOCOL_KEYS,
+    PUBLISHED_COLUMNS,
+    PUBLISHED_NOTE,
+    published_cells,
+    published_rows,
+    ratio_cells,
+    score_cells,
+)
 from mannequins.against_truth import describe_shares, named_table, swap_table
 from reid_eval.ranking import BOTH
 from reid_eval.report import COLUMNS, ROW_LABELS
@@ -137,14 +145,21 @@ def generation_tables(run: RunFolder) -> list[Table]:
     for path, result in results(run.path, "reduction"):
         with read_from(path):
             tables += swaps_tables(result)
-    for path, result in results(run.path, "scores"):
+    scored = list(results(run.path, "scores"))
+    for path, result in scored:
         with read_from(path):
             rows = [[images, *score_cells(row)] for images, row in result["scores"].items()]
-            rows += [[f"{images} (published)", *score_cells(row)] for images, row in result["published"].items()]
+            rows += [["fake / real", *ratio_cells(result["ratio_to_real"])]] if result["ratio_to_real"] else []
             protocol = "; ".join(f"{key}: {result['protocol'][key]}" for key in PROTOCOL_KEYS)
-            notes = [f"(published): {PUBLISHED_NOTE}.", *result["not_computed"], protocol]
+            notes = [*result["not_computed"], protocol]
             strong = frozenset(range(len(result["scores"])))
             tables.append(Table(f"Scores of {path.name}", ["images", *SCORES.values()], rows, 1, notes, strong))
+    if scored:
+        heads, rows = (
+            ["images", *PUBLISHED_COLUMNS],
+            [[name, *published_cells(row)] for name, row in published_rows().items()],
+        )
+        tables.append(Table("Published scores, not comparable", heads, rows, 1, [f"{PUBLISHED_NOTE}."]))
     return tables
 
 

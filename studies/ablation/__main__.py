@@ -9,20 +9,16 @@ share the runs. studies/ablation/notebook.md says what is compared.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gc
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 from benchmarks.machine import describe_machine
-from files import make_folder, read_json, write_json, write_text
+from files import hold_folder, make_folder, read_json, write_json, write_text
 from precision import pick_precision
 from studies.ablation import table
 from studies.ablation.cells import CELLS, PRESETS, cell_config, is_both, needs
@@ -84,20 +80,6 @@ def result_file(study: Study, run: Run, where: str) -> Path:
     return study.run(*run).path / f"result-{where}.json"
 
 
-@contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process has the folder to itself inside the context; `wait` waits until it has."""
-    handle, mine = os.open(make_folder(folder), os.O_RDONLY), True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        mine = False
-    try:
-        yield mine
-    finally:
-        os.close(handle)
-
-
 def work(study: Study, runs: list[Run], where: str, *, again: bool) -> set[Run]:
     """Train and score the unfinished runs; returns those that failed, and those that needed one that did.
 
@@ -132,7 +114,7 @@ def settle(study: Study, run: Run, where: str, failed: set[Run], *, again: bool)
         return True
     if not all(result_file(study, before, where).is_file() for before in needed(study, run)):
         return False
-    with locked(study.run(*run).path) as mine:
+    with hold_folder(study.run(*run).path) as mine:
         if mine and (again or not result_file(study, run, where).is_file()):
             print(f"\n{run[0]}-{run[1]}", flush=True)
             try:
@@ -207,7 +189,7 @@ def main() -> None:
     if args.data_seed is not None:
         preset, name = replace(preset, data=preset.data | {"seed": args.data_seed}), f"{name}-data-{args.data_seed}"
     out = make_folder((args.out or ROOT / "outputs" / "ablation" / name).expanduser().resolve())
-    with locked(out, wait=True):
+    with hold_folder(out, wait=True):
         precision = pick_precision(device, cell_config(preset, "both", 0, data_root="").precision)
         same_study(out, {"preset": args.preset, "data_root": args.data_root, "precision": precision})
         data, held, factors = prepare_data(preset, args.data_root, out)

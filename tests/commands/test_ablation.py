@@ -19,6 +19,7 @@ import precision
 from data.folders import read_split
 from data.images import denormalise
 from data.loader import Batch
+from files import hold_folder
 from mannequins import dataset
 from mannequins.dataset import Settings, load_factors, make_settings
 from mannequins.truth import shrink
@@ -172,7 +173,7 @@ def test_a_run_that_fails_takes_with_it_what_needs_it_and_no_more(study, tmp_pat
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    with ablation.locked(tmp_path) as first, ablation.locked(tmp_path) as second:
+    with hold_folder(tmp_path) as first, hold_folder(tmp_path) as second:
         assert first and not second
 
 

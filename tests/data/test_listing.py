@@ -134,11 +134,24 @@ def test_names_that_agree_are_not_mentioned(tiny_data: Path) -> None:
     assert say_reading({"query": read_split(tiny_data, "query")})["assumed"] == []
 
 
-def test_two_folders_of_one_number_are_refused(tmp_path: Path) -> None:
-    for person in ("7", "0007"):
-        noise(tmp_path / "train_all" / person / "a.jpg")
-    with pytest.raises(UserError, match="train_all.* 7"):
-        read_split(tmp_path, "train_all", need_names=False)
+@pytest.mark.parametrize("names", [("7", "0007"), ("anna", "Anna"), ("anna b", "annab")])
+def test_two_folders_of_one_person_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    people = tmp_path / "data" / "train_all"
+    for person in names:
+        noise(people / person / "a.jpg")
+    for read in (lambda: read_split(tmp_path / "data", "train_all", need_names=False), lambda: read_people(people)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert all(str(people / name) in str(error.value) for name in names)
+
+
+def test_two_spellings_of_one_number_in_file_names_are_refused(tmp_path: Path) -> None:
+    names = ("7_c1s1_1.jpg", "0007_c2s1_1.jpg")
+    for name in names:
+        noise(tmp_path / "bounding_box_train" / name)
+    with pytest.raises(UserError) as error:
+        read_split(tmp_path, "train_all")
+    assert all(name in str(error.value) for name in names)
 
 
 # ----------------------------------------------------------------------------------------- the commands

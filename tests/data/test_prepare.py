@@ -18,7 +18,8 @@ from conftest import MARKET_NAMES, Outcome, logged, noise
 from data import folders
 from data.archives import number_identities
 from data.folders import SPLITS, read_split
-from data.prepare import PUBLISHED, SplitCount, fill_folder, main, print_counts, read_tasks
+from data.listing import say_reading
+from data.prepare import PUBLISHED, SplitCount, fill_folder, main, print_counts, read_tasks, require_matches
 from utils import ROOT, UserError
 
 Script = Callable[..., Outcome]
@@ -224,7 +225,7 @@ def pack_msmt17(root: Path, train: str, test: str) -> Path:
 def test_msmt17(script: Script, tmp_path: Path, train: str, test: str) -> None:
     root = pack_msmt17(tmp_path / "MSMT17", train, test)
     done = script("prepare", "--dataset", "msmt17", "--data_root", root)
-    assert done.code == 0 and "MSMT17" in done.err
+    assert done.code == 0 and "MSMT17" in done.err and "one higher" in done.err
     # The archive's identity 0 would be a distractor, so all are one higher.
     seen, val = [(1, 1), (1, 15), (8, 7)], [(1, 14)]
     query, gallery = [(1, 4), (3060, 12)], [(1, 1), (3060, 11)]
@@ -287,11 +288,70 @@ def test_counts_as_published_raise_no_warning(caplog: pytest.LogCaptureFixture) 
 
 
 def test_number_identities() -> None:
-    assert number_identities(["0007", "12"]) == {"0007": 7, "12": 12}
-    assert number_identities(["bob", "anna", "3"]) == {"3": 1, "anna": 2, "bob": 3}
-    assert number_identities(["0", "1", "2"]) == {"0": 1, "1": 2, "2": 3}  # 0 would be a distractor
-    assert number_identities(["7", "0007"]) == {"0007": 1, "7": 2}
-    assert number_identities(["\u0663", "5"]) == {"5": 1, "\u0663": 2}
+    def numbers(*names: str) -> dict[str, int]:
+        return number_identities(dict.fromkeys(names, "somewhere"))
+
+    assert numbers("0007", "12", "8.0", "+9", "1e1") == {"0007": 7, "12": 12, "8.0": 8, "+9": 9, "1e1": 10}
+    assert numbers("bob", "anna", "3") == {"3": 1, "anna": 2, "bob": 3}
+    assert numbers("0", "1", "2") == {"0": 1, "1": 2, "2": 3}  # 0 would be a distractor
+    assert numbers("7.5", "7") == {"7": 1, "7.5": 2}
+    assert numbers("\u0663", "5") == {"5": 1, "\u0663": 2}
+    assert numbers("9" * 18, "5") == {"5": 1, "9" * 18: 2}
+
+
+SPELLINGS = [("7", "0007"), ("7", "7.0"), ("anna", "Anna"), ("anna b", "annab"), ("anna 1", "anna 01")]
+SPELLINGS += [("jos\u00e9", "jose\u0301"), ("7.5", "07.50"), ("anna b", "anna\u00a0b")]
+
+
+@pytest.mark.parametrize("names", SPELLINGS, ids=ascii)
+def test_two_spellings_of_one_person_are_refused(script: Script, tmp_path: Path, names: tuple[str, str]) -> None:
+    """In a table with both rows, among folders with both folders; nothing is written."""
+    rows = [(f"{i}.png", name, "train") for i, name in enumerate([names[0], "x", "y", names[1]])]
+    root = write_table(pack(tmp_path / "own", {"": [row[0] for row in rows]}), [("path", "identity", "split"), *rows])
+    error = script("prepare", "--dataset", "csv", "--data_root", root).error
+    assert "row 5" in error and "row 2" in error
+    root_of_folders = people(tmp_path / "people", dict.fromkeys([*names, "x", "y"], 2))
+    error = script("prepare", "--dataset", "folder", "--data_root", root_of_folders).error
+    assert all(str(root_of_folders / name) in error for name in names)
+    assert not (root / "pytorch").exists() and not (root_of_folders / "pytorch").exists()
+
+
+def test_whole_numbers_in_any_spelling_are_numbers(script: Script, tmp_path: Path) -> None:
+    """As spreadsheets and tables in floating point write them; so is junk."""
+    rows = [("path", "identity", "split"), ("a.png", "7.0", "train"), ("b.png", " +20 ", "train")]
+    rows += [("c.png", "3.0", "query"), ("d.png", "3.0", "gallery")]
+    rows += [(f"j{i}.png", junk, "gallery") for i, junk in enumerate(("-1.0", "-01", "-1", " -1. "))]
+    root = write_table(pack(tmp_path / "own", {"": [row[0] for row in rows[1:]]}), rows)
+    done = script("prepare", "--dataset", "csv", "--data_root", root)
+    assert done.code == 0, done.err
+    prepared = {split: [pid for pid, _ in images] for split, images in lists(root).items()}
+    assert prepared["train_all"] == [7, 20] and prepared["query"] == [3]
+    assert prepared["gallery"] == [-1, -1, -1, -1, 3]
+    assert not (root / "pytorch" / "identities.csv").exists() and "identities.csv" not in done.err
+
+
+@pytest.mark.parametrize("dataset", ["csv", "market1501", "msmt17"])
+def test_queries_without_anybody_of_the_gallery(script: Script, tmp_path: Path, archive: Path, dataset: str) -> None:
+    if dataset == "csv":
+        rows = [("path", "identity", "split"), ("a.png", "anna", "train"), ("q.png", "bob", "query")]
+        rows += [("j.png", "-1", "gallery"), ("g.png", "carl", "gallery")]
+        root = write_table(pack(tmp_path / "own", {"": [row[0] for row in rows[1:]]}), rows)
+    elif dataset == "market1501":
+        root = archive
+        for path in (root / "query").glob("0*.jpg"):
+            path.rename(path.with_name("9" + path.name[1:]))
+    else:
+        root = pack_msmt17(tmp_path / "MSMT17", "train", "test")
+        (root / "list_query.txt").write_text("".join(f"{name} 77\n" for name in MSMT17["query"]))
+    assert str(root) in script("prepare", "--dataset", dataset, "--data_root", root).error
+    assert not (root / "pytorch").exists()
+    # One of several identities is no error, but counted.
+    (task,) = read_tasks(dataset, root)
+    query = task.splits["query"] + task.splits["gallery"][-1:]
+    say_reading({})
+    require_matches(task._replace(splits=task.splits | {"query": query}))
+    asked = len({image.pid for image in query})
+    assert f"{asked - 1} of the {asked} " in say_reading({})["assumed"][0]
 
 
 def people(root: Path, sizes: dict[str, int]) -> Path:
@@ -304,7 +364,8 @@ def test_a_folder_per_identity(script: Script, tmp_path: Path) -> None:
     options = ("--dataset", "folder", "--data_root", root)
     done = script("prepare", *options)
     assert done.code == 0
-    assert "--no-cameras" in done.err and done.err.count("\n") == 1
+    assert "--no-cameras" in done.err and done.err.count("\n") == 2
+    assert "7 identities" in done.err and str(root / "pytorch" / "identities.csv") in done.err
     rows = (root / "pytorch" / "identities.csv").read_text().splitlines()
     assert rows == ["number,identity", "1,0012", "2,anna", "3,bob", "4,carl", "5,dora", "6,eva", "7,frida"]
     prepared = lists(root)
@@ -387,7 +448,8 @@ def test_a_table(script: Script, tmp_path: Path) -> None:
     root = write_table(pack(tmp_path / "own", {"": [row[0] for row in TABLE[1:]]}), TABLE)
     options = ("--dataset", "csv", "--data_root", root)
     done = script("prepare", *options)
-    assert done.code == 0 and done.err == "", done.err
+    assert done.code == 0 and done.err.count("\n") == 1, done.err
+    assert "4 identities" in done.err and str(root / "pytorch" / "identities.csv") in done.err
     train, gallery = [(1, 3), (1, 3), (2, 12)], [(-1, 2), (3, 2), (4, 2)]
     expected = {"train_all": train, "train": train[:1], "val": train[1:], "query": [(3, 1)], "gallery": gallery}
     assert lists(root) == expected
@@ -436,6 +498,8 @@ def test_a_table_with_val_rows_numbers_and_no_cameras(script: Script, tmp_path: 
         (("q.png", "anna", "", "train", ""), "row 2"),
         (("q.png", "anna", "3", "test", ""), "split 'test'"),
         (("q.png", "-1", "3", "train", ""), "identity -1"),
+        (("q.png", "-1.0", "3", "query", ""), "identity -1"),
+        (("q.png", "-2", "3", "gallery", ""), "identity '-2'"),
         (("./q.png", "carl", "3", "query", ""), "row 5"),
         (("q.png", "anna", "3", "train"), "5 columns"),
         (("q.png", "anna", "3", "train", "", "x"), "5 columns"),

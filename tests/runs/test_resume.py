@@ -686,4 +686,4 @@ def test_two_kills(
     assert kill_test.main() == 0, capsys.readouterr().out
     result = json.loads((tmp_path / "kill_test.json").read_text())
     assert result["kills"] == 2 and result["same_as_undisturbed"] is True
-    assert result["files_compared"] == 18
+    assert result["files_compared"] == {"checkpoints": 12, "images": 6}
