@@ -99,8 +99,9 @@ def parse_name(file: str | Path) -> tuple[int, int]:
     match = _NAME.match(file.name if isinstance(file, Path) else file)
     if match is None:
         raise UserError(
-            f"{file}: no identity and camera in the file name; rename it like 0002_c1s1_000451_03.jpg, or let "
-            "prepare.py --dataset folder or csv do it"
+            f"{file}: no identity and camera in the file name, which evaluation needs, also without cameras; from one "
+            "folder per person `python prepare.py --dataset folder --data_root DIR` makes query and gallery, from a "
+            "table `--dataset csv`; or rename the file like 0002_c1s1_000451_03.jpg"
         )
     return int(match[1]), int(match[2])
 
@@ -138,6 +139,11 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
             return _read_prepared(base / split, split, need_names)
     if (root / ARCHIVE_FOLDERS[split]).is_dir():
         return read_archive(root / ARCHIVE_FOLDERS[split], split)
+    if not is_data_set(root) and any(list_images(root / name) for name in list_folders(root)):
+        remedy = f"if each is one person: python prepare.py --dataset folder --data_root {root}"
+        raise UserError(
+            f"data_root {root}: folders of images but no {split}/; {remedy}; an archive has its own --dataset"
+        )
     raise UserError(
         f"data_root {root}: no {split}/, {PREPARED_FOLDER}/{split}/ or {ARCHIVE_FOLDERS[split]}/ in it; "
         f"{remedy}, or prepare it with prepare.py"

@@ -17,7 +17,7 @@ from parallel.collectives import is_main
 from reid_eval.features import check_feature_file, extract_data_set, save_features
 from reid_eval.ranking import main_setting
 from reid_eval.report import SINGLE, evaluate_features, format_comparison, format_table, per_query, summary
-from runs.folder import resolve_data_root
+from runs.folder import find_data, resolve_data_root
 from runs.load import TestNet, open_net
 from utils import UserError
 from visual_tools.ranked_lists import write_ranked_lists
@@ -28,7 +28,9 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if args.save_features:
         check_feature_file(args.save_features)
     tested = open_net(args, device)
-    roots = {data_set_name(root): root for root in map(resolve_data_root, args.test_dir or [tested.data_root])}
+    recorded = tested.data_root, tested.data_source
+    given = [find_data(folder, "--test_dir", *recorded) for folder in args.test_dir or [None]]
+    roots = {data_set_name(root): root for root in given}
     if args.test_dir and len(roots) < len(args.test_dir):
         raise UserError(f"--test_dir {' '.join(args.test_dir)}: two have the same name; give every data set once")
     if args.save_features and len(roots) > 1:

@@ -19,7 +19,7 @@ from data.folders import ON, ImageList, identity_in, is_data_set, read_people, r
 from data.images import check_images, iter_images, to_uint8
 from data.listing import say_reading
 from files import make_folder, write_whole
-from runs.folder import resolve_data_root
+from runs.folder import find_data, resolve_data_root
 from runs.grid import paint_grid
 from runs.swapper import Swapper, open_swapper
 from utils import UserError
@@ -41,7 +41,7 @@ def open_figure(args: argparse.Namespace, figure: str, suffix: str = ".png") -> 
 # --------------------------------------------------------------------------------------------- images
 def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:
     """The images that `--input` and `--split` name. Raises UserError for fewer than the two that a swap needs."""
-    source = resolve_data_root(args.input or model.cfg.data_root)
+    source = find_data(args.input, "--input", model.cfg.data_root, model.run.config_file)
     images = read_people(source, args.split)
     if len(images) < 2:
         raise UserError(f"--input {source}: one image only ({images.paths[0].name}); a swap needs two at least")
