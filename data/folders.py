@@ -35,6 +35,8 @@ ARCHIVE_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "bounding_box_train") | {
 PREPARED_FOLDER = "pytorch"
 # A file that marks a prepared folder while it is being filled, so that nobody trains on half a data set.
 UNFINISHED_MARK = ".unfinished"
+# Between the names of the images that a swap has its clothes and its structure from.
+ON = "_on_"
 
 _NAME = re.compile(r"(-?\d{1,18})_c(\d{1,18})", re.ASCII)
 
@@ -97,10 +99,17 @@ def parse_name(file: str | Path) -> tuple[int, int]:
     match = _NAME.match(file.name if isinstance(file, Path) else file)
     if match is None:
         raise UserError(
-            f"{file}: no identity and camera in the file name; rename it like 0002_c1s1_000451_03.jpg, or let "
-            "prepare.py --dataset folder or csv do it"
+            f"{file}: no identity and camera in the file name, which evaluation needs, also without cameras; from one "
+            "folder per person `python prepare.py --dataset folder --data_root DIR` makes query and gallery, from a "
+            "table `--dataset csv`; or rename the file like 0002_c1s1_000451_03.jpg"
         )
     return int(match[1]), int(match[2])
+
+
+def identity_in(name: str) -> int | None:
+    """The identity in a file name; None if there is none with a camera."""
+    match = _NAME.match(name)
+    return int(match[1]) if match else None
 
 
 # ------------------------------------------------------------------------------------------- reading a split
@@ -130,6 +139,11 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
             return _read_prepared(base / split, split, need_names)
     if (root / ARCHIVE_FOLDERS[split]).is_dir():
         return read_archive(root / ARCHIVE_FOLDERS[split], split)
+    if not is_data_set(root) and any(list_images(root / name) for name in list_folders(root)):
+        remedy = f"if each is one person: python prepare.py --dataset folder --data_root {root}"
+        raise UserError(
+            f"data_root {root}: folders of images but no {split}/; {remedy}; an archive has its own --dataset"
+        )
     raise UserError(
         f"data_root {root}: no {split}/, {PREPARED_FOLDER}/{split}/ or {ARCHIVE_FOLDERS[split]}/ in it; "
         f"{remedy}, or prepare it with prepare.py"
@@ -233,7 +247,8 @@ def read_people(
     source     a data set, of which `split` (default: `query`) is read without junk and distractors; a folder with one
                sub-folder per person; or a folder of images, each of another person if not all names have an identity
     option     where `source` came from, for the errors
-    generated  the images may be generate.py's: train_all alone, each of another person if all have identity 0
+    generated  the images may be generate.py's: train_all alone, each of another person if all have identity 0; or those
+               of visual_tools/test_folder.py (`read_swaps`)
 
     Raises UserError for a missing folder, one without images, and a `split` of a folder that is no data set.
     """
@@ -246,6 +261,9 @@ def read_people(
     elif split is not None:
         raise UserError(f"--split {split}: {root} is a folder of images, not a data set; leave --split out")
     elif loose := list_images(root):
+        if generated and all(ON in path.stem for path in loose):
+            note(f"{len(loose)} images have names like A{ON}B.png: they have the identity of A")
+            return read_swaps(loose)
         if not all(_NAME.match(path.name) for path in loose):
             return ImageList(loose, range(1, len(loose) + 1), [0] * len(loose), [path.stem for path in loose])
         images = _read_flat(loose, "gallery")
@@ -262,6 +280,20 @@ def read_people(
     if not len(people):
         raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")
     return people
+
+
+def read_swaps(paths: list[Path]) -> ImageList:
+    """The images A_on_B.png of visual_tools/test_folder.py, sorted by name, with the identities of the clothes, A.
+
+    These are in front of all names (`0002_c1_...`), or else each A is another person.
+    """
+    paths = sorted(paths)
+    clothes = [path.stem.partition(ON)[0] for path in paths]
+    if all(map(_NAME.match, clothes)):
+        pids, camids = zip(*map(parse_name, clothes), strict=True)
+        return ImageList(paths, pids, camids)
+    place = {name: i for i, name in enumerate(dict.fromkeys(clothes), 1)}
+    return ImageList(paths, [place[name] for name in clothes], [0] * len(paths), clothes)
 
 
 # ------------------------------------------------------------------------------------------------ data sets

@@ -9,7 +9,8 @@ import logging
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ def leave_out(path: Path, reason: str) -> None:
 def note(what: str) -> None:
     """Remember what was assumed or renumbered, with its counts."""
     _notes[what] = None
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Forget what is left out and noted inside the context, where images are listed that the command does not use."""
+    left_out, notes = dict(_left_out), dict(_notes)
+    try:
+        yield
+    finally:
+        for kept, before in ((_left_out, left_out), (_notes, notes)):
+            kept.clear()
+            kept.update(before)
 
 
 # --------------------------------------------------------------------------------------------- listing

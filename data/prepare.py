@@ -21,9 +21,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import archives
-from data.archives import Splits
-from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK
+from data.archives import SourceImage, Splits
+from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, ImageList
 from data.listing import list_folders, list_images, note, say_reading
+from data.overlap import note_overlap
 from data.spelling import whole_number
 from files import make_folder, write_whole
 from utils import UserError, between
@@ -116,6 +117,11 @@ def require_matches(task: Task) -> None:
         raise UserError(f"--data_root {task.root}: {what}; give both of one data set")
     if absent := len(asked - there):
         note(f"{absent} of the {len(asked)} identities of the queries have no image in the gallery")
+
+
+def _image_list(images: list[SourceImage]) -> ImageList:
+    tokens = [image.token for image in images]
+    return ImageList([image.source for image in images], [image.pid for image in images], [0] * len(images), tokens)
 
 
 def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
@@ -265,6 +271,9 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     tasks = read_tasks(dataset, data_root, **options)
     for task in tasks:
         require_matches(task)
+        sides = {split: _image_list(images) for split, images in task.splits.items()}
+        if "train_all" in sides:
+            note_overlap(sides["train_all"], {split: sides[split] for split in ("query", "gallery") if split in sides})
     say_reading({})
     for task in tasks:
         print_counts(fill_folder(task, copy=copy), task.title)

@@ -26,7 +26,7 @@ def require_one_spelling(places: Mapping[str, str]) -> None:
     """
     spelled: dict[str, str] = {}
     for name, place in places.items():
-        earlier = spelled.setdefault(_key(name), name)
+        earlier = spelled.setdefault(spelling(name), name)
         if earlier != name:
             raise UserError(
                 f"{place}: {name!r} is another spelling of {earlier!r}, {places[earlier]}; write one person's name in "
@@ -40,8 +40,8 @@ def _plain(name: str) -> str:
     return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
-def _key(name: str) -> str:
-    """What is the same for all spellings of a name."""
+def spelling(name: str) -> str:
+    """The spelling that stands for all those of a name which differ only in zeros, case or blanks."""
     text = _plain(name)
     if _DECIMAL.fullmatch(text):
         return str(Decimal(text).normalize() + 0)

@@ -16,7 +16,7 @@ from files import write_json
 from mannequins.dataset import load_factors
 from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, name_people, recognise
 from reid_eval.features import Features, extract_features
-from runs.folder import resolve_data_root
+from runs.folder import find_data, resolve_data_root
 from runs.load import find_teacher, load_teacher
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, add_run_arguments, between, run_cli
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--seed", type=between(0), default=0, help="of the choice of swaps")
     args = parser.parse_args()
     model = open_swapper(args)
-    root = resolve_data_root(args.data_root or model.cfg.data_root)
+    root = find_data(args.data_root, "--data_root", model.cfg.data_root, model.run.config_file)
     suffix = other_data_set(root, resolve_data_root(model.cfg.data_root))
     result, notes = measure(model, root, count=args.count, seed=args.seed, elsewhere=bool(suffix))
     print(*notes, format_result(result, "".join(model.cfg.teachers[:1])), sep="\n")

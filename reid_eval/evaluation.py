@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 
 from data.folders import check_test_set, data_set_name, other_data_set, read_split
 from data.listing import say_reading
+from data.overlap import note_overlap_in
 from files import write_json
 from parallel.collectives import is_main
 from reid_eval.features import check_feature_file, extract_data_set, save_features
 from reid_eval.ranking import main_setting
 from reid_eval.report import SINGLE, evaluate_features, format_comparison, format_table, per_query, summary
-from runs.folder import resolve_data_root
+from runs.folder import find_data, resolve_data_root
 from runs.load import TestNet, open_net
 from utils import UserError
 from visual_tools.ranked_lists import write_ranked_lists
@@ -26,7 +28,9 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if args.save_features:
         check_feature_file(args.save_features)
     tested = open_net(args, device)
-    roots = {data_set_name(root): root for root in map(resolve_data_root, args.test_dir or [tested.data_root])}
+    recorded = tested.data_root, tested.data_source
+    given = [find_data(folder, "--test_dir", *recorded) for folder in args.test_dir or [None]]
+    roots = {data_set_name(root): root for root in given}
     if args.test_dir and len(roots) < len(args.test_dir):
         raise UserError(f"--test_dir {' '.join(args.test_dir)}: two have the same name; give every data set once")
     if args.save_features and len(roots) > 1:
@@ -35,11 +39,19 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     for data_root in roots.values():
         check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
     splits = ("query", "gallery", "multi-query") if args.multi else ("query", "gallery")
-    readings = {name: say_reading({split: read_split(root, split) for split in splits}) for name, root in roots.items()}
+    readings = {name: say_test_images(root, splits) for name, root in roots.items()}
     reports = {name: test_on(data_root, tested, args, device, readings[name]) for name, data_root in roots.items()}
     if len(reports) > 1 and is_main():
         trained_on = data_set_name(resolve_data_root(tested.data_root))
         print(f"\n{tested.title}, trained on {trained_on}\n{format_comparison(reports)}")
+
+
+def say_test_images(root: Path, splits: Sequence[str]) -> dict[str, Any]:
+    """Say what is read for an evaluation, and what training images share with it; returns it as `say_reading` does."""
+    sides = {split: read_split(root, split) for split in splits}
+    if is_main():
+        note_overlap_in(root, {split: sides[split] for split in ("query", "gallery")})
+    return say_reading(sides)
 
 
 def test_on(

@@ -140,3 +140,18 @@ def resolve_data_root(data_root: str) -> Path:
     """A relative data_root is looked for from here, then from the project's folder."""
     path = Path(data_root).expanduser()
     return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+def find_data(given: str | None, option: str, recorded: str, source: object) -> Path:
+    """The data that `option` names or, without it, those that a run or a teacher was trained on.
+
+    recorded, source  their data_root, and where it was read, for the error
+    Raises UserError if the recorded folder is not there; a relative path may be there from another folder.
+    """
+    if given:
+        return resolve_data_root(given)
+    root = resolve_data_root(recorded)
+    if not root.is_dir():
+        places = "" if root.is_absolute() and root == Path(recorded) else f" from {Path.cwd()} or {ROOT}"
+        raise UserError(f"data_root {recorded}, from {source}: no such folder{places}; give the data with {option} DIR")
+    return root

@@ -48,7 +48,10 @@ def num_classes(cfg: Config, images: ImageList) -> int:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """A teacher under models/NAME with what its opts.yaml says; the release's files have no `backbone`."""
+    """A teacher under models/NAME with what its opts.yaml says; the release's files have no `backbone`.
+
+    data_source  where `data_root` was read, for messages
+    """
 
     folder: Path
     stride: int
@@ -56,6 +59,7 @@ class TeacherFiles:
     height: int
     width: int
     data_root: str
+    data_source: str
     people: People | None
 
     @property
@@ -78,10 +82,11 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
                     f"{folder / 'opts.yaml'}: crop_image_height and crop_image_width must be whole numbers above 0 "
                     f"(got {height!r} and {width!r})"
                 )
+            source = str(folder / "opts.yaml") + ("" if "data_root" in opts else ", which has none, so by default")
             data_root, mark = str(opts.get("data_root", "../Market/pytorch/")), opts.get("classes")
             people = People(mark, data_root) if isinstance(mark, str) else None
             backbone = str(opts.get("backbone", "resnet50"))
-            return TeacherFiles(folder, stride, backbone, height, width, data_root, people)
+            return TeacherFiles(folder, stride, backbone, height, width, data_root, source, people)
     raise UserError(
         f"{output_path / 'models' / name / 'net_last.pth'}: no teacher of that name; "
         f"train it with: python train.py --config configs/teacher.yaml --name {name}"
@@ -209,13 +214,15 @@ def load_generator(run: RunFolder, cfg: DGNetConfig, iteration: int, code_dim: i
 class TestNet:
     """A net to evaluate, with the size (height, width) of its images and the data it was trained on.
 
-    folder  where its results are kept
-    title   what to call it
+    data_source  where `data_root` was read, for messages
+    folder       where its results are kept
+    title        what to call it
     """
 
     net: nn.Module
     size: tuple[int, int]
     data_root: str
+    data_source: str
     iteration: int | None
     folder: Path
     title: str
@@ -236,11 +243,12 @@ def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -
     iteration = pick_epoch(run, which)
     net = load_id_net(run, cfg, iteration, device)
     size, title = (cfg.crop_image_height, cfg.crop_image_width), f"{run.name} after {iteration} steps"
-    return TestNet(net, size, cfg.data_root, iteration, run.path, title)
+    return TestNet(net, size, cfg.data_root, str(run.config_file), iteration, run.path, title)
 
 
 def load_teacher_for_test(run: RunFolder, device: torch.device) -> TestNet:
     """A teacher under models/."""
     files = find_teacher(run.name, run.output_path)
     net = load_teacher(run.name, run.output_path).to(device)
-    return TestNet(net, (files.height, files.width), files.data_root, None, files.folder, f"teacher {run.name}")
+    data = files.data_root, files.data_source
+    return TestNet(net, (files.height, files.width), *data, None, files.folder, f"teacher {run.name}")

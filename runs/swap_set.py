@@ -45,7 +45,7 @@ from data.people import identify_people
 from files import digest_contents, hold_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
-from runs.folder import generator_config, open_run, resolve_data_root
+from runs.folder import find_data, generator_config, open_run, resolve_data_root
 from runs.load import find_teacher, load_teacher, pick_epoch, require_teacher_of
 from runs.swapper import Swapper, load_swapper
 from runs.weights import digest_weights
@@ -381,7 +381,8 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
 
 def read_input(args: argparse.Namespace, cfg: DGNetConfig) -> tuple[Path, ImageList]:
     """The folder of the images to combine, and the checked images."""
-    root = resolve_data_root(args.input or cfg.data_root)
+    config = open_run(args.output_path, args.name).config_file
+    root = find_data(args.input, "--input", cfg.data_root, config)
     images = read_people(root, cfg.train_split if is_data_set(root) else None)
     images = images.select(check_images(images.paths, skip_bad=cfg.skip_bad_images))
     say_reading({"input": images})

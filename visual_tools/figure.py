@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.folders import ImageList, is_data_set, read_people
+from data.folders import ON, ImageList, identity_in, is_data_set, read_people, read_swaps
 from data.images import check_images, iter_images, to_uint8
 from data.listing import say_reading
 from files import make_folder, write_whole
-from runs.folder import resolve_data_root
+from runs.folder import find_data, resolve_data_root
 from runs.grid import paint_grid
 from runs.swapper import Swapper, open_swapper
 from utils import UserError
@@ -41,7 +41,7 @@ def open_figure(args: argparse.Namespace, figure: str, suffix: str = ".png") -> 
 # --------------------------------------------------------------------------------------------- images
 def read_input(args: argparse.Namespace, model: Swapper) -> ImageList:
     """The images that `--input` and `--split` name. Raises UserError for fewer than the two that a swap needs."""
-    source = resolve_data_root(args.input or model.cfg.data_root)
+    source = find_data(args.input, "--input", model.cfg.data_root, model.run.config_file)
     images = read_people(source, args.split)
     if len(images) < 2:
         raise UserError(f"--input {source}: one image only ({images.paths[0].name}); a swap needs two at least")
@@ -87,6 +87,19 @@ def file_names(images: ImageList) -> list[str]:
     """A distinct name without suffix for every image: its file's name, with a number in front if two are equal."""
     stems = [path.stem for path in images.paths]
     return stems if len(set(stems)) == len(stems) else [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]
+
+
+def swap_names(images: ImageList) -> list[str]:
+    """As `file_names`, with identity and camera in front where the names alone do not say who is the same person.
+
+    From names joined by `ON`, `data.folders.read_swaps` reads the identities again.
+    """
+    names, pids = file_names(images), images.pids.tolist()
+    told = [identity_in(name) for name in names]
+    nothing_told = not any(ON in name for name in names) and told == [None] * len(names)
+    if told == pids or (nothing_told and len(set(pids)) == len(pids)):
+        return names
+    return [f"{pid:04d}_c{camid}_{name}" for name, pid, camid in zip(names, pids, images.camids.tolist(), strict=True)]
 
 
 # -------------------------------------------------------------------------------------- generated images
@@ -161,19 +174,19 @@ def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
 def write_swaps(model: Swapper, images: ImageList, count: int, seed: int, out: Path, batch_size: int) -> ImageList:
     """Write `count` of the images, chosen from `seed`, in the clothes of random other people into `out`.
 
-    Returns the written files with the identities of the clothes. Raises UserError for damaged images before it writes.
+    Returns the written files as `read_swaps`. Raises UserError for damaged images before it writes.
     """
     chosen, partners = choose(images, count, seed), draw_partners(images.pids, seed)
     check_images(images.paths, skip_bad=False, remedy="remove them")
-    names, written = file_names(images), []
+    names, written = swap_names(images), []
     appearance, structure = (
         iter_images([images.paths[i] for i in side], *model.size, batch_size) for side in (partners[chosen], chosen)
     )
     swaps = (image for pair in zip(appearance, structure, strict=True) for image in to_uint8(model.swap(*pair)))
     for j, image in zip(tqdm(chosen, "images", leave=False, disable=None), swaps, strict=True):
-        written.append(out / f"{names[partners[j]]}_on_{names[j]}.png")
+        written.append(out / f"{names[partners[j]]}{ON}{names[j]}.png")
         write_image(written[-1], image)
-    return ImageList(written, images.pids[partners[chosen]], images.camids[partners[chosen]])
+    return read_swaps(written)
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -1,6 +1,8 @@
 """A whole folder generated again: every image's structure in the clothes of a random other person.
 
-A_on_B.png has the clothes of A on the person of B. Then the scores of gen_eval.score against the input images.
+A_on_B.png has the clothes of A on the person of B. Where the names of A and B do not say who is the same person, the
+identity is put in front of both. Then the scores of gen_eval.score against the input images, which
+`python -m gen_eval.score --real INPUT --fake OUT` computes too.
 
 python visual_tools/test_folder.py --name latest --input ../Market/pytorch --split gallery --out generated
 """

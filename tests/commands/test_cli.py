@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, contents, load_script, merged
+from conftest import ALL_LOSSES, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, contents, load_script, merged, noise
 from PIL import Image
 
 import demo
@@ -30,6 +30,7 @@ from mannequins.dataset import make_dataset
 from parallel import collectives
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
+from runs.load import find_teacher
 from utils import ROOT, UserError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -616,3 +617,47 @@ def test_the_swap_error_of_a_run(trained: Runs, script: Script, tmp_path: Path) 
     assert json.loads((trained.run / "swaps-others.json").read_text())["tested_on"] == "others"
     assert not (trained.run / "swaps.json").exists()
     (trained.run / "swaps-others.json").unlink()
+
+
+def test_a_folder_per_person_is_to_be_prepared(trained: Runs, script: Script, tmp_path: Path) -> None:
+    """Ordinary names: each message names the command that helps, which then does."""
+    for person in ("anna", "bob", "carl", "dora"):
+        for i in range(3):
+            noise(tmp_path / "people" / person / f"photo {i}.jpg")
+    root, sorted_by_hand, numbered = tmp_path / "people", tmp_path / "by hand", tmp_path / "numbered"
+    for split in ("query", "gallery"):
+        shutil.copytree(root, sorted_by_hand / split)
+        shutil.copytree(root / "anna", numbered / split / "0001")
+    test = ("test", *trained.where, "--name", "tiny", "--no-cameras", "--test_dir")
+    command = f"prepare.py --dataset folder --data_root {root}"
+    assert command in script(*test, root).error
+    for other in (sorted_by_hand, numbered):
+        error = script(*test, other).error
+        assert "prepare.py --dataset folder" in error and "--dataset csv" in error and "photo 0.jpg" in error
+    assert script(*command.removesuffix(str(root)).replace(".py", "").split(), root).code == 0
+    assert script(*test, root).code == 0
+
+
+def test_data_that_is_not_there_from_here(copied: Runs, script: Script, tmp_path: Path) -> None:
+    """Says which file named the data, and which option names other data."""
+    opts, config = copied.folder / "models" / "tutor" / "opts.yaml", copied.folder / "outputs" / "tiny" / "config.yaml"
+    for file in (opts, config):
+        values = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump(values | {"data_root": "../no such data"}))
+
+    def refused(name: str, *options: object) -> str:
+        return script(name, *copied.where, *options).error
+
+    for file, option, command in (
+        (opts, "--test_dir", ("test", "--teacher", "tutor")),
+        (config, "--test_dir", ("test", "--name", "tiny")),
+        (config, "--input", ("generate", "--name", "tiny", "--no-soft-labels", "--count", 2, "--out", "made")),
+        (config, "--input", ("visual_tools/show_rainbow", "--name", "tiny")),
+        (config, "--data_root", ("mannequins/against_truth", "--name", "tiny")),
+    ):
+        error = refused(*command)
+        assert str(file) in error and option in error and "../no such data" in error
+    assert script("test", *copied.where, "--teacher", "tutor", "--test_dir", copied.data).code == 0
+    files = find_teacher("tutor", copied.folder)
+    opts.write_text("stride: 2\n")
+    assert find_teacher("tutor", copied.folder).data_source != files.data_source

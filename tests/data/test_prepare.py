@@ -482,7 +482,8 @@ def test_a_table_with_val_rows_numbers_and_no_cameras(script: Script, tmp_path: 
     (tmp_path / "tables").mkdir()
     write_table(tmp_path / "tables", rows, "people.csv")
     done = script("prepare", "--dataset", "csv", "--data_root", root, "--csv", tmp_path / "tables" / "people.csv")
-    assert done.code == 0 and "--no-cameras" in done.err and done.err.count("\n") == 1
+    assert done.code == 0 and "--no-cameras" in done.err and done.err.count("\n") == 2
+    assert str(root / "c.png") in done.err and str(root / "d.png") in done.err  # identity 20 trains and is tested
     pids = [7, 7, 20], [7, 20], [7], [20], [20], [20]
     assert lists(root) == {split: [(pid, 0) for pid in of] for split, of in zip(SPLITS, pids, strict=True)}
     assert not (root / "pytorch" / "identities.csv").exists()

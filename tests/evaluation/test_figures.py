@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -212,6 +213,35 @@ def test_a_whole_folder_in_the_clothes_of_others(
     assert len(drawn) == 5 and all(parse_name(a)[0] != parse_name(b)[0] for a, b in drawn)
     (real,) = (line.split()[3] for line in scores.splitlines() if line.split()[:1] == ["real"])
     assert 0 < float(real) < 1
+
+
+def own_rows(printed: str) -> list[list[str]]:
+    return [line.split() for line in printed.splitlines() if line.split()[:1] in (["real"], ["fake"])]
+
+
+@pytest.mark.parametrize("kind", ["data set", "folders", "moved", "loose", "odd names"])
+def test_generated_folders_are_scored_as_they_were_when_made(
+    place: Place, script: Script, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whoever shows the clothes, and however the input is named, gen_eval.score prints the same numbers."""
+    monkeypatch.setattr("gen_eval.metrics.find_weights", no_weights)
+    source = tmp_path / "in"
+    for i, path in enumerate(read_people(tiny_data).paths[:12]):
+        person = path.name[:4] if kind in ("folders", "moved") else ""
+        names = {"folders": f"photo {i % 3}.jpg", "moved": f"{9000 + i}_c1_{i}.jpg", "loose": f"{i}.jpg"}
+        (source / person).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, source / person / names.get(kind, f"man_on_bike {i}.jpg" if i else "0001_c1_0.jpg"))
+    data = tiny_data if kind == "data set" else source
+    where = ("--name", "one", "--output_path", place.run.output_path, "--input", data, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("gen_eval.metrics.Protocol", partial(Protocol, pairs=20))  # for speed
+        made = done(script("visual_tools/test_folder", *where))
+    real, fake = read_people(data), read_people(tmp_path / "out", generated=True)
+    clothes = real.pids[draw_partners(real.pids, 0)].tolist()
+    assert sorted(Counter(fake.pids.tolist()).values()) == sorted(Counter(clothes).values())
+    assert kind == "loose" or sorted(fake.pids.tolist()) == sorted(clothes)
+    printed = done(script("gen_eval/score", "--real", data, "--fake", tmp_path / "out", "--pairs", 20))
+    assert own_rows(printed) == own_rows(made) and any(row[0] == "fake" for row in own_rows(made))
 
 
 def no_weights(*_: object) -> Path:

@@ -1,0 +1,94 @@
+"""Whether training and test images of one data set share people or pictures, which makes results too good. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from data.folders import ImageList, read_split
+from data.listing import note, unsaid
+from data.spelling import spelling
+from utils import UserError
+
+START = 8192  # bytes of files of one size that are compared before the whole files are
+# MSMT17 numbers the people of its training and its test half from 0 each.
+_NUMBERED_BY_HALF = re.compile(r"(^|_)\d{4}_\d{3}_\d{2}_\d{4}(morning|noon|afternoon)_")
+
+
+def note_overlap(train: ImageList, tests: Mapping[str, ImageList]) -> None:
+    """Note people and pictures of `train` that are in `tests` (query, gallery) too, with counts and paths of both.
+
+    People are the same by name: junk is nobody, and identity 0 in a gallery is nobody either.
+    """
+    by_half = any(_NUMBERED_BY_HALF.search(path.name) for path in train.paths[:1])
+    first = {} if by_half else _first_of_person(train, 0)
+    shared: dict[Hashable, tuple[Path, Path]] = {}
+    for split, images in tests.items():
+        there = _first_of_person(images, 1 if split == "gallery" else 0)
+        shared = {name: (first[name], path) for name, path in there.items() if name in first} | shared
+    where = " or ".join(tests)
+    if shared:
+        note(f"{len(shared)} identities of train_all are in {where} too: {_both(next(iter(shared.values())))}")
+    paths = list(dict.fromkeys(path for images in tests.values() for path in images.paths))
+    if same := _same_content(train.paths, paths):
+        note(f"{len(same)} images of train_all are in {where} too: {_both(same[0])}")
+
+
+def note_overlap_in(data_root: str | Path, tests: Mapping[str, ImageList]) -> None:
+    """`note_overlap` with the training images of a data set, if it has any that can be listed."""
+    with unsaid():
+        try:
+            train = read_split(data_root, "train_all", need_names=False)
+        except UserError:
+            return
+    note_overlap(train, tests)
+
+
+def _both(pair: tuple[Path, Path]) -> str:
+    return f"{pair[0]} and {pair[1]} first"
+
+
+def _first_of_person(images: ImageList, least: int) -> dict[Hashable, Path]:
+    """By the spelling of each identity of `least` or more, its first image."""
+    first: dict[Hashable, Path] = {}
+    names = {token: spelling(token) for token in set(images.tokens)}
+    for token, pid, path in zip(images.tokens, images.pids.tolist(), images.paths, strict=True):
+        if pid >= least:
+            first.setdefault(names[token], path)
+    return first
+
+
+def _same_content(ours: list[Path], theirs: list[Path]) -> list[tuple[Path, Path]]:
+    """Each of our files that one of theirs equals, with the first such. Only files that agree so far are read on."""
+    for mark in (_size, _start, _whole):
+        our_marks, their_marks = _marks(ours, mark), _marks(theirs, mark)
+        both = {*our_marks.values()} & {*their_marks.values()}
+        ours, theirs = ([path for path in marks if marks[path] in both] for marks in (our_marks, their_marks))
+    twin = {their_marks[path]: path for path in reversed(theirs)}
+    return [(path, twin[our_marks[path]]) for path in ours]
+
+
+def _marks(paths: list[Path], mark: Callable[[Path], Hashable]) -> dict[Path, Hashable]:
+    marks = {}
+    for path in paths:
+        with suppress(OSError):  # a file that cannot be read is another check's affair
+            marks[path] = mark(path)
+    return marks
+
+
+def _size(path: Path) -> int:
+    return os.stat(path).st_size
+
+
+def _start(path: Path) -> tuple[int, bytes]:
+    with open(path, "rb", buffering=0) as file:
+        return os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(START)).digest()
+
+
+def _whole(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
