@@ -24,7 +24,7 @@ from data.folders import (
     read_archive,
 )
 from data.formats import is_image
-from data.listing import list_folders, list_images, note
+from data.listing import leave_out_deeper, list_folders, list_images, note
 from data.spelling import require_one_spelling, whole_number
 from utils import UserError
 
@@ -136,6 +136,8 @@ def folder_per_identity(root: Path, *, test_fraction: float, seed: int) -> UserD
         raise UserError(f"{loose[0]}: lies in no identity's folder; move it into one")
     folders = [name for name in list_folders(root) if name != PREPARED_FOLDER]
     by_name = {name: paths for name in folders if (paths := list_images(root / name))}
+    for name in folders:
+        leave_out_deeper(root / name)
     if not by_name:
         raise UserError(f"--data_root {root}: no images in its sub-folders; expected one sub-folder per identity")
 

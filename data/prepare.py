@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import archives
 from data.archives import SourceImage, Splits
-from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, ImageList
+from data.folders import ARCHIVE_FOLDERS, PREPARED_FOLDER, SPLITS, UNFINISHED_MARK, ImageList, parse_name
 from data.listing import list_folders, list_images, note, say_reading
 from data.overlap import note_overlap
 from data.spelling import whole_number
@@ -120,8 +120,9 @@ def require_matches(task: Task) -> None:
 
 
 def _image_list(images: list[SourceImage]) -> ImageList:
-    tokens = [image.token for image in images]
-    return ImageList([image.source for image in images], [image.pid for image in images], [0] * len(images), tokens)
+    cameras = [parse_name(image.name)[1] for image in images]
+    pids, tokens = [image.pid for image in images], [image.token for image in images]
+    return ImageList([image.source for image in images], pids, cameras, tokens)
 
 
 def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
@@ -269,12 +270,14 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
         if name in options and dataset != needed:
             raise UserError(f"{option}: goes with --dataset {needed}, not with {dataset}; leave it out")
     tasks = read_tasks(dataset, data_root, **options)
+    sides = {}
     for task in tasks:
         require_matches(task)
-        sides = {split: _image_list(images) for split, images in task.splits.items()}
-        if "train_all" in sides:
-            note_overlap(sides["train_all"], {split: sides[split] for split in ("query", "gallery") if split in sides})
-    say_reading({})
+        images = {split: _image_list(images) for split, images in task.splits.items()}
+        if "train_all" in images:
+            note_overlap(images["train_all"], {side: images[side] for side in ("query", "gallery") if side in images})
+        sides |= {f"{task.title} {split}" if len(tasks) > 1 else split: side for split, side in images.items()}
+    say_reading(sides)
     for task in tasks:
         print_counts(fill_folder(task, copy=copy), task.title)
         print(f"prepared: {task.root / PREPARED_FOLDER}")

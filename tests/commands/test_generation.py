@@ -140,7 +140,7 @@ def test_whose_clothes_the_swaps_wear() -> None:
     recoloured = shares(recolour_pixels(copy, true))
     assert np.allclose(recoloured["colour"], [0, 1], atol=0.02)
     assert np.allclose([recoloured["shade"], recoloured["pattern"]], [1, 0], atol=0.02)
-    with pytest.raises(UserError, match="none of the true swaps changes a pixel"):
+    with pytest.raises(UserError, match="true swaps"):
         clothes_shares(Swaps(np.arange(8), np.arange(8), {"true": true, "copy": true, "generated": true}))
 
 
@@ -160,7 +160,7 @@ def test_pairs_join_three_people_and_depend_on_the_seed_alone() -> None:
     pairs = choose_pairs(people, 50, seed=1)
     assert (pairs == choose_pairs(people, 50, seed=1)).all() and (pairs != choose_pairs(people, 50, seed=2)).any()
     assert all(len({people[i] for i in row}) == 3 for row in pairs)
-    with pytest.raises(UserError, match="2 people to swap between"):
+    with pytest.raises(UserError, match="2 people"):
         choose_pairs([0, 0, 1, 1], 3, seed=1)
 
 

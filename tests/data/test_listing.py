@@ -84,6 +84,19 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path, caplog: pytest.Lo
     assert say_reading({"train_all": images})["left_out"] == {}, "said once"
 
 
+def test_preparing_says_what_it_leaves_in_a_folder_of_people(script: Any, tmp_path: Path) -> None:
+    for person in ("anna", "bob", "carl", "dora"):
+        for i in range(3):
+            noise(tmp_path / person / f"{person}{i}.png")
+    noise(tmp_path / "anna" / "more" / "x.png")
+    (tmp_path / "bob" / "film.mp4").write_bytes(b"film")
+    outcome = script("prepare", "--dataset", "folder", "--data_root", tmp_path)
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("read: ")]
+    assert "train_all 6 images of 2 identities" in line
+    (warning,) = [line for line in outcome.err.splitlines() if "2 files" in line]
+    assert "x.png" in warning and "film.mp4" in warning and "identities.csv" in warning
+
+
 def test_a_folder_of_photographs_in_one_format_only(tmp_path: Path) -> None:
     for person in ("anna", "bob"):
         for i in range(2):

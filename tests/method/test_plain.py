@@ -216,6 +216,7 @@ def test_a_step_waits_for_nothing(precision: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the benchmark itself
+@pytest.mark.slow
 def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY_DGNET | ALL_LOSSES))

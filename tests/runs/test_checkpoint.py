@@ -329,11 +329,11 @@ def test_the_unused_fc_may_be_anything(fc: str, caplog: pytest.LogCaptureFixture
 def test_every_other_difference_is_refused() -> None:
     state = copy_of(small_id_net())
     missing = {name: value for name, value in state.items() if name != "model.layer2.0.conv1.weight"}
-    with pytest.raises(UserError, match="id.pt: belongs to another network .missing model.layer2.0.conv1.weight"):
+    with pytest.raises(UserError, match="id.pt.* model.layer2.0.conv1.weight"):
         load_network(small_id_net(), missing, Path("id.pt"))
     with pytest.raises(UserError, match="unexpected classifier3.weight"):
         load_network(small_id_net(), state | {"classifier3.weight": torch.ones(1)}, Path("id.pt"))
-    with pytest.raises(UserError, match="model.conv1.weight has shape .* the config asks for"):
+    with pytest.raises(UserError, match="model.conv1.weight"):
         load_network(small_id_net(), state | {"model.conv1.weight": torch.ones(2, 3, 7, 7)}, Path("id.pt"))
     for other in ({"a": 3}, [1, 2], {"a": state}):
         with pytest.raises(UserError, match="not a state_dict of tensors"):
@@ -363,7 +363,7 @@ def test_other_files_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:
         read_tensors(tmp_path / "nothing.pt")
     for content in (b"", b"hello", b"PK\x03\x04" + bytes(100)):
         (tmp_path / "x.pt").write_bytes(content)
-        with pytest.raises(UserError, match="x.pt: damaged or not a checkpoint") as error:
+        with pytest.raises(UserError, match="x.pt") as error:
             read_tensors(tmp_path / "x.pt")
         assert "\n" not in str(error.value)
 
@@ -712,5 +712,5 @@ def test_the_id_net_may_start_from_the_teacher(tmp_path: Path) -> None:
     resumed = build(cfg, initialise=False).id_net.state_dict()
     assert not torch.equal(resumed["model.conv1.weight"], expected["model.conv1.weight"])
     wider = cfg.model_copy(update=dict(backbone="resnet10w16", gen=cfg.gen.model_copy(update=dict(id_dim=128))))
-    with pytest.raises(UserError, match="T has another backbone than resnet10w16"):
+    with pytest.raises(UserError, match="id_init.* T .*resnet10w16"):
         build(wider, initialise=True)

@@ -501,6 +501,7 @@ def test_torchrun_starts_a_killed_run_anew(pair: Pair) -> None:
     assert pair.snapshots()[-1] >= reached and err.count("resumed pair") == 1, err
 
 
+@pytest.mark.slow
 def test_torchrun_tests_a_teacher_as_one_process_does(script: Any, tiny_data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = tmp_path / "models" / "best"
