@@ -21,6 +21,7 @@ def main() -> None:
         "train_step": ["--device", device] + ([] if device.startswith("cuda") else ["--short", "--rounds", "2"]),
         "loader": ["--quick", "--device", device],
         "features": ["--quick", "--device", device],
+        "generate": ["--backbone", "resnet10w16", "--size", "128", "64", "--count", "128", "--device", device],
         "ranking": ["--queries", "500", "--gallery", "5000"],
     }
     for module, options in commands.items():

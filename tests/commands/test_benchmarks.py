@@ -15,7 +15,7 @@ import torch
 from conftest import CPU
 
 from benchmarks import all as all_benchmarks
-from benchmarks import features, loader, ranking
+from benchmarks import features, generate, loader, ranking
 from data.folders import read_split
 from data.images import decoded, normalise
 from reid_eval.features import Features, extract_features
@@ -132,5 +132,14 @@ def test_all_go_on_after_one_that_fails(tmp_path: Path, run_here: Callable[..., 
 
     monkeypatch.setattr(all_benchmarks.subprocess, "run", started)
     assert run_here(all_benchmarks, "--device", "cpu") == 2
-    assert ran == [f"benchmarks.{name}" for name in ("train_step", "loader", "features", "ranking")]
+    assert ran == [f"benchmarks.{name}" for name in ("train_step", "loader", "features", "generate", "ranking")]
     assert "loader" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_generate(tmp_path: Path, run_here: Callable[..., int]) -> None:
+    small = "--backbone resnet10w16 --size 128 64 --count 3 --device cpu".split()
+    assert run_here(generate, *small) == 0
+    result = json.loads((tmp_path / "generate-cpu.json").read_text())
+    (nets,), (whole,) = result["images/s, nets alone"], result["images/s, whole command"]
+    assert 0 < whole < nets and result["whole command / nets alone"] == round(whole / nets, 3)
+    assert result["count"] == 3
