@@ -67,7 +67,7 @@ def list_images(folder: Path) -> list[Path]:
         elif path.suffix.lower() in NEEDS_PLUGIN:
             leave_out(path, f"{path.suffix.lower()}, which needs `pip install pillow-heif`")
         elif path.suffix.lower() not in TEXTS:
-            leave_out(path, "no images")
+            leave_out(path, "not an image")
     return images
 
 
