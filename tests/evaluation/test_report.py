@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, load_script, merged
+from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, load_script, merged, tiny_config
 from PIL import Image
 
 from data.folders import read_split
@@ -32,6 +32,7 @@ from mannequins.truth import draw_swaps, measure_swaps
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
 from runs.swapper import load_swapper
+from visual_tools import run_page
 from visual_tools.curves import draw, group, read_log
 from visual_tools.run_page import jpeg
 
@@ -384,3 +385,22 @@ def test_pointing_at_a_swap_shows_its_sources(browser: Any, page: Path, how: str
     assert shown == sources and len(set(shown)) == 3 and lit == 3
     assert names == people and len(set(names)) == 2
     assert browser.get_log("browser") == []
+
+
+def test_what_was_read_and_what_the_run_was_too_short_for(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, "short")
+    run.path.mkdir(parents=True)
+    reading = {
+        "read": {"train_all": {"images": 7, "identities": 2, "cameras": 0}},
+        "left_out": {"not an image": {"count": 4, "first": ["film.mp4"]}},
+        "assumed": [],
+    }
+    (run.path / "reading.json").write_text(json.dumps(reading))
+    said = run_page.reading_of(run, tiny_config(max_iter=2, id_freeze_iter=5))
+    assert "7 images of 2 identities" in said["read for training"]
+    assert "4" in said["left out or assumed in training"] and "film.mp4" in said["left out or assumed in training"]
+    assert "id_freeze_iter 5" in said["too short for"]
+    (run.path / "reid.json").write_text("{")
+    assert run_page.reading_of(run, tiny_config(max_iter=9, id_freeze_iter=5, warm_scale=0)).keys() == said.keys() - {
+        "too short for"
+    }
