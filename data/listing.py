@@ -151,12 +151,18 @@ def in_words(reading: dict[str, Any]) -> tuple[str, str]:
     """What was read, and what was left out or assumed, as `say_reading` logs it; empty texts if nothing was."""
     sides = []
     for name, n in reading["read"].items():
-        people = f" of {n['identities']} identities, {n['cameras'] or 'no'} cameras" if "identities" in n else ""
-        sides.append(f"{name} {n['images']} images{people}")
+        people = ""
+        if "identities" in n:
+            people = f" of {_counted(n['identities'], 'identity', 'identities')}, {_counted(n['cameras'], 'camera')}"
+        sides.append(f"{name} {_counted(n['images'], 'image')}{people}")
     parts = [
         f"{n['count']} {reason} ({', '.join(n['first'])}{', ...' if n['count'] > len(n['first']) else ''})"
         for reason, n in reading["left_out"].items()
     ]
     count = sum(n["count"] for n in reading["left_out"].values())
-    left_out = [f"left out {count} files: {', '.join(parts)}"] if parts else []
+    left_out = [f"left out {_counted(count, 'file')}: {', '.join(parts)}"] if parts else []
     return "; ".join(sides), "; ".join(left_out + reading["assumed"])
+
+
+def _counted(n: int, one: str, many: str | None = None) -> str:
+    return f"{n or 'no'} {one if n == 1 else many or one + 's'}"
