@@ -159,9 +159,9 @@ def digest_files(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(digest_file, paths))
 
 
-def digest_contents(paths: Sequence[Path]) -> str:
-    """One hash of what all files hold, in their order, wherever they lie."""
-    return hashlib.sha256("\n".join(digest_files(paths)).encode()).hexdigest()[:16]
+def digest_of(digests: Sequence[str]) -> str:
+    """One hash of the digests of several files, in their order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -207,18 +207,16 @@ def _read_prepared(folder: Path, split: str, need_names: bool) -> ImageList:
     if not by_token:
         raise UserError(f"{folder}: no images; expected one sub-folder per identity")
     # The folders' names are the identities if they are numbers.
-    numbers = {token: int(token) for token in by_token if re.fullmatch(r"-?[0-9]{1,18}", token)}
-    if len(numbers) < len(by_token):
-        numbers = None
+    are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", token) for token in by_token)
     require_one_spelling({token: str(folder / token) for token in by_token})
 
     rows, disagreeing = [], []
     for place, (token, paths) in enumerate(by_token.items(), 1):
         for path in paths:
             pid, camid = parse_name(path) if need_names or _NAME.match(path.name) else (None, 0)
-            if numbers is not None:
-                disagreeing += [path] if pid not in (None, numbers[token]) else []
-                pid = numbers[token]
+            if are_numbers:
+                disagreeing += [path] if pid not in (None, int(token)) else []
+                pid = int(token)
             elif pid is None or split in TRAINING_SPLITS:
                 pid = place
             rows.append((token, path, pid, camid))
@@ -256,8 +254,8 @@ def read_people(
     if not root.is_dir():
         raise UserError(f"{option} {root}: no such folder; give a data set or a folder of images")
     if is_data_set(root):
-        default = "train_all" if generated and not (root / "query").is_dir() else "query"
-        images = read_split(root, split or default, need_names=False)
+        split = split or ("train_all" if generated and not (root / "query").is_dir() else "query")
+        images, least = read_split(root, split, need_names=False), 1 if split == "gallery" else 0
     elif split is not None:
         raise UserError(f"--split {split}: {root} is a folder of images, not a data set; leave --split out")
     elif loose := list_images(root):
@@ -266,17 +264,16 @@ def read_people(
             return read_swaps(loose)
         if not all(_NAME.match(path.name) for path in loose):
             return ImageList(loose, range(1, len(loose) + 1), [0] * len(loose), [path.stem for path in loose])
-        images = _read_flat(loose, "gallery")
+        images, least = _read_flat(loose, "gallery"), 1
     elif not any(list_images(root / name) for name in list_folders(root)):
         remedy = "put images there, or into one sub-folder per person"
         raise UserError(f"{option} {root}: neither a data set nor a folder of images; {remedy}")
     else:
-        images = _read_prepared(root, "train_all", need_names=False)
+        images, least = _read_prepared(root, "train_all", need_names=False), 0
+    # Identity 0 is a distractor in a gallery, and among images that may come from one.
     if generated and not images.pids.any():
         return replace(images, pids=np.arange(1, len(images) + 1), tokens=None)
-    # Identity 0 is a distractor in a gallery, and among images that may come from one.
-    zero = (split or default) != "gallery" if is_data_set(root) else not list_images(root)
-    people = images.select(images.pids >= (0 if zero else 1))
+    people = images.select(images.pids >= least)
     if not len(people):
         raise UserError(f"{option} {root}: all {len(images)} images are junk or distractors; give images of people")
     return people

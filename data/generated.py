@@ -23,6 +23,7 @@ import numpy as np
 from data.archives import csv_bytes
 from data.folders import UNFINISHED_MARK, ImageList
 from data.images import check_images
+from data.listing import unsaid
 from files import part_of, write_whole
 from utils import UserError, one_line
 
@@ -192,11 +193,12 @@ def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
     for row in rows:
         if expected.get(row.file) != row._replace(soft_label=""):
             raise UserError(f"{path}: {row.file} is not what this command makes there; choose another --out")
-    sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0)
+    with unsaid():
+        sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0)
     if not all(sound):
+        logging.warning(f"{folder}: {len(rows) - sum(sound)} images are missing or damaged and are made again")
         rows = [row for row, fine in zip(rows, sound, strict=True) if fine]
         write_rows(folder, rows)
-        logging.info(f"{folder}: they are made again")
     return rows
 
 

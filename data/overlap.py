@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 from data.folders import ImageList, read_split
 from data.listing import note, unsaid
 from data.spelling import spelling
+from files import digest_files
 from utils import UserError
 
-START = 8192  # bytes of files of one size that are compared before the whole files are
 # MSMT17 numbers the people of its training and its test half from 0 each.
 _NUMBERED_BY_HALF = re.compile(r"(^|_)\d{4}_\d{3}_\d{2}_\d{4}(morning|noon|afternoon)_")
 
@@ -63,32 +61,9 @@ def _first_of_person(images: ImageList, least: int) -> dict[Hashable, Path]:
 
 
 def _same_content(ours: list[Path], theirs: list[Path]) -> list[tuple[Path, Path]]:
-    """Each of our files that one of theirs equals, with the first such. Only files that agree so far are read on."""
-    for mark in (_size, _start, _whole):
-        our_marks, their_marks = _marks(ours, mark), _marks(theirs, mark)
-        both = {*our_marks.values()} & {*their_marks.values()}
-        ours, theirs = ([path for path in marks if marks[path] in both] for marks in (our_marks, their_marks))
-    twin = {their_marks[path]: path for path in reversed(theirs)}
-    return [(path, twin[our_marks[path]]) for path in ours]
-
-
-def _marks(paths: list[Path], mark: Callable[[Path], Hashable]) -> dict[Path, Hashable]:
-    marks = {}
-    for path in paths:
-        with suppress(OSError):  # a file that cannot be read is another check's affair
-            marks[path] = mark(path)
-    return marks
-
-
-def _size(path: Path) -> int:
-    return os.stat(path).st_size
-
-
-def _start(path: Path) -> tuple[int, bytes]:
-    with open(path, "rb", buffering=0) as file:
-        return os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(START)).digest()
-
-
-def _whole(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    """Each of our files that one of theirs equals, with the first such. Only files of a size on both sides are read."""
+    sizes = {path: path.stat().st_size for path in {*ours, *theirs} if os.access(path, os.R_OK)}
+    both = {sizes.get(path) for path in ours} & {sizes.get(path) for path in theirs} - {None}
+    ours, theirs = ([path for path in side if sizes.get(path) in both] for side in (ours, theirs))
+    twin = dict(zip(reversed(digest_files(theirs)), reversed(theirs), strict=True))
+    return [(path, twin[digest]) for path, digest in zip(ours, digest_files(ours), strict=True) if digest in twin]

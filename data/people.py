@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from utils import UserError
 
 log = logging.getLogger(__name__)
 KEPT = 16
-HASHED_BYTES = 8192  # of a picture: enough to tell pictures apart, and read in no time
 
 
 class People(NamedTuple):
@@ -34,19 +34,16 @@ class People(NamedTuple):
         return names == their_names and 4 * len({*pictures} & {*their_pictures}) >= min(len(pictures), KEPT)
 
 
-def identify_people(images: ImageList, root: Path) -> People:
-    """The people of training images.
+def identify_people(images: ImageList, digests: Sequence[str], root: Path) -> People:
+    """The people of training images, of whose files `files.digest_files` made the digests.
 
     Of all pictures with their identities those with the smallest hashes are kept: a random sample, but the same one for
     the same pictures. So neither the folder's path nor a few pictures more or less make other people.
     """
     names = hashlib.sha256(b"\n".join(map(os.fsencode, images.classes))).hexdigest()[:16]
-    pictures = []
-    for token, path in zip(images.tokens, images.paths, strict=True):
-        with open(path, "rb") as file:
-            start = file.read(HASHED_BYTES)
-        pictures.append(hashlib.sha256(os.fsencode(token) + b"\n" + start).hexdigest()[:12])
-    return People("-".join([names, *sorted(pictures)[:KEPT]]), str(root))
+    labelled = (os.fsencode(token) + digest.encode() for token, digest in zip(images.tokens, digests, strict=True))
+    pictures = sorted(hashlib.sha256(picture).hexdigest()[:12] for picture in labelled)
+    return People("-".join([names, *pictures[:KEPT]]), str(root))
 
 
 def people_of_generated(folder: Path, *, soft: bool) -> list[People | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data.folders import check_test_set, data_set_name, other_data_set, read_split
-from data.listing import say_reading
+from data.listing import say_reading, unsaid
 from data.overlap import note_overlap_in
 from files import write_json
 from parallel.collectives import is_main
@@ -36,8 +36,9 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if args.save_features and len(roots) > 1:
         raise UserError("--save-features: holds one data set; give one --test_dir")
     # Check all of them first, so that a missing folder is reported before the first evaluation.
-    for data_root in roots.values():
-        check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
+    with unsaid():  # each is said for itself below
+        for data_root in roots.values():
+            check_test_set(data_root, multi=args.multi, cameras=not args.no_cameras)
     splits = ("query", "gallery", "multi-query") if args.multi else ("query", "gallery")
     readings = {name: say_test_images(root, splits) for name, root in roots.items()}
     reports = {name: test_on(data_root, tested, args, device, readings[name]) for name, data_root in roots.items()}

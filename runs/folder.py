@@ -7,8 +7,6 @@ OUTPUT/logs/NAME/      TensorBoard
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +102,14 @@ def update_config(run: RunFolder, cfg: Config, start: int) -> None:
     If it differs, the old file is kept as config_until_00000000.yaml, with the steps in its name. Every snapshot keeps
     the config that it was made with.
     """
+    logging.disable()  # notes about the old config have been shown already
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # notes about the old config have been printed already
-            if load_config(run.config_file, strict=False) == cfg:
-                return
+        if load_config(run.config_file, strict=False) == cfg:
+            return
     except UserError:
         pass  # damaged, or of another version
+    finally:
+        logging.disable(logging.NOTSET)
     old = run.path / f"config_until_{start:08d}.yaml"
     try:
         if not old.exists():  # the first continuation from a step keeps its file

@@ -19,10 +19,10 @@ from data.cache import Machine, cached_images
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
-from data.listing import say_reading
+from data.listing import say_reading, unsaid
 from data.loader import PairLoader
 from data.people import People, identify_people, people_of_generated, require_same_people
-from files import digest_contents
+from files import digest_files, digest_of
 from losses import RAMPED, loss_weights
 from networks import structure_input
 from parallel import collectives
@@ -36,6 +36,7 @@ from trainer import DGNetTrainer, TeacherTrainer
 from utils import UserError, set_deterministic
 
 log = logging.getLogger(__name__)
+CONTENTS = "contents of the training images"  # among the circumstances of a run
 
 
 @dataclass
@@ -99,33 +100,34 @@ def build_session(
     build = teacher_session if isinstance(cfg, TeacherConfig) else dgnet_session
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command
-    # Read now: by the first snapshot the files may have changed, or be gone.
-    session.more_circumstances["contents of the training images"] = digest_contents(session.loaders[0].images.paths)
     images_per_process = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
     nets = [*session.trainer.networks().values(), *getattr(session.trainer, "teachers", [])]
     act_on_whole_batch(nets, images_per_process, sync_bn=cfg.sync_bn)
     return session
 
 
+def training_data(cfg: Config) -> tuple[ImageList, int, People, list[str]]:
+    """The checked images, the number of their identities, who these are, and a digest of every file.
+
+    Files are read now: by the first snapshot they may have changed, or be gone.
+    """
+    images = training_images(cfg)
+    digests = digest_files(images.paths)
+    people = identify_people(images, digests, resolve_data_root(cfg.data_root))
+    return images, num_classes(cfg, images), people, digests
+
+
 def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """A DG-Net run: two independently shuffled loaders over the same images."""
     if cfg.eval_iter:
         check_test_set(resolve_data_root(cfg.data_root), cameras=None)
-    images = training_images(cfg)
+    images, classes, people, digests = training_data(cfg)
     reading = say_reading({cfg.train_split: images})
-    classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
     options = loader_options(cfg, images, device)
     loaders = [PairLoader(images, seed=seed, **options) for seed in (2 * cfg.seed, 2 * cfg.seed + 1)]
     per_epoch = loaders[0].batches_per_epoch
-    trainer = build_trainer(
-        cfg,
-        classes,
-        device,
-        output_path=run.output_path,
-        steps_per_epoch=per_epoch,
-        initialise=not resume,
-        people=people,
-    )
+    start = dict(output_path=run.output_path, initialise=not resume, people=people)
+    trainer = build_trainer(cfg, classes, device, steps_per_epoch=per_epoch, **start)
 
     def schedule(t: int) -> dict[str, float]:
         factors, weights = trainer.lr_factors(t), loss_weights(cfg, t)
@@ -141,34 +143,30 @@ def dgnet_session(cfg: DGNetConfig, run: RunFolder, device: torch.device, *, res
         image_display_iter=cfg.image_display_iter,
         image_save_iter=cfg.image_save_iter,
         eval_iter=cfg.eval_iter,
-        more_circumstances={"teachers": digest_weights(*trainer.teachers)[:8]} if trainer.teachers else {},
+        more_circumstances={CONTENTS: digest_of(digests)}
+        | ({"teachers": digest_weights(*trainer.teachers)[:8]} if trainer.teachers else {}),
     )
 
 
 def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *, resume: bool) -> Session:
     """A teacher's run: one loader, of real images and of generated ones if there are any."""
-    images, soft_labels, more = training_images(cfg), None, {}
-    reading = say_reading({cfg.train_split: images})
-    classes, people = num_classes(cfg, images), identify_people(images, resolve_data_root(cfg.data_root))
+    images, classes, people, digests = training_data(cfg)
+    sides, soft_labels, more = {cfg.train_split: images}, None, {}
     if cfg.extra_data is not None:
         extra = resolve_data_root(cfg.extra_data)
         if not cfg.trust_classes:
             for theirs in people_of_generated(extra, soft=cfg.extra_labels == "soft"):
                 require_same_people(theirs, people, what=f"extra_data {extra}", allow="--set trust_classes=true")
         images, soft_labels = add_generated(images, extra, cfg.extra_labels, skip_bad=cfg.skip_bad_images)
+        sides["extra_data"] = images.select(np.arange(len(images)) >= len(digests))
+        digests += digest_files(sides["extra_data"].paths)
         more = {"extra_data": hashlib.sha256((extra / MANIFEST).read_bytes()).hexdigest()[:8]}
+    reading = say_reading(sides)
     options = loader_options(cfg, images, device)
     loader = PairLoader(images, seed=cfg.seed, with_positive=False, soft_labels=soft_labels, **options)
     per_epoch = loader.batches_per_epoch
-    trainer = build_trainer(
-        cfg,
-        classes,
-        device,
-        output_path=run.output_path,
-        steps_per_epoch=per_epoch,
-        initialise=not resume,
-        people=people,
-    )
+    start = dict(output_path=run.output_path, initialise=not resume, people=people)
+    trainer = build_trainer(cfg, classes, device, steps_per_epoch=per_epoch, **start)
 
     def schedule(t: int) -> dict[str, float]:
         rate = cfg.lr * trainer.lr_factor(t)
@@ -178,7 +176,7 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
     return Session(
         *(cfg, run, device, images, classes, people, reading, [loader], trainer),
         *(*lengths, schedule, ("id", "accuracy")),
-        more_circumstances=more,
+        more_circumstances=more | {CONTENTS: digest_of(digests)},
     )
 
 
@@ -205,6 +203,7 @@ def to_device(batch: Batch, device: torch.device, cfg: Config) -> Batch:
     return Batch(x, xp, y, batch.index, q)
 
 
+@unsaid()  # of the test images only these few are used
 def display_pairs(s: Session) -> tuple[Tensor, Tensor]:
     """`display_size` fixed pairs of test images (of training images without a query split), (N, 3, H, W) each."""
     cfg = s.cfg

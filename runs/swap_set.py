@@ -42,7 +42,7 @@ from data.generated import (
 from data.images import check_images, denormalise, iter_images, normalise
 from data.listing import say_reading
 from data.people import identify_people
-from files import digest_contents, hold_folder, part_of, read_json, write_json
+from files import digest_files, digest_of, hold_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
 from runs.folder import find_data, generator_config, open_run, resolve_data_root
@@ -356,7 +356,10 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     labelled = args.labels == "appearance"
     rows, sources = plan(images, root, count=args.count, seed=args.seed, labelled=labelled, suffix=f".{args.format}")
     teachers, known = choose_teachers(args, cfg)
-    classes, people = (known.classes, identify_people(known, known_root(args, cfg))) if known else ([], None)
+    digests, classes, people = digest_files(images.paths), [], None
+    if known:
+        classes, theirs = known.classes, digests if known.paths == images.paths else digest_files(known.paths)
+        people = identify_people(known, theirs, known_root(args, cfg))
     model = load_swapper(run, device, str(iteration))
     loaded = [load_teacher(name, run.output_path, len(classes)).to(device) for name in teachers]
     if people and not args.trust_classes:
@@ -367,13 +370,13 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}
-    settings |= {CONTENTS: digest_contents(images.paths) if is_main() else None}  # the first process alone compares
+    settings |= {CONTENTS: digest_of(digests)}
     settings |= {"device": device.type, "images_per_pass": pass_size(device, batch_size)}
     # On a CPU rounding depends on the number of threads, too.
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
     # Whose identities the names and the soft labels have: a training on the images compares them with its own.
-    settings |= {"identities": identify_people(images, root).mark if labelled else None}
+    settings |= {"identities": identify_people(images, digests, root).mark if labelled else None}
     settings |= {"classes": people.mark if people else None, "data_root": str(known_root(args, cfg))}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)
     return generate(job, nets, settings, started)

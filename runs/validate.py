@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.folders import have_cameras, read_split
+from data.listing import unsaid
 from mannequins.dataset import is_embedded, load_factors
 from networks import structure_input
 from parallel import collectives
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 BATCH_SIZE, SWAPS = 32, 64
 
 
+@unsaid()  # test.py says it; a progress bar has no place for it
 def evaluate(s: Session, done: int) -> dict[str, float]:
     """Scalars by tag, of the nets after `done` steps, each in 0..1 but for the swaps' errors (`mannequins.truth`).
 

@@ -79,11 +79,18 @@ def test_a_shared_cache_without_reserving_room(tmp_path: Path, monkeypatch: pyte
 
 
 def test_folders_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def refused(*_: object) -> int:
+        asked.append(tmp_path)
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("runs.snapshot.os", SimpleNamespace(name="nt", open=refused, fsync=refused))
+    monkeypatch.setattr("runs.snapshot.os", SimpleNamespace(name="nt", open=refused, fsync=refused, O_RDONLY=0))
     sync_folder(tmp_path)
+    assert asked == []
+    monkeypatch.setattr("runs.snapshot.os", SimpleNamespace(name="posix", open=refused, fsync=refused, O_RDONLY=0))
+    with pytest.raises(PermissionError):
+        sync_folder(tmp_path)
 
 
 def test_a_machine_that_says_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +105,17 @@ def test_a_machine_that_says_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [TypeError, OSError])
 def test_a_system_without_glibc(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    set_up: list[tuple[int, int]] = []
+
     def refused(_: None) -> None:
+        set_up.append((0, 0))
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", refused)
     keep_freed_memory()
+    assert set_up == [(0, 0)], "it was tried"
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # macOS: a library without mallopt
     keep_freed_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: set_up.append(option)))
+    keep_freed_memory()
+    assert len(set_up) == 3

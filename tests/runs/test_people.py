@@ -13,6 +13,7 @@ from conftest import TINY_DGNET, TINY_TEACHER, merged
 
 from data.folders import read_split
 from data.people import People, identify_people
+from files import digest_files
 from mannequins.dataset import make_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +56,8 @@ def renamed(data: Path, to: Path) -> Path:
 
 def test_a_copy_has_the_same_people_and_others_do_not(tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
     def people(root: Path, split: str = "train_all") -> People:
-        return identify_people(read_split(root, split, need_names=False), root)
+        images = read_split(root, split, need_names=False)
+        return identify_people(images, digest_files(images.paths), root)
 
     here = people(tiny_data)
     assert people(copied(tiny_data, tmp_path / "elsewhere")).mark == here.mark
@@ -102,9 +104,17 @@ def test_generated_images_of_other_people(
     assert str(strangers) in error and str(tiny_data) in error and "--trust-classes" in error
     assert script("generate", *common, "--out", tmp_path / "made", "--no-soft-labels").code == 0
     settings = json.loads((tmp_path / "made" / "generate.json").read_text())
-    assert settings["identities"] == identify_people(read_split(strangers, "train_all"), strangers).mark
+    images = read_split(strangers, "train_all")
+    assert settings["identities"] == identify_people(images, digest_files(images.paths), strangers).mark
     assert settings["classes"] is None
     more = dict(extra_data=tmp_path / "made", epochs=1)
     error = train(TINY_TEACHER, "learner", tiny_data, **more).error
     assert str(strangers) in error and str(tiny_data) in error and "trust_classes" in error
     assert train(TINY_TEACHER, "learner", strangers, **more).code == 0
+    # What is left out of the generated images is said, too.
+    path = next((tmp_path / "made").rglob("*.jpg"))
+    path.write_bytes(path.read_bytes()[:100])
+    outcome = train(TINY_TEACHER, "sound", strangers, **more, skip_bad_images="true")
+    (warning,) = (line for line in outcome.err.splitlines() if path.name in line)
+    reading = json.loads((tmp_path / "outputs" / "sound" / "reading.json").read_text())
+    assert outcome.code == 0 and "1 file" in warning and reading["read"]["extra_data"]["images"] == 7
