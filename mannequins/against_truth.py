@@ -10,14 +10,17 @@ from typing import Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.folders import data_set_name, other_data_set, read_split
+from data.folders import ImageList, data_set_name, other_data_set, read_split
 from data.listing import say_reading
-from files import write_json
+from data.people import People, identify_people
+from files import digest_files, write_json
 from mannequins.dataset import load_factors
 from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, name_people, recognise
 from reid_eval.features import Features, extract_features
+from reIDmodel import IdNet
 from runs.folder import find_data, resolve_data_root
 from runs.load import find_teacher, load_teacher
+from runs.snapshot import people_of_snapshot, read_manifest
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, add_run_arguments, between, run_cli
 
@@ -68,9 +71,16 @@ def ask_teacher(
     known = Features(features, gallery.pids, gallery.camids)
     by_reid = recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
     people = read_split(root, "train_all") if training else None
-    if people is None or people.num_classes != net.num_classes:
+    if people is None or not are_classes(people, root, net, files.people):
         return by_reid, {}
     return by_reid, classify(net, size, training, people.labels(), device=model.device)
+
+
+def are_classes(images: ImageList, root: Path, net: IdNet, people: People | None) -> bool:
+    """Whether the identities of `images` are a net's classes. With `people` None, their number decides."""
+    if images.num_classes != net.num_classes:
+        return False
+    return people is None or people.are(identify_people(images, digest_files(images.paths), root))
 
 
 def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: bool) -> tuple[dict[str, Any], list[str]]:
@@ -101,7 +111,8 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
         if not elsewhere:
             people = read_split(root, "train_all")
             training = draw_swaps(model.swap, factors, people, count=min(count, TRAINING_SWAPS), **how)
-            if people.num_classes == model.id_net.num_classes:
+            known = people_of_snapshot(read_manifest(model.run.checkpoints, model.iteration))
+            if are_classes(people, root, model.id_net, known):
                 names = model.id_net.head_names
                 result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
     except UserError as error:

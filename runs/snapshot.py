@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from config import exact_settings
+from data.people import People
 from files import Damaged, read_json, read_tensors, write_json, write_tensors
 from parallel.collectives import Trainer
 from runs.weights import load_network, unwrap
@@ -142,6 +143,12 @@ def read_manifest(folder: Path, iteration: int) -> dict[str, Any] | None:
     if not whole:
         raise Damaged(f"{path}: damaged (not the manifest of this snapshot)")
     return content
+
+
+def people_of_snapshot(manifest: Mapping[str, Any] | None) -> People | None:
+    """Whose classes the nets of a snapshot know; None for those of the release and of earlier versions."""
+    mark = manifest["circumstances"].get("classes") if manifest else None
+    return People(mark, str(manifest["config"].get("data_root", "?"))) if isinstance(mark, str) else None
 
 
 def check_file(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -8,13 +8,13 @@ import logging
 import shlex
 
 from config import Config, find_config, load_config
-from data.people import People, require_same_people
+from data.people import require_same_people
 from files import is_part, write_json
 from parallel import collectives, launch
 from runs.folder import TEACHER_FILES, RunFolder, open_run, start_folder, update_config
 from runs.load import save_teacher
 from runs.session import Session
-from runs.snapshot import changed_settings, load_snapshot, read_manifest, remove_parts, snapshots
+from runs.snapshot import changed_settings, load_snapshot, people_of_snapshot, read_manifest, remove_parts, snapshots
 from utils import ROOT, UserError
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,8 @@ def restore(s: Session, resume: str) -> int:
     start = load_snapshot(folder, s.trainer, iteration, fall_back=resume == "auto")
     log.info("resumed %s after %d of %d steps", s.run.name, start, s.max_iter)
     manifest = read_manifest(folder, start)
-    mark = manifest["circumstances"].get("classes") if manifest else None
-    if isinstance(mark, str) and not s.cfg.trust_classes:
-        then = People(mark, manifest["config"].get("data_root", "?"))
+    then = people_of_snapshot(manifest)
+    if then and not s.cfg.trust_classes:
         require_same_people(then, s.people, what=f"--resume {s.run.name}", allow="--set trust_classes=true")
     changed = changed_settings(manifest, s.cfg, s.circumstances) if manifest else {}
     if changed and start < s.max_iter:
