@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         "--rank-figure",
         type=between(1, 100),
         metavar="N",
-        help="picture of the N worst, N best and N other queries; page of all",
+        help="picture of the N worst, N best and N random queries, and a page of all",
     )
     args = parser.parse_args()
     check_net_arguments(args)

@@ -142,7 +142,7 @@ def read_split(data_root: str | Path, split: str, *, need_names: bool = True) ->
     if not is_data_set(root) and any(list_images(root / name) for name in list_folders(root)):
         remedy = f"if each is one person: python prepare.py --dataset folder --data_root {root}"
         raise UserError(
-            f"data_root {root}: folders of images but no {split}/; {remedy}; an archive has its own --dataset"
+            f"data_root {root}: folders of images but no {split}/; {remedy}; for an archive, name its --dataset"
         )
     raise UserError(
         f"data_root {root}: no {split}/, {PREPARED_FOLDER}/{split}/ or {ARCHIVE_FOLDERS[split]}/ in it; "
@@ -318,12 +318,11 @@ def leave_out_prepared(paths: list[Path], root: Path) -> list[Path]:
     folders = {folder for path in paths for folder in path.parents if folder.name == PREPARED_FOLDER}
     for folder in sorted(folders):
         if root in folder.parents and any((folder / split).is_dir() for split in SPLITS):
-            others = [path for path in paths if folder not in path.parents]
-            if any(folder.parent in path.parents for path in others):
-                for path in paths:
-                    if folder in path.parents:
-                        leave_out(path, f"in {folder}, made by prepare.py from the images beside it")
-                paths = others
+            outside = [path for path in paths if folder not in path.parents]
+            if any(folder.parent in path.parents for path in outside):
+                for path in (path for path in paths if folder in path.parents):
+                    leave_out(path, f"in {folder}, made by prepare.py from the images beside it")
+                paths = outside
     return paths
 
 

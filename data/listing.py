@@ -53,7 +53,7 @@ def unsaid() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------- listing
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name, dangling links among them; others are left out."""
+    """The image files directly in `folder`, sorted by name, dangling links included. Leaves out all other files."""
     images = []
     for path in _visible(folder):
         try:
@@ -121,7 +121,7 @@ def say_reading(sides: Mapping[str, ImageList | list[Path]]) -> dict[str, Any]:
     """Log what was read, by split or folder, and in a second line what was left out or assumed, if anything.
 
     Returns both, ready for JSON: `{"read": {name: {"images", "identities", "cameras"}}, "left_out": {reason: {"count",
-    "first"}}, "assumed": [...]}`; identities without junk and distractors. The next call begins anew.
+    "first"}}, "assumed": [...]}`; identities without junk and distractors. The next call begins with nothing.
     """
     read: dict[str, dict[str, int]] = {}
     for name, images in sides.items():

@@ -37,8 +37,8 @@ class People(NamedTuple):
 def identify_people(images: ImageList, digests: Sequence[str], root: Path) -> People:
     """The people of training images, of whose files `files.digest_files` made the digests.
 
-    Of all pictures with their identities those with the smallest hashes are kept: a random sample, but the same one for
-    the same pictures. So neither the folder's path nor a few pictures more or less make other people.
+    Of all pictures with their identities those with the smallest hashes are kept: a random sample that is the
+    same for the same pictures. A new path, or a few pictures more or less, leaves them the same people.
     """
     names = hashlib.sha256(b"\n".join(map(os.fsencode, images.classes))).hexdigest()[:16]
     labelled = (os.fsencode(token) + digest.encode() for token, digest in zip(images.tokens, digests, strict=True))
@@ -56,8 +56,8 @@ def people_of_generated(folder: Path, *, soft: bool) -> list[People | None]:
 def require_same_people(theirs: People | None, ours: People, *, what: str, allow: str) -> None:
     """Raise UserError that names both data sets unless `what` has our people.
 
-    theirs  None: not recorded by an earlier version or the release, which a note says
-    allow   the option that accepts other people
+    theirs  None: the release and earlier versions do not record them, which a note says
+    allow   the option that accepts different people
     """
     if theirs is None:
         log.info("%s does not say whose identities its classes are; only their number was compared", what)

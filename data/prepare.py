@@ -250,8 +250,8 @@ def main(argv: list[str] | None = None, *, dataset: str | None = None) -> int:
     )
     add = parser.add_argument
     if dataset is None:
-        add("--dataset", required=True, choices=DATASETS, help="which data set, or form of own data")
-        add("--data_root", required=True, help="folder of the unpacked archive or of own images")
+        add("--dataset", required=True, choices=DATASETS, help="the data set, or the form of your data")
+        add("--data_root", required=True, help="folder of the unpacked archive or of your images")
         csv_help = f"csv: the table (default: DATA_ROOT/{archives.CSV_NAME})"
         add("--csv", dest="csv_file", metavar="FILE", help=csv_help)
         fraction_help = "folder: part of the identities to test on (default: 0.5)"

@@ -106,7 +106,7 @@ class SearchIndex:
             approximate_from: number of different images from which on the index is a graph.
             skip_bad: omit unreadable images with a warning, instead of stopping.
 
-        Images whose stamp is that of the index are not opened; of all others the content decides whether it is new.
+        Images whose stamp is that of the index are not opened. Whether any other image is new, its content decides.
         Returns how many images were "added", "changed", "removed" and "unreadable". A long update is saved every few
         minutes, so that an interrupted one continues from there. Raises UserError for an empty gallery, unreadable
         images without `skip_bad`, and a folder that cannot be written.
@@ -277,10 +277,10 @@ def open_index(folder: Path, gallery: Path, model: str, model_name: str, *, rebu
         if about[key] != value:
             raise UserError(
                 f"{path}: the index of another {key} ({about[name]}), whose images do not compare with these; give "
-                "another --index, or --rebuild to make it anew"
+                "another --index, or --rebuild to build it again"
             )
     if vectors is None:
-        logging.info("%s: the index of an earlier version, which cannot tell whether images changed; made anew", path)
+        logging.info("%s: built again, because an earlier version did not record what its images held", path)
         return index
     index.contents, index.vectors, index.recall = about["contents"], vectors, about["recall"]
     index.files = {name: File(then and tuple(then), index.contents[row]) for name, row, then in about["files"]}

@@ -111,7 +111,7 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
 
 
 def require_teacher_of(people: People, name: str, output_path: Path, *, allow: str) -> None:
-    """Raise UserError unless teacher `name` was trained on these people; `allow` is the option that accepts others."""
+    """Raise UserError unless teacher `name` was trained on these people; the option `allow` accepts any teacher."""
     theirs = find_teacher(name, output_path).people
     require_same_people(theirs, people, what=f"teacher {name}", allow=allow)
 

@@ -266,8 +266,8 @@ def compare_settings(out: Path, settings: dict[str, object]) -> dict[str, object
         keep[CONTENTS] = None
     elif before[CONTENTS] != settings[CONTENTS] and before.get("images") == settings["images"]:
         raise UserError(
-            f"--out {out}: begun with other images than {settings['input']} holds now under the same names; restore "
-            "them to continue, or choose another --out"
+            f"--out {out}: the images in {settings['input']} have changed under the same names since it was begun; "
+            "restore them to continue, or choose another --out"
         )
     for key, value in settings.items():
         if key not in ("count", "input", "name", "data_root", *keep) and before.get(key) != value:
@@ -375,7 +375,7 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
     # On a CPU rounding depends on the number of threads, too.
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}
-    # Whose identities the names and the soft labels have: a training on the images compares them with its own.
+    # Whose identities the names and soft labels have. Training on these images compares them with its data.
     settings |= {"identities": identify_people(images, digests, root).mark if labelled else None}
     settings |= {"classes": people.mark if people else None, "data_root": str(known_root(args, cfg))}
     job = Job(Path(args.out), rows, sources, args.top, args.quality, batch_size)

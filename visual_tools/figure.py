@@ -95,9 +95,9 @@ def swap_names(images: ImageList) -> list[str]:
     From names joined by `ON`, `data.folders.read_swaps` reads the identities again.
     """
     names, pids = file_names(images), images.pids.tolist()
-    told = [identity_in(name) for name in names]
-    nothing_told = not any(ON in name for name in names) and told == [None] * len(names)
-    if told == pids or (nothing_told and len(set(pids)) == len(pids)):
+    in_names = [identity_in(name) for name in names]
+    unnamed = not any(ON in name for name in names) and set(in_names) == {None}
+    if in_names == pids or (unnamed and len(set(pids)) == len(pids)):
         return names
     return [f"{pid:04d}_c{camid}_{name}" for name, pid, camid in zip(names, pids, images.camids.tolist(), strict=True)]
 
