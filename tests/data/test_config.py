@@ -18,6 +18,7 @@ from config import (
     dump_config,
     exact_settings,
     fields,
+    find_config,
     load_config,
     of_another_version,
     parse_config,
@@ -460,3 +461,12 @@ def test_what_a_run_is_too_short_for(values: dict, keys: list[str]) -> None:
         assert (first["recon_s"] == last["recon_s"]) == ("warm_iter" in keys or cfg.warm_scale == 0)
         unchanged = first["teacher"] == last["teacher"]
         assert unchanged == ("warm_teacher_iter" in keys or cfg.warm_scale == 0 or cfg.max_teacher_w == 0)
+
+
+def test_configs_are_sought_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("latest.yaml", "configs/latest.yaml"):
+        assert find_config(name) == ROOT / "configs" / "latest.yaml"
+    (tmp_path / "latest.yaml").write_text("")
+    assert find_config("latest.yaml").resolve() == tmp_path / "latest.yaml", "the file that is here comes first"
+    assert str(find_config("nowhere.yaml")) == "nowhere.yaml"
