@@ -33,7 +33,7 @@ COMPARED = ("generated", "copy", "recoloured", "reconstruction", "other")
 class Swaps:
     """n swaps of images i (appearance) and j (structure), indices into an image list.
 
-    `images` has (n, H, W, 3) uint8 under these names:
+    `images` has (n, H, W, 3) uint8 under these names, of photographs without those that only the renderer knows:
     appearance, structure  the two source images
     generated              by the model
     true                   by the renderer
@@ -213,7 +213,8 @@ def _forward(
 def _rows_and_sources(swaps: Swaps) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Row, its images, and the index of the images whose identity they should have."""
     for row in ("appearance", "true", *COMPARED):
-        yield row, swaps.images[row], swaps.structure if row == "reconstruction" else swaps.appearance
+        if row in swaps.images:  # photographs have no true swaps
+            yield row, swaps.images[row], swaps.structure if row == "reconstruction" else swaps.appearance
 
 
 def recognise(

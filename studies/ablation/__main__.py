@@ -25,6 +25,7 @@ from studies.ablation.cells import CELLS, PRESETS, cell_config, is_both, needs
 from studies.ablation.runs import Run, Study, prepare_data, score, train, trained
 from utils import ROOT, UserError, between, pick_device, run_cli, set_threads
 
+NOTE = "ablation.json"  # what a result folder is for
 POLL = 2.0  # seconds between looks at what other processes are doing
 
 
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 
 def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
     """The chosen runs and those that they need, seed by seed: the whole table stands after the first seed."""
-    chosen = set(names or CELLS)
+    chosen = set(names or study.preset.cells or CELLS)
     if same := {name for name in chosen if is_both(study.preset, name)}:
         chosen = chosen - same | {"both"}
         if names:
@@ -162,7 +163,7 @@ def write_results(study: Study, args: argparse.Namespace, runs: list[Run]) -> No
         "preset": args.preset,
         "evaluated_on": where,
         "device": str(study.device),
-        "data": study.preset.data if args.data_root is None else study.data.name,
+        "data": study.preset.data if args.data_root is None else Path(args.data_root).resolve().name,
         "precision": study.config("both", 0).precision,
         "machine": describe_machine(),
         "runs": results,
@@ -187,12 +188,16 @@ def main() -> None:
     set_threads(args.threads)
     device, preset, name = pick_device(args.device), PRESETS[args.preset], args.preset
     if args.data_seed is not None:
+        if preset.data is None:
+            raise UserError(f"--data_seed: preset {name} draws no data; leave it out")
         preset, name = replace(preset, data=preset.data | {"seed": args.data_seed}), f"{name}-data-{args.data_seed}"
     out = make_folder((args.out or ROOT / "outputs" / "ablation" / name).expanduser().resolve())
     with hold_folder(out, wait=True):
         precision = pick_precision(device, cell_config(preset, "both", 0, data_root="").precision)
-        same_study(out, {"preset": args.preset, "data_root": args.data_root, "precision": precision})
+        settings = {"preset": args.preset, "data_root": args.data_root, "precision": precision}
+        require_same_study(out, settings)
         data, held, factors = prepare_data(preset, args.data_root, out)
+        write_json(out / NOTE, settings)
     study = Study(preset, out, data, held, factors, device, args.threads, args.long_epochs)
     runs = choose_runs(study, args.cells, args.seeds)
     try:
@@ -204,13 +209,13 @@ def main() -> None:
         raise UserError(f"not made: {names}; the reasons stand above, the same command tries again")
 
 
-def same_study(out: Path, settings: dict[str, str | None]) -> None:
-    """Note what a folder is for. Raises UserError if it was begun with other settings, or holds other things."""
-    path = out / "ablation.json"
+def require_same_study(out: Path, settings: dict[str, str | None]) -> None:
+    """Raise UserError if a folder was begun with other settings, or holds anything but data."""
+    path = out / NOTE
     if not path.is_file():
-        if strangers := sorted(p.name for p in out.iterdir()):
+        if strangers := sorted(p.name for p in out.iterdir() if p.name != "data"):
             raise UserError(f"--out {out}: holds other files ({strangers[0]}); choose a new or empty folder")
-        write_json(path, settings)
+        return
     for key, value in read_json(path, "choose a new --out").items():
         if settings.get(key) != value:
             raise UserError(f"--out {out}: was begun with {key} {value}, not {settings.get(key)}; choose another --out")

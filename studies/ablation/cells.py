@@ -33,8 +33,8 @@ BETAS = (0, 0.1, 0.25, 0.5, 0.75, 1, 2)  # of the sweep at test time
 # In the order of the table. A label says what is changed, and nothing else is.
 CELLS: dict[str, Cell] = {
     # ---- Table 3, and fair opponents
-    "teacher": Cell("teacher", ONE_HEAD, {"erasing_p": 0.0}, "teacher"),
-    "teacher_long": Cell("teacher", ONE_HEAD, {"erasing_p": 0.0}, "teacher, time of teacher and DG-Net together"),
+    "teacher": Cell("teacher", ONE_HEAD, {}, "teacher"),
+    "teacher_long": Cell("teacher", ONE_HEAD, {}, "teacher, time of teacher and DG-Net together"),
     "teacher_erasing": Cell("teacher", ONE_HEAD, {"erasing_p": 0.5}, "the same with random erasing"),
     "primary_only": Cell("dgnet", PRIMARY, {"B_w": 0.0}, "primary only"),  # the fine-grained head gets no gradient
     "fine_only": Cell("dgnet", FINE, {"T_w": 0.0}, "fine-grained only"),  # no soft labels: KL has weight 0
@@ -43,9 +43,7 @@ CELLS: dict[str, Cell] = {
     # ---- Figure 4
     "no_feedback": Cell("dgnet", PRIMARY, {"max_teacher_w": 0.0}, "generated images not fed back"),
     "no_fake_id": Cell("dgnet", BOTH, {"recon_id_w": 0.0}, "no identity loss on generated images"),
-    "offline": Cell(
-        "teacher", ONE_HEAD, {"erasing_p": 0.0, "extra_labels": "soft"}, "offline: generate once, then train"
-    ),
+    "offline": Cell("teacher", ONE_HEAD, {"extra_labels": "soft"}, "offline: generate once, then train"),
     # ---- the teacher's labels of generated images; style 0 is `both`
     "style_1": Cell("dgnet", BOTH, {"teacher_style": 1}, "teacher style 1: one-hot of its maximum"),
     "style_2": Cell("dgnet", BOTH, {"teacher_style": 2}, "teacher style 2: one-hot of the appearance"),
@@ -75,16 +73,18 @@ LATE_SETTINGS = {"B_w", "T_w", "teacher_style", "max_teacher_w", "fed_back", "de
 class Preset:
     """Data, base configurations and what is changed in them.
 
-    data      every setting of the renderer, whose own presets may change
+    data      every setting of the renderer, whose own presets may change; None: the user's photographs
     configs   files of teacher and DG-Net
+    cells     those that are trained if none are chosen; () is all
     held_out  share of the training identities that no run sees, in whole groups of the same colours
     swaps     pairs on which generation is measured
     """
 
     about: str
-    data: dict[str, Any]
+    data: dict[str, Any] | None
     configs: tuple[str, str]
-    swaps: int
+    swaps: int = 512
+    cells: tuple[str, ...] = ()
     teacher: dict[str, Any] = field(default_factory=dict)
     dgnet: dict[str, Any] = field(default_factory=dict)
     held_out: float = 1 / 7
@@ -121,7 +121,6 @@ PRESETS: dict[str, Preset] = {
         "small networks at 64 x 32: 96 identities to train on, 48 to validate, 96 to test; for two CPU cores",
         SMALL_DATA,
         SMALL_CONFIGS,
-        swaps=512,
         held_out=1 / 3,
     ),
     "scratch": Preset(
@@ -129,7 +128,6 @@ PRESETS: dict[str, Preset] = {
         SMALL_DATA | dict(seed=8),
         SMALL_CONFIGS,
         dgnet=FROM_SCRATCH | dict(max_iter=2000),
-        swaps=512,
         held_out=1 / 3,
     ),
     "large": Preset(
@@ -138,9 +136,15 @@ PRESETS: dict[str, Preset] = {
         ("configs/mannequins-teacher.yaml", "configs/mannequins.yaml"),
         # At the files' length a run takes hours. This is the schedule of `scratch`, shorter, with twice the images a
         # step.
-        teacher=dict(epochs=20, warm_epochs=1, batch_size=64, lr=0.1, weight_decay=0.01),
+        teacher=dict(epochs=20, warm_epochs=1, batch_size=64, lr=0.1, weight_decay=0.01, erasing_p=0.0),
         dgnet=FROM_SCRATCH | dict(batch_size=16, max_iter=1400, warm_scale=0.01, max_w=0.5, erasing_p=0.0),
         swaps=2048,
+    ),
+    "photos": Preset(
+        "configs/photos.yaml on photographs: needs --data_root, made by studies.ablation.split; for two CPU cores",
+        None,
+        ("configs/photos-teacher.yaml", "configs/photos.yaml"),
+        cells=("teacher", "teacher_long", "no_feedback", "primary_only", "both", "recoloured"),
     ),
 }
 

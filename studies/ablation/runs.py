@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from config import Config, exact_settings, load_config
 from data.archives import SourceImage
 from data.augment import augment
 from data.batch import Batch
-from data.folders import UNFINISHED_MARK, ImageList, check_test_set, read_split
-from data.generated import MANIFEST
-from data.images import normalise
+from data.folders import UNFINISHED_MARK, ImageList, check_test_set, is_data_set, read_split
+from data.generated import MANIFEST, draw_swap_pairs
+from data.images import iter_images, normalise, to_uint8
 from data.prepare import Task, fill_folder
 from files import read_json, write_json
 from gen_eval.metrics import Protocol, frechet_distance, image_features
 from mannequins.against_truth import ask_teacher
 from mannequins.dataset import Factors, is_embedded, load_factors, make_dataset
-from mannequins.truth import clothes_shares, draw_swaps, measure_swaps, shrink
+from mannequins.truth import Swaps, clothes_shares, draw_swaps, measure_swaps, shrink
 from precision import pick_precision
 from reid_eval.features import extract_data_set
 from reid_eval.ranking import rank
@@ -43,6 +44,7 @@ from trainer import Decoded
 from utils import ROOT, UserError, seed_everything
 
 Run = tuple[str, int]  # cell, seed
+SPLIT_COMMAND = "python -m studies.ablation.split --images DIR --out DATA_ROOT"
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,46 @@ class Study:
 def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path, Path, Factors | None]:
     """Return the data set (drawn into `out` if no `data_root` is given), the one with held-out identities, the factors.
 
-    The factors are None unless the data are embedded.
+    A `data_root` with the folders val/ and test/ is split already (studies/ablation/split.py). The factors are None
+    unless the data are embedded. Raises UserError for missing photographs, and for halves that do not belong together.
     """
-    if data_root is None:
+    if data_root is not None:
+        data = resolve_data_root(data_root).resolve()
+        if is_data_set(data / "test"):
+            check_halves(data)
+            return data / "test", data / "val", None
+        if not is_data_set(data):
+            raise UserError(f"--data_root {data}: neither a data set nor split into val/ and test/: {SPLIT_COMMAND}")
+    elif preset.data is None:
+        raise UserError(f"--data_root is missing; this preset needs photographs, split by: {SPLIT_COMMAND}")
+    else:
         data = out / "data" / "all"
         # Not the default preset, which changes with the demo: the study writes out every setting.
         make_dataset(data, preset="tiny", **preset.data)
-    else:
-        data = resolve_data_root(data_root).resolve()
     factors = load_factors(data) if is_embedded(data) else None
     held = out / "data" / "held-out"
     hold_out(data, held, factors, preset.held_out)
     return data, held, factors
+
+
+def check_halves(root: Path) -> None:
+    """Raise UserError unless val/ and test/ hold query and gallery of different people, and the same training images.
+
+    Nobody among these may be a person to train on.
+    """
+    people: dict[str, set[int]] = {}
+    lists: list[list[str]] = []
+    for half in ("val", "test"):
+        check_test_set(root / half)
+        train = read_split(root / half, "train_all")
+        people |= {"train": set(train.pids.tolist()), half: set(read_split(root / half, "query").pids.tolist())}
+        lists.append([path.name for path in train.paths])
+    if lists[0] != lists[1]:
+        raise UserError(f"--data_root {root}: val/ and test/ have other training images; split again: {SPLIT_COMMAND}")
+    for one, two in combinations(people, 2):
+        if common := sorted(people[one] & people[two]):
+            what = f"{len(common)} people are in {one} and in {two}, {common[0]} first"
+            raise UserError(f"--data_root {root}: {what}; split again: {SPLIT_COMMAND}")
 
 
 def hold_out(data: Path, held: Path, factors: Factors | None, share: float) -> None:
@@ -257,8 +287,9 @@ def score(study: Study, run: Run, where: str) -> dict[str, Any]:
     result = {"cell": name, "seed": run[1], "evaluated_on": where} | length | {"time": read_time(folder)}
     result |= {"B_w": cfg.B_w} if dgnet else {}
     result["reid"] = score_reid(tested.net, root, tested.size, study.device)
-    if dgnet and study.factors is not None:
-        result["generation"] = score_generation(study, folder, root)
+    if dgnet:
+        measure = score_photographs if study.factors is None else score_generation
+        result["generation"] = measure(study, folder, root)
     return result
 
 
@@ -287,11 +318,46 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     rank1, rank1_of_true    generated and true swaps as queries for the clothes' owner, by the run's teacher
     fid, fid_of_true        to the real images of query and gallery, in the pooled trunk of seed 0's teacher
     """
-    model, count = load_swapper(folder, study.device), study.preset.swaps
+    model = load_swapper(folder, study.device)
+    count = study.preset.swaps
     swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
     rows = measure_swaps(swaps)
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     recognised, _ = ask_teacher(model, root, swaps)
+    result = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
+    result |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
+    result |= {"recoloured": rows["recoloured"]["changed"], "shares": clothes_shares(swaps)}
+    for suffix, row in (("", "generated"), ("_of_true", "true")):
+        result[f"rank1{suffix}"] = recognised[row]["official"]["rank1"]
+    return result | fids(study, root, {"fid": swaps.images["generated"], "fid_of_true": swaps.images["true"]})
+
+
+def score_photographs(study: Study, folder: RunFolder, root: Path) -> dict[str, Any]:
+    """Measure swaps of query images whose truth nobody knows.
+
+    rank1   generated swaps as queries for the clothes' owner, by the run's teacher; `_of_copy` the structure images in
+            their place, `_of_appearance` the clothes' own image, `_of_reconstruction` for the person reconstructed
+    fid     of generated swaps to the real images of query and gallery, in the pooled trunk of seed 0's teacher; also
+            `_of_reconstruction`, and `_of_copy`, the query images themselves
+    """
+    model, query = load_swapper(folder, study.device), read_split(root, "query")
+    pairs = draw_swap_pairs(query.labels(), study.preset.swaps, seed=0)
+    sources = [iter_images([query.paths[i] for i in role], *model.size, 32) for role in pairs.T]
+    batches = [
+        [to_uint8(x) for x in (x_app, x_str, model.swap(x_app, x_str), model.swap(x_str, x_str))]
+        for x_app, x_str in zip(*sources, strict=True)
+    ]
+    names = ("appearance", "copy", "generated", "reconstruction")
+    swaps = Swaps(*pairs.T, dict(zip(names, map(np.concatenate, zip(*batches, strict=True)), strict=True)))
+    recognised, _ = ask_teacher(model, root, swaps)
+    rank1 = {row: recognised[row]["official"]["rank1"] for row in names}
+    result = {"rank1": rank1.pop("generated")} | {f"rank1_of_{row}": share for row, share in rank1.items()}
+    of = {"fid": "generated", "fid_of_reconstruction": "reconstruction", "fid_of_copy": "copy"}
+    return result | fids(study, root, {key: swaps.images[row] for key, row in of.items()})
+
+
+def fids(study: Study, root: Path, sets: dict[str, np.ndarray]) -> dict[str, float]:
+    """FID of every set (n, H, W, 3) uint8 to query and gallery, in the pooled trunk of seed 0's teacher."""
     net = load_teacher("teacher-0", study.out).to(study.device)
 
     @torch.inference_mode()
@@ -300,13 +366,11 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
 
     sides = [read_split(root, split) for split in ("query", "gallery")]
     people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
-    real = torch.cat([image_features(images, network, Protocol(model.size), study.device) for images in people])
-    result = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
-    result |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
-    result |= {"recoloured": rows["recoloured"]["changed"], "shares": clothes_shares(swaps)}
-    for suffix, row in (("", "generated"), ("_of_true", "true")):
-        result[f"rank1{suffix}"] = recognised[row]["official"]["rank1"]
-        parts = torch.from_numpy(swaps.images[row]).permute(0, 3, 1, 2).split(64)
+    protocol = Protocol(next(iter(sets.values())).shape[1:3])
+    real = torch.cat([image_features(images, network, protocol, study.device) for images in people])
+    result = {}
+    for name, images in sets.items():
+        parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(64)
         features = torch.cat([network(part.to(study.device)).double().cpu() for part in parts])
-        result[f"fid{suffix}"] = frechet_distance(real, features)
+        result[name] = frechet_distance(real, features)
     return result

@@ -38,12 +38,13 @@ NOTE = (
 
 
 def read(result: Result, setting: str, column: str = "mAP") -> float | None:
-    """The number of a column, in percent where it is a share; None without a measure of generation."""
+    """The number of a column, in percent where it is a share; None if it was not measured."""
     if column in REID:
         convention, key = REID[column]
         return 100 * result["reid"][setting][convention][key]
     key, factor = GENERATION[column]
-    return factor * result["generation"][key] if "generation" in result else None
+    number = result.get("generation", {}).get(key)
+    return None if number is None else factor * number
 
 
 def mean_and_deviation(values: Sequence[float]) -> Value:

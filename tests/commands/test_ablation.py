@@ -19,7 +19,7 @@ import precision
 from data.folders import read_split
 from data.images import denormalise
 from data.loader import Batch
-from files import hold_folder
+from files import hold_folder, write_json
 from mannequins import dataset
 from mannequins.dataset import Settings, load_factors, make_settings
 from mannequins.truth import shrink
@@ -253,7 +253,7 @@ def test_a_folder_is_of_one_precision(tmp_path, monkeypatch, capsys):
     """Or runs of two machines would stand in one table."""
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dgnet={}, teacher={}))  # auto, as the files say
     (tmp_path / "out").mkdir()
-    ablation.same_study(tmp_path / "out", dict(preset="tiny", data_root=None, precision="bf16"))
+    write_json(tmp_path / "out" / ablation.NOTE, dict(preset="tiny", data_root=None, precision="bf16"))
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     assert command(tmp_path / "out") == 2
     assert "precision bf16, not fp32" in capsys.readouterr().err
