@@ -44,7 +44,6 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it notes every instruction set that it does not find
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -8,14 +8,12 @@ import os
 from functools import partial
 from pathlib import Path
 
-import faiss
-
 from data.folders import leave_out_prepared
 from data.images import check_images
 from data.listing import find_images, say_reading
 from files import digest_files
 from reid_eval.features import extract_features
-from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
+from reid_eval.index import fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
@@ -29,8 +27,6 @@ def search(args: argparse.Namespace) -> None:
     say_reading({"query": queries})
     device = pick_device(args.device)
     tested = open_net(args, device)
-    if args.threads:
-        faiss.omp_set_num_threads(args.threads)
     height, width = tested.size
     how = dict(height=height, width=width, batch_size=args.batchsize, device=device, progress=False)
     embed = partial(extract_features, tested.net, **how)
@@ -40,12 +36,11 @@ def search(args: argparse.Namespace) -> None:
     digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
     folder = Path(args.index or tested.folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}")
     index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
-    changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
-    kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
+    changes = index.update(embed, skip_bad=args.skip_bad_images)
     counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
-    copies = len(index) - len(index.contents)
+    copies = len(index) - len(index.vectors)
     images = f"{len(index)} images{f', {copies} of them copies' if copies else ''}"
-    print(f"{tested.title}: {images} ({counts}), {kind}; index in {folder}")
+    print(f"{tested.title}: {images} ({counts}); index in {folder}")
 
     features = embed(queries)
     setting, _ = main_setting(features.shape[1])
@@ -60,5 +55,5 @@ def search(args: argparse.Namespace) -> None:
         cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
         results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
     page = Path(args.page) if args.page else folder / "results.html"
-    notes = [f"{tested.title}; gallery: {images}, {kind}; score: {setting}"]
+    notes = [f"{tested.title}; gallery: {images}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")

@@ -354,17 +354,13 @@ def index_of(folder: Path) -> SearchIndex:
     return open_index(folder / "index", Path(about["gallery"]), about["model"], "")
 
 
-@pytest.mark.parametrize("approximate_from", [1, 1000])
-def test_search_scores_are_those_of_the_evaluation(
-    runs: Runs, script: Script, search: Script, tmp_path: Path, approximate_from: int
-) -> None:
+def test_search_scores_are_those_of_the_evaluation(runs: Runs, script: Script, search: Script, tmp_path: Path) -> None:
     clean(script("test", "--name", "tiny", *runs.where, "--save-features", tmp_path / "f.npz"))
     file = load_features(tmp_path / "f.npz")
     primary, fine = (file.query.features[:, h] @ file.gallery.features[:, h].T for h in (0, 1))
     scores = primary + 0.5 * fine
     where = ("--gallery", runs.data / "bounding_box_test", "--query", runs.data / "query", "--top", 5)
-    found = answers(clean(search(*where, "--approximate-from", approximate_from)))
-    assert index_of(tmp_path).approximate == (approximate_from == 1)
+    found = answers(clean(search(*where)))
     assert len(found) == len(file.query)
     for row, hits in zip(scores, found, strict=True):
         assert len(hits) == 5
@@ -406,27 +402,12 @@ def test_search_of_a_folder_that_changes(
     assert sorted(incremental) == sorted(fresh)
 
 
-def test_an_index_becomes_a_graph_and_back(search: Script, gallery: Path, tmp_path: Path) -> None:
-    exact = answers(clean(search("--top", 12, "--approximate-from", 13)))
-    assert not index_of(tmp_path).approximate
-    assert answers(clean(search("--top", 12, "--approximate-from", 12))) == exact
-    assert index_of(tmp_path).approximate and index_of(tmp_path).recall == 1
-    (gallery / "0.jpg").unlink()
-    smaller = answers(clean(search("--top", 12, "--approximate-from", 11)))[0]
-    assert index_of(tmp_path).approximate and smaller == [hit for hit in exact[0] if not hit[1].endswith("/0.jpg")]
-    clean(search("--approximate-from", 1000))
-    assert not index_of(tmp_path).approximate
-
-
 def test_the_query_itself_is_no_answer(search: Script, gallery: Path) -> None:
     found = answers(clean(search("--query", gallery / "3.jpg", "--top", 11)))[0]
     assert len(found) == 11 and str(gallery / "3.jpg") not in [path for _, path in found]
 
 
-@pytest.mark.parametrize("approximate_from", [1, 1000])
-def test_copies_are_one_answer_and_those_of_the_query_are_none(
-    search: Script, gallery: Path, tmp_path: Path, approximate_from: int
-) -> None:
+def test_copies_are_one_answer_and_those_of_the_query_are_none(search: Script, gallery: Path, tmp_path: Path) -> None:
     expected = answers(clean(search("--query", gallery / "3.jpg", "--top", 11)))[0]
     (gallery / "more" / "deeper").mkdir(parents=True)
     for original in ("3", "4"):
@@ -434,11 +415,10 @@ def test_copies_are_one_answer_and_those_of_the_query_are_none(
         shutil.copyfile(gallery / f"{original}.jpg", gallery / "more" / "deeper" / f"{original}-copy.jpeg")
         (gallery / "more" / f"{original}-symlink.JPG").symlink_to(gallery / f"{original}.jpg")
     shutil.copyfile(gallery / "3.jpg", query := tmp_path / "elsewhere.jpg")
-    graph = ("--approximate-from", approximate_from)
     for asked in (gallery / "3.jpg", gallery / "more" / "3-symlink.JPG", gallery / "more" / "3-link.jpg", query):
         for top in (1, 2, 11, 50):
-            assert answers(clean(search("--query", asked, "--top", top, *graph)))[0] == expected[:top]
-    assert len(index_of(tmp_path)) == 18 and len(index_of(tmp_path).contents) == 12
+            assert answers(clean(search("--query", asked, "--top", top)))[0] == expected[:top]
+    assert len(index_of(tmp_path)) == 18 and len(index_of(tmp_path).vectors) == 12
 
 
 @pytest.mark.parametrize("copy", [[], ["--copy"]])
@@ -588,44 +568,22 @@ def test_an_interrupted_update_continues_where_it_was(
         return open_index(tmp_path / "index", gallery, "model", "a model")
 
     with pytest.raises(KeyboardInterrupt):
-        opened().update(embed, approximate_from=4)
+        opened().update(embed)
     assert len(opened()) == 6
     index = opened()
-    assert index.update(embed, approximate_from=4)["added"] == 6 and sum(calls[4:]) == 6
-    assert index.approximate and index.recall == 1 and len(opened()) == 12
+    assert index.update(embed)["added"] == 6 and sum(calls[4:]) == 6
+    assert len(opened()) == 12
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.npz"]
-    # The graph holds every file's own vector.
+    # Every file has its own vector.
     vectors = index_module.to_vectors(toy_embed([gallery / name for name in index.files]))
     for name, hits in zip(index.files, opened().search(vectors, 3), strict=True):
         assert hits[0] == (name, pytest.approx(1.5))
 
 
-def test_recall_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A graph so poor that it misses much.
-    for name, value in (("LINKS", 2), ("BUILD_WIDTH", 1), ("SEARCH_WIDTH", 1)):
-        monkeypatch.setattr(index_module, name, value)
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((2000, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = SearchIndex(tmp_path, tmp_path, "model", "a model")
-    index.contents = [str(i) for i in range(2000)]
-    index.files = {name: index_module.File(None, name) for name in index.contents}
-    index.vectors = index_module.build_vectors(vectors, graph=True)
-    recall = index._measure_recall()
-    chosen = np.random.default_rng(0).permutation(2000)[:200]
-    shares = []
-    for i, hits in zip(chosen, index.search(vectors[chosen], 11), strict=True):
-        scores = vectors @ vectors[i]
-        scores[i] = -np.inf
-        true = set(map(str, np.argsort(-scores)[:10]))
-        shares.append(len(true & set([name for name, _ in hits if name != str(i)][:10])) / 10)
-    assert 0.01 < recall < 0.9 and recall == pytest.approx(np.mean(shares))
-
-
 def test_features_that_are_not_numbers(gallery: Path, tmp_path: Path) -> None:
     index = open_index(tmp_path / "index", gallery, "model", "a model")
     with pytest.raises(UserError, match="a model"):
-        index.update(lambda paths: toy_embed(paths) * np.nan, approximate_from=100)
+        index.update(lambda paths: toy_embed(paths) * np.nan)
     assert not (tmp_path / "index").exists()
 
 
@@ -633,7 +591,7 @@ def test_names_that_are_no_text(gallery: Path, tmp_path: Path) -> None:
     (gallery / "0.jpg").rename(gallery / os.fsdecode(b"b\xff\xe9.jpg"))
     for changes in (12, 0):
         index = open_index(tmp_path / "index", gallery, "model", "a model")
-        assert sum(index.update(toy_embed, approximate_from=100).values()) == changes
+        assert sum(index.update(toy_embed).values()) == changes
 
 
 # ------------------------------------------------------------------------------ content that changes
@@ -674,7 +632,7 @@ def test_an_image_that_changes_under_its_name_is_embedded_anew(
 ) -> None:
     def update(embed: Callable[[list[Path]], np.ndarray] = toy_embed) -> tuple[SearchIndex, dict[str, int]]:
         index = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
-        return index, {name: n for name, n in index.update(embed, approximate_from=100).items() if n}
+        return index, {name: n for name, n in index.update(embed).items() if n}
 
     def calls(_: list[Path]) -> np.ndarray:
         raise AssertionError("nothing new is here")
@@ -706,22 +664,5 @@ def test_a_stamp_spares_reading(frames: list[Path], tmp_path: Path, monkeypatch:
     digest = index_module.digest_files
     monkeypatch.setattr(index_module, "digest_files", lambda paths: (read.extend(paths), digest(paths))[1])
     for _ in range(2):
-        open_index(tmp_path / "index", frames[0].parent, "model", "a model").update(toy_embed, approximate_from=100)
+        open_index(tmp_path / "index", frames[0].parent, "model", "a model").update(toy_embed)
     assert read == (frames if files.SETTLED_NS == 0 else frames * 2)
-
-
-def test_an_index_of_an_earlier_version_is_made_anew(frames: list[Path], tmp_path: Path) -> None:
-    index = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
-    index.update(toy_embed, approximate_from=100)
-    with np.load(tmp_path / "index" / "index.npz") as file:
-        about, vectors = json.loads(file["about"].tobytes()), file["faiss"]
-    old = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in frames]
-    about = {key: value for key, value in about.items() if key != "contents"} | {"format": 1, "files": old}
-    blob = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez(tmp_path / "index" / "index.npz", about=blob, faiss=vectors)
-    with pytest.raises(UserError, match="--rebuild"):
-        open_index(tmp_path / "index", frames[0].parent, "another model", "another")
-    for changes in ({"added": 5}, {}):
-        again = open_index(tmp_path / "index", frames[0].parent, "model", "a model")
-        assert {k: n for k, n in again.update(toy_embed, approximate_from=100).items() if n} == changes
-    assert again.contents == index.contents

@@ -360,15 +360,14 @@ def test_damaged_features_are_refused_or_read_as_they_were(tmp_path: Path, name:
     assert damaged(file, 500, lambda: load_features(file), same if name == "f.npz" else None) > 250 * FUZZ
 
 
-@pytest.mark.parametrize("approximate_from", [100, 2])
-def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path, approximate_from: int) -> None:
+def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path) -> None:
     for i in range(5):
         noise(tmp_path / "gallery" / f"{i}.png")
     vectors = np.random.default_rng(0).standard_normal((5, 2, 4)).astype(np.float32)
 
     def answer() -> Any:
         index = open_index(tmp_path / "index", tmp_path / "gallery", "model", "name")
-        index.update(lambda paths: vectors[[int(p.stem) for p in paths]], approximate_from=approximate_from)
+        index.update(lambda paths: vectors[[int(p.stem) for p in paths]])
         return index.search(to_vectors(vectors[:2]), 3)
 
     expected = answer()
