@@ -168,8 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="reid_eval.report", description="Rank-1/5/10, mAP and mINP of a feature file, under both conventions."
     )
-    parser.add_argument("file", metavar="FILE", help="reid.npz of test.py, or a pytorch_result.mat")
-    parser.add_argument("--multi", action="store_true", help="also multi-query (for a .mat: multi_query.mat beside it)")
+    parser.add_argument("file", metavar="FILE", help="reid.npz of test.py, or another .npz of features")
+    parser.add_argument("--multi", action="store_true", help="also multi-query")
     add_rerank_argument(parser)
     parser.add_argument("--no-cameras", action="store_true", help="leave out only the query image itself")
     parser.add_argument("--json", metavar="OUT", help="write the report here too, as JSON with fractions in 0..1")
