@@ -7,20 +7,18 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU
 
-from benchmarks import all as all_benchmarks
-from benchmarks import features, generate, loader, ranking
+from benchmarks import loader, ranking
 from data.folders import read_split
 from data.images import decoded, normalise
-from reid_eval.features import Features, extract_features
+from reid_eval.features import Features
 from reid_eval.ranking import SETTINGS
-from reIDmodel import build_id_net
 from utils import run_cli
 
 
@@ -62,15 +60,6 @@ def test_the_plain_pairs_are_the_loaders(tiny_data: Path) -> None:
     assert (torch.cat(list(views)) == plain.read(plain.paths[3])[0]).flatten(1).all(1).any()
 
 
-def test_the_plain_loops_features_are_ours(tiny_data: Path) -> None:
-    torch.manual_seed(0)
-    net = build_id_net("AB", 4, backbone="resnet10w8").eval()
-    paths = read_split(tiny_data, "query").paths
-    plain = features.plain_features(net, paths, 64, 32, CPU)
-    ours = extract_features(net, paths, height=64, width=32, batch_size=5, device=CPU, progress=False)
-    np.testing.assert_allclose(ours, plain, atol=1e-5)
-
-
 # ---- the commands
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_thread: None) -> Callable[..., int]:
@@ -110,36 +99,3 @@ def test_loader(tmp_path: Path, run_here: Callable[..., int]) -> None:
     bytes_of = {"source": 128 * 64 * 3, "resized": 256 * 128 * 3}
     assert speed["cache_mb"] == {name: result["images"] * size / 1e6 for name, size in bytes_of.items()}
     assert 0 <= share["share waited"] < 1
-
-
-def test_features(tmp_path: Path, run_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "has_bf16", lambda device: False)
-    assert features.precisions(CPU) == ["fp32"]
-    monkeypatch.setattr(features, "has_bf16", lambda device: True)
-    assert run_here(features, *"--device cpu --quick --images 4".split()) == 0
-    speed = json.loads((tmp_path / "features.json").read_text())["speed"]["demo"]
-    assert speed["images/s"].keys() == {"plain", "fp32", "bf16"} and speed["images"] == 4
-    assert speed["least cosine to plain"]["fp32"] > 0.9999
-
-
-def test_all_go_on_after_one_that_fails(tmp_path: Path, run_here: Callable[..., int], monkeypatch, capsys) -> None:
-    ran: list[str] = []
-
-    def started(command: list[str], **_: object) -> SimpleNamespace:
-        assert command[-2:] == ["--results", str(tmp_path)]
-        ran.append(command[2])
-        return SimpleNamespace(returncode=int("loader" in command[2]))
-
-    monkeypatch.setattr(all_benchmarks.subprocess, "run", started)
-    assert run_here(all_benchmarks, "--device", "cpu") == 2
-    assert ran == [f"benchmarks.{name}" for name in ("train_step", "loader", "features", "generate", "ranking")]
-    assert "loader" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_generate(tmp_path: Path, run_here: Callable[..., int]) -> None:
-    small = "--backbone resnet10w16 --size 128 64 --count 3 --device cpu".split()
-    assert run_here(generate, *small) == 0
-    result = json.loads((tmp_path / "generate-cpu.json").read_text())
-    (nets,), (whole,) = result["images/s, nets alone"], result["images/s, whole command"]
-    assert 0 < whole < nets and result["whole command / nets alone"] == round(whole / nets, 3)
-    assert result["count"] == 3
