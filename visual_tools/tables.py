@@ -19,7 +19,7 @@ from gen_eval.score import (
     ratio_cells,
     score_cells,
 )
-from mannequins.against_truth import describe_shares, named_table, swap_table
+from mannequins.against_truth import describe_shares, swap_table
 from reid_eval.ranking import BOTH
 from reid_eval.report import COLUMNS, ROW_LABELS
 from runs.folder import RunFolder
@@ -113,8 +113,8 @@ def reid_table(caption: str, notes: list[str], rows: list[Row]) -> Table:
     return Table(caption, ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"], cells, 3, notes, strong)
 
 
-def swaps_tables(result: dict[str, Any]) -> list[Table]:
-    """The tables of `swaps.json` of `mannequins.against_truth`: errors, and the people that the run's heads name."""
+def swaps_table(result: dict[str, Any]) -> Table:
+    """The table of `swaps.json` of `mannequins.against_truth`."""
     heads, rows = swap_table(result)
     caption = (
         f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
@@ -127,16 +127,7 @@ def swaps_tables(result: dict[str, Any]) -> list[Table]:
         "training images.",
         f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.",
     ]
-    tables = [Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))]
-    if "named" in result:
-        heads, rows = named_table(result["named"])
-        note = (
-            "How often a head names the structure image's person, and the owner of the clothes. What it names on "
-            "generated but not on true swaps, it may read from errors of the generator."
-        )
-        caption = "Whom the run's own heads name, swaps of training images, %"
-        tables.append(Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, [note]))
-    return tables
+    return Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))
 
 
 def generation_tables(run: RunFolder) -> list[Table]:
@@ -144,7 +135,7 @@ def generation_tables(run: RunFolder) -> list[Table]:
     tables = []
     for path, result in results(run.path, "reduction"):
         with read_from(path):
-            tables += swaps_tables(result)
+            tables.append(swaps_table(result))
     scored = list(results(run.path, "scores"))
     for path, result in scored:
         with read_from(path):

@@ -21,14 +21,12 @@ from mannequins.truth import (
     draw_swaps,
     image_errors,
     measure_swaps,
-    name_people,
     recognise,
     recolour_pixels,
     shrink,
     take_apart,
 )
 from reid_eval.features import Features, embed_images
-from reIDmodel import build_id_net
 from runs.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs
 from utils import UserError
 
@@ -193,31 +191,6 @@ def test_recognition_asks_for_the_appearance() -> None:
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in recognised.items()} == pytest.approx(expected)
-
-
-def test_whom_the_heads_name() -> None:
-    """The first head goes by the clothes, the second by the hair: channels of the lower and of the upper half."""
-
-    class Halves(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            upper, lower = x.chunk(2, dim=2)
-            return x, (lower.mean((2, 3)), upper.mean((2, 3)))
-
-    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])  # classes of clothes and of structure
-    images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
-    swaps = Swaps(i, j, images)
-    ab = build_id_net("AB", 3, backbone="resnet10w8")
-    heads_of = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"))
-    assert list(heads_of) == ["generated", "true", "generated changed", "true changed"]
-    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in heads_of.items()}
-    assert list(heads_of["true"]) == ["primary", "fine-grained"]
-    third = pytest.approx(1 / 3)
-    assert named["true"] == [(0, 1), (1, 0)]
-    assert named["generated"] == named["generated changed"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
-    parts = build_id_net("PCB", 3, backbone="resnet10w8").head_names
-    of_parts = name_people(lambda x: (x, (x.mean((2, 3)),) * 4), parts, swaps, np.arange(3), device=torch.device("cpu"))
-    assert list(of_parts["true"]) == ["part 1", "part 2", "part 3", "part 4"]
-    assert named["generated changed"][1] == (1, 0) and named["true changed"] == [(0, 1), (0, 1)]
 
 
 def test_images_come_back_from_normalised_space() -> None:

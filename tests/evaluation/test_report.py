@@ -201,9 +201,6 @@ def test_the_page_says_what_the_files_say(place: Place, page: Path) -> None:
     swaps = json.loads((place.run.path / "swaps.json").read_text())
     (table,) = (rows for label, rows in read.tables.items() if label.startswith("Swaps against"))
     assert table[1][:2] == ["generated swap", f"{swaps['generated']:.1f}"]
-    (table,) = (rows for label, rows in read.tables.items() if label.startswith("Whom the run's own"))
-    share = swaps["named"]["true changed"]["fine-grained"]["clothes"]
-    assert table[4] == ["changed pixels true, rest generated", *table[4][1:4], f"{100 * share:.1f}"]
     assert describe_shares(swaps["shares"]) in read.text
     (table,) = (rows for label, rows in read.tables.items() if "differ from the default" in label)
     assert ["max_iter", "4", "100000"] in table and ["data_root", str(place.data), "required"] in table
