@@ -1,4 +1,4 @@
-"""Scores of generated images, and the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
+"""Scores of generated images: `python -m gen_eval.score --real DIR --fake DIR`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ from files import write_json
 from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score
 from utils import UserError, between, pick_device, run_cli, set_threads
 
-# FID and SSIM as the DG-Net paper prints them, Market-1501.
-PUBLISHED = {
-    "Real": (7.22, 0.350),
-    "LSGAN": (136.26, None),
-    "PG2-GAN": (151.16, None),
-    "PN-GAN": (54.23, 0.335),
-    "FD-GAN": (257.00, 0.247),
-    "DG-Net": (18.24, 0.360),
-}
-PUBLISHED_NOTE = (
-    "published on Market-1501 by the DG-Net paper; protocol not known, not comparable, except for the ratio of SSIM"
-)
-PUBLISHED_COLUMNS = ("FID", "SSIM", "SSIM / real")
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
 PROTOCOL_KEYS = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")  # that are shown with the scores
 FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
@@ -108,24 +95,10 @@ def ratio_cells(row: dict[str, float]) -> list[str]:
     return [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
 
 
-def published_rows() -> dict[str, dict[str, float | None]]:
-    """FID and SSIM of the paper's rows, and the ratio of SSIM to its real row, by name; None where it gives none."""
-    real = PUBLISHED["Real"][1]
-    return {
-        name: {"fid": fid, "ssim": ssim, "ssim_ratio": ssim and ssim / real} for name, (fid, ssim) in PUBLISHED.items()
-    }
-
-
-def published_cells(row: dict[str, float | None]) -> list[str]:
-    """A published row as cells in the order of PUBLISHED_COLUMNS."""
-    cells = {"fid": "{:.2f}", "ssim": "{:.3f}", "ssim_ratio": "{:.2f}"}
-    return ["-" if row[key] is None else text.format(row[key]) for key, text in cells.items()]
-
-
-def score_cells(row: dict[str, float | None]) -> list[str]:
+def score_cells(row: dict[str, float]) -> list[str]:
     """A row of scores as cells in the order of COLUMNS, "-" for a score that is missing."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
-    scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items() if value is not None}
+    scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items()}
     return [formats[key].format(scaled[key]) if key in scaled else "-" for key in COLUMNS]
 
 
@@ -159,12 +132,7 @@ def print_scores(
         print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
     if len({frozenset(stated[side]["formats"]) for side in sides}) > 1:
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
-    rows = published_rows()
-    print(f"\n{PUBLISHED_NOTE}:")
-    print_rows(PUBLISHED_COLUMNS, {name: published_cells(row) for name, row in rows.items()})
-    published = {"comparable": False, "note": PUBLISHED_NOTE, "rows": rows}
-    result = {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
-    return result | {"published": published}
+    return {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
 
 
 def print_rows(heads: Sequence[str], rows: dict[str, list[str]]) -> None:

@@ -29,7 +29,7 @@ from utils import UserError, own_command, set_threads
 from visual_tools.curves import draw_panels, read_log
 from visual_tools.figure import check_free, choose_input, interpolations, labels, swap_matrix
 from visual_tools.ranked_lists import write_html
-from visual_tools.tables import generation_tables, highlights, read_from, reid_tables, results, settings_table, show
+from visual_tools.tables import generation_tables, read_from, reid_tables, settings_table, show
 
 T = TypeVar("T")
 COUNT, STEPS = 6, 7  # images of the swap matrix by default; points of an interpolation
@@ -151,23 +151,19 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         with contextlib.suppress(Damaged):  # the report can do without
             circumstances = (read_manifest(run.checkpoints, steps) or {}).get("circumstances", {})
     circumstances = reading_of(run, cfg) | circumstances
-    generation, swaps, truth = [], None, None
+    generation, swaps = [], None
     if generates:
         generation = attempt("generation", lambda: generation_tables(run)) or []
-        if "generation" not in missing:
-            truth = dict(results(run.path, "reduction")).get(run.path / "swaps.json")
         model = attempt("swaps", lambda: open_swapper(args), asked=args.which_epoch is not None)
         if model is not None:
             steps, asked = model.iteration, args.input is not None or args.count is not None
             swaps = attempt("swaps", lambda: draw_swaps(model, args), asked=asked)
-    rates = scalars.get("images_per_second")
     return {
         "name": run.name,
         "generates": generates,
         "date": date.today().isoformat(),
         "steps": steps,
         "cfg": cfg,
-        "highlights": highlights(reid, truth, None if rates is None else np.median(rates[1])),
         "panels": {title: data_uri(svg, "svg+xml") for title, svg in draw_panels(scalars).items()},
         "reid_tables": reid,
         "generation_tables": generation,
