@@ -90,12 +90,11 @@ def test_ranking(tmp_path: Path, run_here: Callable[..., int], part: str) -> Non
 
 
 def test_loader(tmp_path: Path, run_here: Callable[..., int]) -> None:
-    assert run_here(loader, *"--device cpu --quick --batch-size 4 --runs demo-teacher".split()) == 0
+    assert run_here(loader, *"--device cpu --quick --batch-size 4".split()) == 0
     result = json.loads((tmp_path / "loader.json").read_text())
-    speed, share = result["speed"], result["share"]["demo-teacher"]
+    speed = result["speed"]
     ways = ["plain", "files", "source", "resized"]
     assert list(speed["images/s"]) == list(speed["times plain"]) == ways
     assert speed["images per round"] == 8 and speed["times plain"]["plain"] == 1
     bytes_of = {"source": 128 * 64 * 3, "resized": 256 * 128 * 3}
     assert speed["cache_mb"] == {name: result["images"] * size / 1e6 for name, size in bytes_of.items()}
-    assert 0 <= share["share waited"] < 1
