@@ -247,12 +247,6 @@ def _side(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> Features:
 
 
 def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
-    values = np.ravel(values)
     if values.dtype.kind not in "iu":
-        try:
-            values = values.astype(np.float64)
-        except (TypeError, ValueError):
-            values = np.array([np.nan])
-        if not (np.abs(values) < 2.0**63).all() or (values != np.round(values)).any():
-            raise UserError(f"{path}: {name} holds values that are not whole numbers")
-    return values.astype(np.int64)
+        raise UserError(f"{path}: {name} holds values that are not whole numbers")
+    return np.ravel(values).astype(np.int64)
