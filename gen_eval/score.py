@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gen_eval.score",
         description="FID and KID between two folders of images, SSIM and LPIPS between images of one identity. Weights "
-        "are looked for in --weights and PyTorch's cache, then downloaded; a score without its weights names the file.",
+        "are looked for in PyTorch's cache, then downloaded; a score without its weights names the file.",
     )
     parser.add_argument("--real", required=True, metavar="DIR", help="data set, folder per person, or loose images")
     parser.add_argument("--fake", metavar="DIR", help="generated images, in any of these forms")
@@ -40,7 +40,6 @@ def parse_args() -> argparse.Namespace:
     size = dict(type=between(32), nargs=2, default=(128, 64), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--size", **size, help="every image is first resized to this (default: 128 64)")
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="of every random choice (default: 0)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the weights, besides PyTorch's cache")
     parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
@@ -48,8 +47,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.fake is None and not args.real_vs_real:
         raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
-    if args.weights and not args.weights.is_dir():
-        raise UserError(f"--weights {args.weights}: no such folder; give the folder that holds the weights")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; give a file")
     return args
@@ -108,10 +105,9 @@ def print_scores(
     device: torch.device,
     *,
     real_vs_real: bool = False,
-    weights: Path | None = None,
 ) -> dict[str, Any]:
     """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`."""
-    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, weights=weights)
+    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real)
     stated = describe(sides, protocol)
     for side in sides:
         formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[side]["formats"].items())
@@ -152,7 +148,7 @@ def main() -> None:
     check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
     say_reading(sides)
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
-    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
+    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

@@ -25,9 +25,6 @@ def main() -> None:
         most=None,
     )
     parser.add_argument("--no-score", action="store_true", help="omit the scores")
-    parser.add_argument(
-        "--weights", type=Path, metavar="DIR", help="folder with the scores' weights, besides PyTorch's cache"
-    )
     args = parser.parse_args()
 
     from gen_eval import metrics, score
@@ -41,7 +38,7 @@ def main() -> None:
         return
     protocol = metrics.Protocol(seed=args.seed, batch_size=args.batchsize)
     try:
-        score.print_scores({"real": images, "fake": swaps}, protocol, model.device, weights=args.weights)
+        score.print_scores({"real": images, "fake": swaps}, protocol, model.device)
     except UserError as error:  # the images are written, even if the scores lack something
         print(f"scores: {error}")
 
