@@ -18,7 +18,7 @@ import os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated
@@ -285,16 +285,8 @@ class Factors:
         return render(self.factors_of(appearance_of)[0], *self.factors_of(structure_of)[1:], size)
 
     def dump(self) -> str:
-        """JSON with a line per person and per image."""
-
-        def block(entries: dict) -> str:
-            lines = (f"  {json.dumps(key)}: {json.dumps(asdict(value))}" for key, value in entries.items())
-            return "{\n" + ",\n".join(lines) + "\n }"
-
-        return (
-            f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(self.settings.model_dump())},\n'
-            f' "people": {block(self.people)},\n "images": {block(self.images)}\n}}\n'
-        )
+        """The text of factors.json."""
+        return json.dumps({"drawing": DRAWING} | TypeAdapter(Factors).dump_python(self, mode="json"))
 
 
 def is_embedded(path: Path | str) -> bool:

@@ -25,12 +25,12 @@ from runs.snapshot import read_manifest, snapshots
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, own_command, set_threads
 from visual_tools.curves import draw_panels, read_log
-from visual_tools.figure import check_free, choose_input, interpolations, labels, swap_matrix
+from visual_tools.figure import check_free, choose_input, labels, swap_matrix
 from visual_tools.ranked_lists import write_html
 from visual_tools.tables import generation_tables, read_from, reid_tables, settings_table, show
 
 T = TypeVar("T")
-COUNT, STEPS = 6, 7  # images of the swap matrix by default; points of an interpolation
+COUNT = 6  # images of the swap matrix by default
 LISTS, HEIGHT = 4, 192  # ranked lists of each kind; pixels of their images at most
 
 
@@ -65,8 +65,7 @@ def thumbnail(path: str) -> str:
 def draw_swaps(model: Swapper, args: argparse.Namespace) -> dict[str, Any]:
     """Swaps of the images that the options choose, as the template shows them. Raises UserError without images.
 
-    `originals` are N pictures; `matrix[i][j]` has the clothes of i on the person of j; `strips` holds, for "appearance"
-    and "structure", pairs of an original and a line of pictures between two codes that keep its other code.
+    `originals` are N pictures; `matrix[i][j]` has the clothes of i on the person of j.
     """
     images = choose_input(args, model, COUNT)
     pixels, s, f = model.read(images.paths, args.batchsize)
@@ -76,12 +75,7 @@ def draw_swaps(model: Swapper, args: argparse.Namespace) -> dict[str, Any]:
         [Picture(jpeg(swap), f"clothes of {clothes}, pose and body of {people[j]}") for j, swap in enumerate(row)]
         for clothes, row in zip(people, swap_matrix(model, s, f, args.batchsize), strict=True)
     ]
-    strips = {}
-    for code in ("appearance", "structure"):
-        shares, lines = interpolations(model, s[[0, -1]], f[[0, -1]], code, STEPS, args.batchsize)
-        points = [[Picture(jpeg(image), share) for image, share in zip(line, shares, strict=True)] for line in lines]
-        strips[code] = list(zip([originals[0], originals[-1]], points, strict=True))
-    return {"originals": originals, "matrix": matrix, "strips": strips}
+    return {"originals": originals, "matrix": matrix}
 
 
 def read_lists(folder: Path) -> dict[str, Any] | None:
