@@ -9,46 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from conftest import CPU
 
 from benchmarks import loader, ranking
 from data.folders import read_split
 from data.images import decoded, normalise
-from reid_eval.features import Features
-from reid_eval.ranking import SETTINGS
 from utils import run_cli
 
 
 # ---- what is compared
-@pytest.mark.parametrize("kind", ranking.KINDS)
-def test_the_plain_ranking_gives_our_numbers(kind: str) -> None:
-    query, gallery = ranking.make_problem(25, 300, 16, signal=ranking.KINDS[kind])
-    order = np.random.default_rng(0).permutation(len(gallery))
-    gallery = Features(gallery.features[order], gallery.pids[order], gallery.camids[order])
-    results = ranking.rank_sides(query, gallery)
-    for name, weights in SETTINGS.items():
-        expected = ranking.plain_reference(query, gallery, weights)
-        for convention, result in results[name].items():
-            np.testing.assert_allclose(result.ap, expected[convention], atol=1e-12)
-            np.testing.assert_allclose(result.inp, expected["inp"], atol=1e-12)
-            assert result.first.tolist() == expected["first"].tolist()
-
-
-def test_one_kind_of_features_is_good_and_one_at_chance_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "REPEATS", 1)
-    result = ranking.measure_speed(30, 800)
-    assert min(result["good"]["mAP"].values()) > 0.5
-    assert max(result["chance"]["mAP"].values()) < 0.15
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    assert loader.compare({"plain": lambda: None}, 3, 5, CPU)["times plain"] == {"plain": 1}
-    assert ranking.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
-
-
 def test_the_plain_pairs_are_the_loaders(tiny_data: Path) -> None:
     """A read image is one of the places that mirroring and moving can give it."""
     plain = loader.PlainPairs(read_split(tiny_data, "train_all", need_names=False))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import CPU, HEIGHT, WIDTH, Outcome, random_batches, tiny_config, tiny_trainer
 from PIL import Image
 
@@ -25,11 +24,10 @@ from data.images import decode_images, normalise, to_uint8
 from gen_eval.metrics import Protocol
 from runs.folder import RunFolder, start_folder
 from runs.grid import GAP
-from runs.release import export
 from runs.snapshot import save_snapshot
 from runs.swapper import load_swapper
 from utils import ROOT, UserError
-from visual_tools.figure import choose, draw_partners, file_names, labels
+from visual_tools.figure import choose, draw_partners, file_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Script = Callable[..., Outcome]
@@ -297,11 +295,6 @@ def test_the_choice_takes_different_people_first(tiny_data: Path) -> None:
         choose(images, len(images) + 1, 0)
 
 
-def test_labels_are_short(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 8)).save(tmp_path / "IMG_20200101_1234.png")
-    assert labels(read_people(tmp_path)) == ["…01_1234"]
-
-
 # -------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("name", ["show_rainbow", "test_folder"])
 def test_folders_that_nothing_can_be_made_of(place: Place, script: Script, tmp_path: Path, name: str) -> None:
@@ -359,25 +352,3 @@ def test_a_folder_with_files_is_left_alone_unless_forced(
     done(script(run, *place.where, "--out", out, "--force", *quick))
     assert (out / "mine.txt").read_text() == "mine" and len(list(out.iterdir())) > 4
     assert str(out / "mine.txt") in script(run, *place.where, "--out", out / "mine.txt").error
-
-
-# ------------------------------------------------------------------------------ networks of different runs
-@pytest.mark.parametrize("part", ["id", "gen"])
-def test_a_network_of_another_run_is_named(place: Place, script: Script, tmp_path: Path, part: str) -> None:
-    """By the manifest; in published runs, which have none, by its shapes."""
-    wider = snapshot(RunFolder(tmp_path, "wider"), backbone="resnet10w16", gen=dict(id_dim=128))
-    run = RunFolder(tmp_path / "mixed", "one")
-    shutil.copytree(place.run.path, run.path)
-    shutil.copy(wider.checkpoints / "00000001" / f"{part}.pt", run.checkpoints / "00000001")
-    where = Place(run, place.people).where
-    assert f"00000001/{part}.pt" in script("visual_tools/show_rainbow", *where).error
-    export(place.run.checkpoints, run.checkpoints)
-    shutil.rmtree(run.checkpoints / "00000001")
-    shutil.copy(wider.checkpoints / "00000001" / f"{part}.pt", run.checkpoints / f"{part}_00000001.pt")
-    assert f"{part}_00000001.pt" in script("visual_tools/show_rainbow", *where).error
-
-
-def test_an_id_net_of_other_people_is_named(script: Script, place: Place, tmp_path: Path) -> None:
-    run = snapshot(RunFolder(tmp_path, "six"), classes=6)
-    run.config_file.write_text(yaml.safe_dump(yaml.safe_load(run.config_file.read_text()) | dict(ID_class=4)))
-    assert "ID_class" in script("visual_tools/show_rainbow", *Place(run, place.people).where).error
