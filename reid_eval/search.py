@@ -53,7 +53,7 @@ def search(args: argparse.Namespace) -> None:
         for rank, (path, score) in enumerate(hits, 1):
             print(f"{rank:4}  {score:7.4f}  {path}")
         cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
-        results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
+        results.append(Result(str(query), str(query), cells))
     page = Path(args.page) if args.page else folder / "results.html"
     notes = [f"{tested.title}; gallery: {images}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")
