@@ -114,9 +114,7 @@ def write_ranked_lists(
         ap, text = None, "no match in the gallery"
         if first:
             ap = float(standard.ap[i])
-            text = (
-                f"AP standard {100 * ap:.2f} %, AP official {100 * official.ap[i]:.2f} %, first match at rank {first}"
-            )
+            text = f"AP standard {100 * ap:.2f} %, AP official {100 * official.ap[i]:.2f} %, first match: {first}"
         caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; {text}"
         hits = [
             Hit(

@@ -189,7 +189,7 @@ def test_rank_figure_of_an_evaluation(runs: Runs, script: Script) -> None:
         path, files, marks = queries.paths[query], page.files(i), page.sections[i]["marks"]
         assert files[0] == path and all(file.is_file() for file in files)
         caption = page.sections[i]["text"][0]
-        assert f"AP standard {100 * ap[query]:.2f} %" in caption and caption.endswith(f"rank {first[query]}")
+        assert f"AP standard {100 * ap[query]:.2f} %" in caption and caption.endswith(f"first match: {first[query]}")
         # Names tell what each mark has to be.
         pid, camid = path.name.split("s")[0].split("_c")
         for file, mark in zip(files[1:], marks[1:], strict=True):
