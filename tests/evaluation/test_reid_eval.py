@@ -189,21 +189,15 @@ def save_raw(path, sides, **changes):
         ({"gallery_f": np.full((50, 1024), np.nan, np.float32)}, "gallery_f"),
         ({"gallery_label": np.array(["a12"] * 50)}, "gallery_label"),
         ({"query_label": np.full(30, 1.5)}, "query_label"),
-        ({"query_label": np.full(30, 1e300)}, "query_label"),
-        ({"query_f": np.full((30, 1024), 1e300)}, "query_f"),
         ({"gallery_f": np.empty((0, 1024), np.float32)}, "gallery_f"),
         ({"query_cam": np.ones(29)}, "query_cam"),
         ({"query_cam": None}, "query_cam"),
-        ({"query_f": np.ones((30, 1024), np.complex64)}, "query_f"),
         ({"heads": np.array(["two"])}, "heads"),
         ({"heads": np.array(3)}, "3 heads"),
         ({"gallery_key": np.array(["a.jpg", "b.jpg"])}, "gallery_key"),
         ({"gallery_key": np.arange(50)}, "gallery_key"),
     ],
-    ids=[
-        *("dimensions", "nan", "names", "fractions", "huge-label", "huge-feature", "empty", "length", "missing"),
-        *("complex", "heads-word", "heads-number", "keys-length", "keys-numbers"),
-    ],
+    ids="dimensions nan names fractions empty length missing heads-word heads-number keys-length keys-numbers".split(),
 )
 def test_bad_feature_files(tmp_path, sides, changes, name):
     path = save_raw(tmp_path / "f.npz", sides, **changes)
@@ -273,33 +267,21 @@ def test_nets_without_two_heads_have_one_row(heads, label):
     assert list(result["tables"]["single query"]) == [label]
 
 
-def test_without_cameras_only_the_query_image_is_left_out(tmp_path):
+def test_without_cameras_names_tell_the_query_from_its_matches(tmp_path):
     """Two images of each identity, all of them queries and gallery, by way of a file."""
-    rng = np.random.default_rng(0)
-    pids = np.repeat(np.arange(1, 11), 2)
-    f = rng.standard_normal((10, 2, 512))[pids - 1] + 4 * rng.standard_normal((20, 2, 512))
-    f = (f / np.linalg.norm(f, axis=-1, keepdims=True)).astype(np.float32)
-    names = np.array([f"{'x' * (i % 7)}{i % 2}.jpg" for i in range(20)])
-    side = Features(f, pids, np.zeros(20, int), names)
+    side = make_side(20, noise=4.0)
+    side = replace(side, pids=np.repeat(np.arange(1, 11), 2), camids=np.zeros(20, int))
     with pytest.raises(UserError, match="--no-cameras"):
         report(side, side)
-    save_features(tmp_path / "f.npz", side, side)
+    named = replace(side, keys=np.array([f"{'x' * (i % 7)}{i % 2}.jpg" for i in range(20)]))
+    save_features(tmp_path / "f.npz", named, named)
     loaded = load_features(tmp_path / "f.npz")
-    assert loaded.gallery.keys.tolist() == names.tolist()
-
-    result = report(loaded.query, loaded.gallery, remove_same_camera=False)
-    # Worked out with all pairs of images but the 20 of an image with itself.
-    scores = f[:, 1] @ f[:, 1].T
-    np.fill_diagonal(scores, -np.inf)
-    ranks = [np.argsort(-row, kind="stable").tolist().index(i ^ 1) + 1 for i, row in enumerate(scores)]
-    assert 1 in ranks and max(ranks) > 1
-    assert result["tables"]["single query"]["fine"]["standard"]["mAP"] == pytest.approx(np.mean(1 / np.array(ranks)))
-    assert result["query_known_by_name"]
-
-    nameless = Features(f, pids, np.zeros(20, int))
-    result = report(nameless, nameless, remove_same_camera=False)
-    assert result["tables"]["single query"]["fine"]["standard"]["rank1"] == 1  # each finds itself
-    assert not result["query_known_by_name"]
+    first = {}
+    for known, (query, gallery) in ((True, (loaded.query, loaded.gallery)), (False, (side, side))):
+        result = report(query, gallery, remove_same_camera=False)
+        assert result["query_known_by_name"] == known
+        first[known] = result["tables"]["single query"]["fine"]["standard"]["rank1"]
+    assert first[True] < first[False] == 1  # without names each finds itself
 
 
 def test_command_line(tmp_path, sides, script):
