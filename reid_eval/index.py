@@ -19,7 +19,6 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data.folders import leave_out_prepared
 from data.images import check_images, load_image
 from data.listing import find_images, say_reading
 from files import Stamp, check_zip, digest_files, is_part, make_folder, stamp, write_whole
@@ -86,7 +85,7 @@ class SearchIndex:
         minutes, so that an interrupted one continues from there. Raises UserError for an empty gallery, unreadable
         images without `skip_bad`, and a folder that cannot be written.
         """
-        paths = leave_out_prepared(find_images(self.gallery, "--gallery"), self.gallery)
+        paths = find_images(self.gallery, "--gallery")
         stamps = {os.path.relpath(path, self.gallery): stamp(path) for path in paths}
         known = self.files
         same = [name for name, now in stamps.items() if name in known and now and now == known[name].stamp]

@@ -8,7 +8,6 @@ import os
 from functools import partial
 from pathlib import Path
 
-from data.folders import leave_out_prepared
 from data.images import check_images
 from data.listing import find_images, say_reading
 from files import digest_files
@@ -22,9 +21,12 @@ from visual_tools.ranked_lists import Hit, Result, write_page
 
 def search(args: argparse.Namespace) -> None:
     """Update the index, search it for every query, print the hits and write the page."""
-    queries = [path for query in args.query for path in leave_out_prepared(find_images(query, "--query"), Path(query))]
-    check_images(queries, skip_bad=False, remedy="leave them out")
-    say_reading({"query": queries})
+    found = [path for query in args.query for path in find_images(query, "--query")]
+    check_images(found, skip_bad=False, remedy="leave them out")
+    say_reading({"query": found})
+    asked: dict[str, Path] = {}  # one query of every content
+    for path, content in zip(found, digest_files(found), strict=True):
+        asked.setdefault(content, path)
     device = pick_device(args.device)
     tested = open_net(args, device)
     height, width = tested.size
@@ -42,12 +44,12 @@ def search(args: argparse.Namespace) -> None:
     images = f"{len(index)} images{f', {copies} of them copies' if copies else ''}"
     print(f"{tested.title}: {images} ({counts}); index in {folder}")
 
-    features = embed(queries)
+    features = embed(list(asked.values()))
     setting, _ = main_setting(features.shape[1])
     results = []
     # One more than asked for, since the query itself or a copy of it may be in the gallery; it is left out.
-    answers = zip(queries, digest_files(queries), index.search(to_vectors(features), args.top + 1), strict=True)
-    for query, content, nearest in answers:
+    answers = zip(asked.items(), index.search(to_vectors(features), args.top + 1), strict=True)
+    for (content, query), nearest in answers:
         hits = [(gallery / name, score) for name, score in nearest if index.files[name].content != content][: args.top]
         print(f"\n{query}")
         for rank, (path, score) in enumerate(hits, 1):

@@ -380,55 +380,9 @@ def test_copies_are_one_answer_and_those_of_the_query_are_none(search: Script, g
     for asked in (gallery / "3.jpg", gallery / "more" / "3-symlink.JPG", gallery / "more" / "3-link.jpg", query):
         for top in (1, 2, 11, 50):
             assert answers(clean(search("--query", asked, "--top", top)))[0] == expected[:top]
+    everything = answers(clean(search("--query", gallery, "--top", 1)))
+    assert len(everything) == 12  # a query, too, is asked once
     assert len(index_of(tmp_path)) == 18 and len(index_of(tmp_path).vectors) == 12
-
-
-@pytest.mark.parametrize("copy", [[], ["--copy"]])
-def test_a_prepared_folder_beside_the_originals_is_left_out(
-    script: Script, search: Script, archive: Path, tmp_path: Path, copy: list[str]
-) -> None:
-    everything = ("--gallery", archive, "--query", archive / "query", "--top", 100)
-    expected = answers(clean(search(*everything)))
-    assert script("prepare", "--dataset", "market1501", "--data_root", archive, *copy).code == 0
-    prepared, originals = archive / "pytorch", [path for path in archive.rglob("*.jpg") if "pytorch" not in path.parts]
-    copies = len(list(prepared.rglob("*.jpg")))
-    outcome = search(*everything)
-    assert answers(clean(outcome)) == expected
-    said = [list(map(int, re.findall(r"\d+", line.replace(str(prepared), "")))) for line in outcome.err.splitlines()]
-    assert said[0] == [len(list((archive / "query").glob("[!.]*.jpg")))] and str(prepared) in outcome.err
-    assert said[1] == [len([path for path in originals if path.name[0] != "."])] and copies in said[2]
-    assert {archive / name for name in index_of(tmp_path).files} <= set(originals)
-    # The same for a folder of data sets; and the queries are those of the originals, too.
-    above = ("--gallery", archive.parent, "--query", archive, "--top", 1, "--index", tmp_path / "above" / "index")
-    outcome = search(*above)
-    assert len(answers(clean(outcome))) == len(list(archive.rglob("[!.]*_*.jpg"))) - copies
-    assert not any("pytorch" in Path(name).parts for name in index_of(tmp_path / "above").files)
-
-
-def test_prepared_folders_that_are_searched(script: Script, search: Script, archive: Path, tmp_path: Path) -> None:
-    assert script("prepare", "--dataset", "market1501", "--data_root", archive).code == 0
-    query, prepared = noise(tmp_path / "query.png"), archive / "pytorch"
-
-    def searched(gallery: Path, index: str) -> set[Path]:
-        found = answers(
-            clean(search("--gallery", gallery, "--query", query, "--top", 100, "--index", tmp_path / index))
-        )
-        return {Path(path) for _, path in found[0]}
-
-    assert searched(prepared / "gallery", "1") == set((prepared / "gallery").rglob("*.jpg"))
-    # A folder that has merely the name.
-    (archive / "bounding_box_test" / "pytorch").mkdir()
-    person = archive / "bounding_box_test" / "pytorch" / "snake.png"
-    Image.new("RGB", (20, 44)).save(person)
-    assert person in searched(archive, "2")
-    # Without the originals, or under another name beside them.
-    different = {path.read_bytes() for path in prepared.rglob("*.jpg")}
-    prepared.rename(archive / "sorted")
-    assert {path.read_bytes() for path in searched(archive, "3")} >= different
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (archive / "sorted").rename(alone / "pytorch")
-    assert {path.read_bytes() for path in searched(alone, "4")} == different
 
 
 def test_default_places_of_a_teachers_index(runs: Runs, script: Script, gallery: Path, query: Path) -> None:
