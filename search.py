@@ -29,13 +29,6 @@ def parse_args() -> argparse.Namespace:
         help="folder that keeps the index (default: search/GALLERY-HASH in the folder of the run or the teacher)",
     )
     parser.add_argument("--rebuild", action="store_true", help="make the index anew, also for another model")
-    parser.add_argument(
-        "--approximate-from",
-        type=between(1),
-        default=200_000,
-        metavar="N",
-        help="number of images from which on an approximate index is used (default: 200000)",
-    )
     parser.add_argument("--skip-bad-images", action="store_true", help="omit unreadable gallery images")
     parser.add_argument(
         "--page", metavar="FILE", help="HTML page of the results (default: results.html beside the index, replaced)"

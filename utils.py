@@ -44,7 +44,6 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it notes every instruction set that it does not find
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -184,9 +183,8 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def add_rerank_argument(parser: argparse.ArgumentParser) -> None:
-    """`--rerank`, which is the field's variant, or `--rerank paper`."""
-    about = "also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3): as toolkits do it, or by the paper's formulas"
-    parser.add_argument("--rerank", nargs="?", const="field", choices=("field", "paper"), help=about)
+    about = "also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)"
+    parser.add_argument("--rerank", action="store_true", help=about)
 
 
 def check_net_arguments(args: argparse.Namespace) -> None:

@@ -1,13 +1,12 @@
 """Images per second of the training data, against a plain pipeline: `python -m benchmarks.loader`.
 
-speed  JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and xp of 256 x 128, on one thread:
-       plain    Pillow and torchvision's transforms, one image at a time, as the method is written
-       source   from the cache at the files' size
-       resized  from the cache of resized images
-       files    from the files
-       (per second of processor time on a CPU)
-share  of a training step: the time that the loop waits for its batches, which are made during the step before, and the
-       time that one thread takes to make them
+JPEG files of 128 x 64 (Market-1501's size) to augmented batches x and xp of 256 x 128, on one thread, per second of
+processor time on a CPU:
+
+plain    Pillow and torchvision's transforms, one image at a time, as the method is written
+source   from the cache at the files' size
+resized  from the cache of resized images
+files    from the files
 
 The embedded renderer draws the images. On a GPU, batches from a cache are made on the GPU.
 """
@@ -15,9 +14,7 @@ The embedded renderer draws the images. On a GPU, batches from a cache are made 
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -28,7 +25,6 @@ import torch
 from torchvision import transforms
 
 from benchmarks.machine import (
-    alternate,
     benchmark_parser,
     compare,
     describe_machine,
@@ -37,24 +33,12 @@ from benchmarks.machine import (
     plain_reader,
     write_result,
 )
-from config import load_config
 from data.cache import cached_images
 from data.folders import ImageList
 from data.loader import PairLoader
-from runs.folder import open_run
-from runs.session import build_session, to_device
-from utils import ROOT, between, pick_device, run_cli, set_threads
+from utils import between, pick_device, run_cli, set_threads
 
 HEIGHT, WIDTH, PAD = 256, 128, 10
-# By name: the config and changes of it. No weights and no teacher are read.
-ALONE = ["ID_class=auto", "pretrained=false"]
-NO_TEACHER = ["id_init=backbone", "max_teacher_w=0", "teacher_w=0"]
-RUNS = {
-    "latest": ("latest", NO_TEACHER),
-    "demo": ("demo", NO_TEACHER),
-    "demo-teacher": ("demo-teacher", []),
-    "demo-teacher, files": ("demo-teacher", ["cache_images=false"]),
-}
 
 
 class PlainPairs:
@@ -101,64 +85,19 @@ def measure_speed(images: ImageList, device: torch.device, *, batch_size: int, b
     return compare(ways, repeats, made, device) | {"cache_mb": sizes, "images per round": made}
 
 
-def measure_share(name: str, data: Path, device: torch.device, *, steps: int, skipped: int) -> dict:
-    """Median seconds of a step of the run `name` in `RUNS` and of its batches, and their shares.
-
-    skipped  steps at the start that set things up and do not count
-    """
-    file, changes = RUNS[name]
-    cfg = load_config(ROOT / "configs" / f"{file}.yaml", [f"data_root={data}", *ALONE, *changes])
-    session = build_session(cfg, open_run(str(data), "benchmark"), device, resume=False)
-    streams = [loader.batches() for loader in session.loaders]
-    waited, whole = [], []
-    try:
-        for t in range(skipped + steps):
-            start = time.perf_counter()
-            batches = [to_device(next(stream), device, cfg) for stream in streams]
-            waited.append(time.perf_counter() - start)
-            session.trainer.step(*batches, t)
-            finish(device)
-            whole.append(time.perf_counter() - start)
-    finally:
-        for stream in streams:
-            stream.close()
-
-    iteration = count()
-
-    def make() -> None:
-        t = next(iteration)
-        for loader in session.loaders:
-            loader.batch(t)
-        finish(device)
-
-    step, batch = statistics.median(whole[skipped:]), statistics.median(alternate({"batches": make}, 5)["batches"])
-    return {
-        "step": step,
-        "batches": batch,
-        "share waited": sum(waited[skipped:]) / sum(whole[skipped:]),
-        "share of one thread": batch / step,
-    }
-
-
 def main() -> None:
     parser = benchmark_parser("loader", __doc__)
     parser.add_argument("--batch-size", type=between(2), default=32, help="pairs x, xp in a batch (default: 32)")
-    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="of the share part (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few images and repeats, and no run of latest.yaml")
+    parser.add_argument("--quick", action="store_true", help="few images and repeats")
     args = parser.parse_args()
     set_threads(1)
     device = pick_device(args.device)
-    identities, batches, repeats, steps = (12, 1, 3, 2) if args.quick else (60, 4, 9, 20)
-    result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size, "share": {}}
+    identities, batches, repeats = (12, 1, 3) if args.quick else (60, 4, 9)
+    result = {"machine": describe_machine(), "device": str(device), "batch_size": args.batch_size}
     with tempfile.TemporaryDirectory() as folder:
         images = draw_images(Path(folder), identities)
         sizes = dict(batch_size=min(args.batch_size, len(images)), batches=batches, repeats=repeats)
         result |= {"images": len(images), "speed": measure_speed(images, device, **sizes)}
-        for name in args.runs:
-            slow = device.type == "cpu" and name == "latest"
-            how = dict(steps=1, skipped=0) if slow else dict(steps=steps, skipped=1)
-            if not (args.quick and name == "latest"):
-                result["share"][name] = measure_share(name, Path(folder) / "mannequins", device, **how)
     write_result(args.results, "loader", result)
 
 

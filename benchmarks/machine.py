@@ -21,11 +21,6 @@ import yaml
 from PIL import Image
 from torchvision import transforms
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 from data.folders import ImageList, read_split
 from files import write_json
 from mannequins.dataset import make_dataset
@@ -128,11 +123,9 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 
 def resident_bytes(key: str) -> int:
-    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest (without /proc for both; 0 on Windows)."""
+    """Resident memory of this process: `VmRSS` now, `VmHWM` the greatest; 0 where the system is not Linux."""
     status = Path("/proc/self/status")
-    if status.is_file():  # on Linux `ru_maxrss` includes the peak of the process that started this one
-        return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024 if status.is_file() else 0
 
 
 def write_result(folder: Path | str, name: str, result: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ plain tf32  the same with TF32, on CUDA only
 fp32        the real step with the default config
 bf16        precision: bf16, channels_last: true, if the device computes in bf16
 fp16        precision: fp16, channels_last: true, on CUDA only
-recompute   recompute: true, in bf16 if possible; not with --short
+recompute   recompute: true, in bf16 if possible
 
 Measures for each: seconds (median of the rounds; processor time on a CPU), the ratio to the plain step (median of the
-rounds' ratios), real images/s, the peak memory of the step, and without --short the kernels launched (on a CPU
-operations).
+rounds' ratios), real images/s and the peak memory of the step.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ CLASSES = 751
 AFTER_ALL_RAMPS = 40_000
 
 
-def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
+def variants(device: torch.device) -> dict[str, tuple[type[DGNetTrainer], dict[str, Any]]]:
     """Trainer and changes of the config by name; the plain one comes first."""
     cuda, full = device.type == "cuda", {"precision": "fp32"}
     half = {"channels_last": True, "precision": pick_precision(device, "auto")}
@@ -58,7 +57,7 @@ def variants(device: torch.device, *, short: bool) -> dict[str, tuple[type[DGNet
         "fp32": (True, DGNetTrainer, full),
         "bf16": (has_bf16(device), DGNetTrainer, half),
         "fp16": (cuda, DGNetTrainer, half | {"precision": "fp16"}),
-        "recompute": (not short, DGNetTrainer, half | {"recompute": True}),
+        "recompute": (True, DGNetTrainer, half | {"recompute": True}),
     }
     return {name: (kind, changes) for name, (wanted, kind, changes) in steps.items() if wanted}
 
@@ -106,27 +105,17 @@ def peak_memory(steps: Steps) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def launches(steps: Steps) -> int:
-    """Kernels launched in one step; on a CPU operations without operations inside."""
-    cuda = steps.device.type == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:
-        steps()
-    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    return sum(event.device_type == wanted and not event.cpu_children for event in profile.events())
-
-
-def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool) -> dict[str, Any]:
+def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int) -> dict[str, Any]:
     """The measurements that this module's docstring lists, by variant, ready for JSON."""
     made = {
         name: Steps(name, kind, cfg.model_copy(update=changes), device)
-        for name, (kind, changes) in variants(device, short=short).items()
+        for name, (kind, changes) in variants(device).items()
     }
     # The first step allocates and, on CUDA, chooses algorithms; it serves as the measurement of memory.
     memory = {name: peak_memory(steps) for name, steps in made.items()}
     seconds = alternate(made, rounds, clock_of(device))
     result: dict[str, Any] = {}
-    for name, steps in made.items():
+    for name in made:
         median = statistics.median(seconds[name])
         result[name] = {
             "median": median,
@@ -134,7 +123,7 @@ def measure(cfg: DGNetConfig, device: torch.device, *, rounds: int, short: bool)
             "plain / this": median_ratio(seconds["plain"], seconds[name]),
             "peak_memory": memory[name],
             "memory / plain": memory[name] / max(1, memory["plain"]),
-        } | ({} if short else {"launches": launches(steps)})
+        }
     return result
 
 
@@ -144,7 +133,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=between(2), help="pairs per step (default: the config's; 2 on a CPU)")
     parser.add_argument("--rounds", type=between(1), help="alternating rounds (default: 20 on CUDA, 3 on a CPU)")
     parser.add_argument("--threads", type=between(1), default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--short", action="store_true", help="leave out recompute and the count of launches")
     args = parser.parse_args()
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -161,7 +149,7 @@ def main() -> None:
         "batch_size": cfg.batch_size,
         "size": [cfg.crop_image_height, cfg.crop_image_width],
         "backbone": cfg.backbone,
-        "variants": measure(cfg, device, rounds=rounds, short=args.short),
+        "variants": measure(cfg, device, rounds=rounds),
     }
     write_result(args.results, f"train_step-{device.type}-batch{cfg.batch_size}", result)
 

@@ -313,19 +313,6 @@ def _unprepared(root: Path) -> Path:
     return root.parent if root.name == PREPARED_FOLDER else root
 
 
-def leave_out_prepared(paths: list[Path], root: Path) -> list[Path]:
-    """The images at or below `root`, without those of folders that prepare.py filled from the images beside them."""
-    folders = {folder for path in paths for folder in path.parents if folder.name == PREPARED_FOLDER}
-    for folder in sorted(folders):
-        if root in folder.parents and any((folder / split).is_dir() for split in SPLITS):
-            outside = [path for path in paths if folder not in path.parents]
-            if any(folder.parent in path.parents for path in outside):
-                for path in (path for path in paths if folder in path.parents):
-                    leave_out(path, f"in {folder}, made by prepare.py from the images beside it")
-                paths = outside
-    return paths
-
-
 # -------------------------------------------------------------------------------------- checks before hours of work
 def require_identities(images: ImageList) -> None:
     """Raise UserError if a training folder holds fewer than two identities."""

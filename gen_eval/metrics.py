@@ -5,7 +5,6 @@ A `Network` maps images (N, 3, H, W) uint8 to features (N, D), a `PairMeasure` t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +43,9 @@ class Protocol:
 
 
 # -------------------------------------------------------------------------------------------- networks
-def load_inception(folder: Path | None, device: torch.device) -> Network:
+def load_inception(device: torch.device) -> Network:
     """The Inception of published FIDs (TensorFlow's of 2015, with its resizing): images to (N, 2048)."""
-    path = _weights(URL_INCEPTION_V3, folder)
+    path = _weights(URL_INCEPTION_V3)
     try:
         net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (RuntimeError, TypeError, AttributeError):
@@ -55,27 +54,19 @@ def load_inception(folder: Path | None, device: torch.device) -> Network:
     return lambda images: net(images)[0]
 
 
-def load_lpips(folder: Path | None, device: torch.device) -> PairMeasure:
+def load_lpips(device: torch.device) -> PairMeasure:
     """LPIPS 0.1 on AlexNet: pairs of images (N, 3, H, W) uint8, H and W at least 32, to distances (N,)."""
-    path = _weights(AlexNet_Weights.IMAGENET1K_V1.url, folder)
-    cache = torch.hub.get_dir()
-    # The library reads AlexNet from PyTorch's cache only, so the cache points to the folder of the file for a moment.
-    with tempfile.TemporaryDirectory() as stand_in:
-        (Path(stand_in) / "checkpoints").symlink_to(path.parent.resolve(), target_is_directory=True)
-        torch.hub.set_dir(stand_in)
-        try:
-            net = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).net.to(device)
-        except (RuntimeError, TypeError, AttributeError):
-            raise UserError(f"{path}: not the weights of AlexNet; replace the file") from None
-        finally:
-            torch.hub.set_dir(cache)
+    path = _weights(AlexNet_Weights.IMAGENET1K_V1.url)  # where the library reads it
+    try:
+        net = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).net.to(device)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the weights of AlexNet; replace the file") from None
     return lambda a, b: net(a / 255, b / 255, normalize=True).flatten()
 
 
-def _weights(url: str, folder: Path | None) -> Path:
-    """The file of `url` in `folder` or in PyTorch's cache, which holds nothing but tensors."""
-    given = folder / url.rsplit("/", 1)[1] if folder else None
-    path = find_weights(url, str(given) if given and given.is_file() else None, "--weights DIR with the file in it")
+def _weights(url: str) -> Path:
+    """The file of `url` in PyTorch's cache, which holds nothing but tensors."""
+    path = find_weights(url, None, "the scores that need no weights")
     read_tensors(path)  # the libraries would unpickle anything
     return path
 
@@ -147,7 +138,6 @@ def score(
     device: torch.device,
     *,
     real_vs_real: bool = False,
-    weights: Path | None = None,
     network: Network | None = None,
     lpips: PairMeasure | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -155,7 +145,6 @@ def score(
 
     sides           the images, "real" and possibly "fake", of which `protocol.count` are drawn from each side
     real_vs_real    also FID and KID between two random halves of the real images, which are the floor
-    weights         folder of weights, besides PyTorch's cache
     network, lpips  replace Inception and LPIPS
 
     Returns `{"real" or "fake": {"images", "fid", "kid", "ssim", "lpips"}}` without the scores that were not computed,
@@ -170,7 +159,7 @@ def score(
 
     if real_vs_real or "fake" in sides:
         try:
-            network = network or load_inception(weights, device)
+            network = network or load_inception(device)
         except UserError as error:
             missing.append(f"FID, KID: {error}")
         else:
@@ -185,7 +174,7 @@ def score(
 
     measures: dict[str, PairMeasure] = {"ssim": ssim}
     try:
-        measures["lpips"] = lpips or load_lpips(weights, device)
+        measures["lpips"] = lpips or load_lpips(device)
     except UserError as error:
         missing.append(f"LPIPS: {error}")
     for name, images in sides.items():

@@ -1,4 +1,4 @@
-"""Scores of generated images, and the published ones: `python -m gen_eval.score --real DIR --fake DIR`."""
+"""Scores of generated images: `python -m gen_eval.score --real DIR --fake DIR`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ from files import write_json
 from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score
 from utils import UserError, between, pick_device, run_cli, set_threads
 
-# FID and SSIM as the DG-Net paper prints them, Market-1501.
-PUBLISHED = {
-    "Real": (7.22, 0.350),
-    "LSGAN": (136.26, None),
-    "PG2-GAN": (151.16, None),
-    "PN-GAN": (54.23, 0.335),
-    "FD-GAN": (257.00, 0.247),
-    "DG-Net": (18.24, 0.360),
-}
-PUBLISHED_NOTE = (
-    "published on Market-1501 by the DG-Net paper; protocol not known, not comparable, except for the ratio of SSIM"
-)
-PUBLISHED_COLUMNS = ("FID", "SSIM", "SSIM / real")
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
 PROTOCOL_KEYS = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")  # that are shown with the scores
 FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
@@ -42,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gen_eval.score",
         description="FID and KID between two folders of images, SSIM and LPIPS between images of one identity. Weights "
-        "are looked for in --weights and PyTorch's cache, then downloaded; a score without its weights names the file.",
+        "are looked for in PyTorch's cache, then downloaded; a score without its weights names the file.",
     )
     parser.add_argument("--real", required=True, metavar="DIR", help="data set, folder per person, or loose images")
     parser.add_argument("--fake", metavar="DIR", help="generated images, in any of these forms")
@@ -53,7 +40,6 @@ def parse_args() -> argparse.Namespace:
     size = dict(type=between(32), nargs=2, default=(128, 64), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--size", **size, help="every image is first resized to this (default: 128 64)")
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="of every random choice (default: 0)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the weights, besides PyTorch's cache")
     parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
@@ -61,8 +47,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.fake is None and not args.real_vs_real:
         raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
-    if args.weights and not args.weights.is_dir():
-        raise UserError(f"--weights {args.weights}: no such folder; give the folder that holds the weights")
     if args.out and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: is a folder; give a file")
     return args
@@ -108,24 +92,10 @@ def ratio_cells(row: dict[str, float]) -> list[str]:
     return [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
 
 
-def published_rows() -> dict[str, dict[str, float | None]]:
-    """FID and SSIM of the paper's rows, and the ratio of SSIM to its real row, by name; None where it gives none."""
-    real = PUBLISHED["Real"][1]
-    return {
-        name: {"fid": fid, "ssim": ssim, "ssim_ratio": ssim and ssim / real} for name, (fid, ssim) in PUBLISHED.items()
-    }
-
-
-def published_cells(row: dict[str, float | None]) -> list[str]:
-    """A published row as cells in the order of PUBLISHED_COLUMNS."""
-    cells = {"fid": "{:.2f}", "ssim": "{:.3f}", "ssim_ratio": "{:.2f}"}
-    return ["-" if row[key] is None else text.format(row[key]) for key, text in cells.items()]
-
-
-def score_cells(row: dict[str, float | None]) -> list[str]:
+def score_cells(row: dict[str, float]) -> list[str]:
     """A row of scores as cells in the order of COLUMNS, "-" for a score that is missing."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
-    scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items() if value is not None}
+    scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items()}
     return [formats[key].format(scaled[key]) if key in scaled else "-" for key in COLUMNS]
 
 
@@ -135,10 +105,9 @@ def print_scores(
     device: torch.device,
     *,
     real_vs_real: bool = False,
-    weights: Path | None = None,
 ) -> dict[str, Any]:
     """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`."""
-    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, weights=weights)
+    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real)
     stated = describe(sides, protocol)
     for side in sides:
         formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[side]["formats"].items())
@@ -159,12 +128,7 @@ def print_scores(
         print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
     if len({frozenset(stated[side]["formats"]) for side in sides}) > 1:
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
-    rows = published_rows()
-    print(f"\n{PUBLISHED_NOTE}:")
-    print_rows(PUBLISHED_COLUMNS, {name: published_cells(row) for name, row in rows.items()})
-    published = {"comparable": False, "note": PUBLISHED_NOTE, "rows": rows}
-    result = {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
-    return result | {"published": published}
+    return {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
 
 
 def print_rows(heads: Sequence[str], rows: dict[str, list[str]]) -> None:
@@ -184,7 +148,7 @@ def main() -> None:
     check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
     say_reading(sides)
     protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
-    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real, weights=args.weights)
+    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

@@ -15,16 +15,15 @@ from data.listing import say_reading
 from data.people import People, identify_people
 from files import digest_files, write_json
 from mannequins.dataset import load_factors
-from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, name_people, recognise
+from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, recognise
 from reid_eval.features import Features, extract_features
 from reIDmodel import IdNet
 from runs.folder import find_data, resolve_data_root
 from runs.load import find_teacher, load_teacher
-from runs.snapshot import people_of_snapshot, read_manifest
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, add_run_arguments, between, run_cli
 
-TRAINING_SWAPS = 256  # at most, for top-1 and for whom the run's heads name
+TRAINING_SWAPS = 256  # at most, for top-1
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
@@ -33,12 +32,6 @@ LABELS = {
     "reconstruction": "reconstruction (truth: its input)",
     "true": "true swap",
     "appearance": "the appearance image itself",
-}
-NAMED = {
-    "generated": "generated swap",
-    "true": "true swap",
-    "generated changed": "changed pixels generated, rest true",
-    "true changed": "changed pixels true, rest generated",
 }
 # Columns of the table by the keys of `image_errors`, with their decimals.
 ERRORS = {
@@ -111,10 +104,6 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
         if not elsewhere:
             people = read_split(root, "train_all")
             training = draw_swaps(model.swap, factors, people, count=min(count, TRAINING_SWAPS), **how)
-            known = people_of_snapshot(read_manifest(model.run.checkpoints, model.iteration))
-            if are_classes(people, root, model.id_net, known):
-                names = model.id_net.head_names
-                result["named"] = name_people(model.id_net, names, training, people.labels(), device=model.device)
     except UserError as error:
         notes.append(f"swaps of training images are left out: {error}")
     try:
@@ -131,24 +120,14 @@ def swap_table(result: dict[str, Any]) -> Cells:
     heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
     rows = {}
     for row, label in LABELS.items():
-        errors = result["images"].get(row, {})  # in a file of an earlier version without some
-        cells = [f"{errors[key]:.{digits}f}" if key in errors else "-" for key, (_, digits) in ERRORS.items()]
+        errors = result["images"].get(row, {})  # none of what is only recognised
+        cells = [f"{errors[key]:.{digits}f}" if errors else "-" for key, (_, digits) in ERRORS.items()]
         if asked:
             shares = asked.get(row, {}).get("official", {}) | {"top1": result["top1"].get(row)}
             values = [shares.get(key) for key in ("rank1", "mAP", "top1")]
             cells += ["-" if value is None else f"{100 * value:.1f}" for value in values]
         if errors or row in asked:
             rows[label] = cells
-    return heads, rows
-
-
-def named_table(named: dict[str, dict[str, dict[str, float]]]) -> Cells:
-    """The table of `name_people`'s result."""
-    heads = [f"{head}: {whose}" for head, sides in next(iter(named.values())).items() for whose in sides]
-    rows = {
-        NAMED[row]: [f"{100 * share:.1f}" for sides in by_head.values() for share in sides.values()]
-        for row, by_head in named.items()
-    }
     return heads, rows
 
 
@@ -182,9 +161,6 @@ def format_result(result: dict[str, Any], teacher: str) -> str:
             f"Rank-1, mAP: teacher {teacher}, these images as queries for the appearance identity "
             "(official convention); top-1: its classes, swaps of training images"
         )
-    if "named" in result:
-        lines.append("whom the run's heads name, swaps of training images, percent")
-        lines.append(format_table(*named_table(result["named"])))
     return "\n".join(lines)
 
 

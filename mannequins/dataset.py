@@ -18,7 +18,7 @@ import os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated
@@ -88,24 +88,17 @@ PRESETS: dict[str, dict[str, float]] = {
     "demo": dict(train_ids=600, test_ids=72, min_cameras=2, train_cameras=2, group_size=3, vivid=1),
     "large": dict(train_ids=400, test_ids=200, cameras=8, images_per_camera=4, distractors=400, junk=200),
 }
-DIFFICULTY_KEYS = ("tint", "light", "noise", "occluders")
 
 
-def make_settings(seed: int = 0, preset: str = "demo", difficulty: float = 1.0, **changes: float) -> Settings:
-    """The preset with `difficulty` multiplied into tint, light, noise and occluders, then `changes`.
+def make_settings(seed: int = 0, preset: str = "demo", **changes: float) -> Settings:
+    """The preset with `changes`.
 
     Raises UserError that names an unknown preset or setting, or a value out of range.
     """
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r}: unknown; use one of {', '.join(PRESETS)}")
-    if not 0 <= difficulty < math.inf:
-        raise UserError(f"difficulty={difficulty}: must not be negative")
-    values = Settings().model_dump() | PRESETS[preset] | {"seed": seed}
-    for name in DIFFICULTY_KEYS:
-        values[name] = round(values[name] * difficulty, 6)
-    values["occluders"] = min(1.0, values["occluders"])
     try:
-        settings = Settings(**(values | changes))
+        settings = Settings(**(PRESETS[preset] | {"seed": seed} | changes))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
@@ -292,16 +285,8 @@ class Factors:
         return render(self.factors_of(appearance_of)[0], *self.factors_of(structure_of)[1:], size)
 
     def dump(self) -> str:
-        """JSON with a line per person and per image."""
-
-        def block(entries: dict) -> str:
-            lines = (f"  {json.dumps(key)}: {json.dumps(asdict(value))}" for key, value in entries.items())
-            return "{\n" + ",\n".join(lines) + "\n }"
-
-        return (
-            f'{{\n "drawing": {DRAWING},\n "settings": {json.dumps(self.settings.model_dump())},\n'
-            f' "people": {block(self.people)},\n "images": {block(self.images)}\n}}\n'
-        )
+        """The text of factors.json."""
+        return json.dumps({"drawing": DRAWING} | TypeAdapter(Factors).dump_python(self, mode="json"))
 
 
 def is_embedded(path: Path | str) -> bool:
@@ -344,10 +329,8 @@ def _write_images(out: Path, entries: list[tuple[Person, str, Sight]]) -> None:
             (out / folder / name).write_bytes(buffer.getvalue())
 
 
-def make_dataset(
-    out: Path, seed: int = 0, preset: str = "demo", difficulty: float = 1.0, workers: int = 1, **changes: float
-) -> None:
-    """Write the data set that `make_settings(seed, preset, difficulty, **changes)` describes into `out`.
+def make_dataset(out: Path, seed: int = 0, preset: str = "demo", workers: int = 1, **changes: float) -> None:
+    """Write the data set that `make_settings(seed, preset, **changes)` describes into `out`.
 
     A complete data set is left alone, an interrupted one is finished. While images are written, the factors are in the
     file that marks an unfinished data set; at the end it is renamed to factors.json.
@@ -356,7 +339,7 @@ def make_dataset(
     Raises UserError for bad settings, a folder that holds anything else, and one that cannot be written.
     """
     out = Path(out)
-    settings = make_settings(seed, preset, difficulty, **changes)
+    settings = make_settings(seed, preset, **changes)
     done, part = out / "factors.json", out / UNFINISHED_MARK
     if done.is_file():
         present = load_factors(out)
@@ -381,12 +364,7 @@ def make_dataset(
         with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
             drawn = (pool.map if pool else map)(_write_images, repeat(out), chunks)
             deque(tqdm(drawn, "drawing", total=len(chunks), unit=f" x {CHUNK} images", disable=None), maxlen=0)
-        try:
-            part.replace(done)
-        except FileNotFoundError:
-            # Another process drew the same files at the same time and has renamed the mark.
-            if not done.is_file():
-                raise
+        part.replace(done)
     except OSError as error:
         remedy = "make room, set the permissions or give another folder; the same command then continues"
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); {remedy}") from None
@@ -398,17 +376,10 @@ def main(argv: list[str] | None = None) -> int:
         description="Draw the embedded pedestrian data set in Market-1501's layout, with the factors of every image."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; never overwritten")
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="sizes to start from (%(default)s)")
-    parser.add_argument(
-        "--difficulty", type=float, default=1.0, help=f"factor on {', '.join(DIFFICULTY_KEYS)} (%(default)s)"
-    )
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="sizes and difficulty (%(default)s)")
+    parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="random seed (%(default)s)")
     parser.add_argument("--workers", type=between(1), default=1, help="processes that draw (%(default)s)")
-    demo = make_settings()
-    for name, key in Settings.model_fields.items():
-        note = f"{key.description} (demo: {getattr(demo, name)})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=key.annotation, help=note)
-    options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    make_dataset(**options)
+    make_dataset(**vars(parser.parse_args(argv)))
     return 0
 
 

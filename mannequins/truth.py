@@ -238,11 +238,6 @@ def recognise(
     return result
 
 
-def predict(net: nn.Module, size: tuple[int, int], images: np.ndarray, *, device: torch.device) -> list[np.ndarray]:
-    """The class (n,) of images (n, H, W, 3) uint8 by each head of `net`, in eval mode, which reads them at `size`."""
-    return _forward(lambda x: [head.argmax(dim=1) for head in net(x)[1]], images, size, device)
-
-
 def classify(
     net: nn.Module, size: tuple[int, int], swaps: Swaps, labels: np.ndarray, *, device: torch.device
 ) -> dict[str, float]:
@@ -250,38 +245,10 @@ def classify(
 
     labels  (number of images,) the class of every image in the list that `swaps` were drawn from
     """
-    return {
-        row: float((predict(net, size, pictures, device=device)[0] == labels[source]).mean())
-        for row, pictures, source in _rows_and_sources(swaps)
-    }
-
-
-def name_people(
-    net: nn.Module, heads: Sequence[str], swaps: Swaps, labels: np.ndarray, *, device: torch.device
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Whom each head of a run's `net` names: `{row: {head: {"structure": a, "clothes": b}}}`.
-
-    a and b are the shares of images that are given the class of the structure image, and of the appearance image. The
-    rows are "generated", "true", "generated changed" (generated on the pixels that the true swap changes, true
-    elsewhere), and "true changed" (the other way round).
-
-    heads   their names, in the net's order
-    labels  as for `classify`
-    """
-    generated, true, changed = swaps.images["generated"], swaps.images["true"], changed_pixels(swaps)[..., None]
-    rows = {
-        "generated": generated,
-        "true": true,
-        "generated changed": np.where(changed, generated, true),
-        "true changed": np.where(changed, true, generated),
-    }
-    wanted = {"structure": labels[swaps.structure], "clothes": labels[swaps.appearance]}
     result = {}
-    for row, images in rows.items():
-        classes = dict(zip(heads, predict(net, images.shape[1:3], images, device=device), strict=True))
-        result[row] = {
-            head: {whose: float((given == y).mean()) for whose, y in wanted.items()} for head, given in classes.items()
-        }
+    for row, pictures, source in _rows_and_sources(swaps):
+        (classes,) = _forward(lambda x: [net(x)[1][0].argmax(dim=1)], pictures, size, device)
+        result[row] = float((classes == labels[source]).mean())
     return result
 
 

@@ -19,11 +19,10 @@ from data.images import iter_images
 from files import check_zip, make_folder, write_whole
 from parallel.collectives import gather, rank, world_size
 from precision import autocast, pick_precision
-from reid_eval.matfile import read_mat
 from reid_eval.ranking import check_finite
 from utils import UserError, evaluating, halve_until_it_fits, one_line
 
-HEAD_DIM = 512  # of a head in the .mat files of the release
+HEAD_DIM = 512  # of a head in the files of the release
 GROWTH = 100  # how many times its size a feature file may unpack to; features themselves hardly shrink
 # Images per pass, each with its mirror. A larger pass is no faster on a CPU; a GPU may need a smaller one.
 CPU_BATCH, GPU_BATCH = 32, 512
@@ -180,29 +179,28 @@ def _arrays(prefix: str, side: Features | None) -> dict[str, np.ndarray]:
 
 
 def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
-    """Read a feature file, written here or by the release's scripts.
+    """Read an `.npz` feature file; with `multi` the multi-query images too.
 
-    A `.mat` of the release does not say how many heads it holds: a row whose length is a multiple of 512 is split into
-    heads of 512, any other row is one head. With `multi` the multi-query images are read too; those of a `.mat` are in
-    `multi_query.mat` beside it.
+    A file of the release, converted to `.npz`, does not say how many heads it holds: a row whose length is a multiple
+    of 512 is split into heads of 512, any other row is one head.
 
     Raises UserError for a file that is missing or of another kind, parts that are missing or do not fit together,
     identities or cameras that are not whole numbers, and features that are not finite.
     """
     path = Path(path)
-    second = path.with_name("multi_query.mat") if multi and path.suffix != ".npz" else path
-    for file in (path, second):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; `python test.py --multi --save-features FILE` writes one")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python test.py --multi --save-features FILE` writes one")
+    if path.suffix == ".mat":
+        convert = f"numpy.savez('{path.stem}.npz', **scipy.io.loadmat('{path.name}'))"
+        raise UserError(f'{path}: convert it with `python -c "import numpy, scipy.io; {convert}"`; .npz files are read')
     arrays = _read(path)
-    sides = [_side(arrays, prefix, path) for prefix in ("query", "gallery")]
-    if multi:
-        sides.append(_side(arrays if second == path else _read(second), "mquery", second))
+    prefixes = ("query", "gallery", "mquery") if multi else ("query", "gallery")
+    sides = [_side(arrays, prefix, path) for prefix in prefixes]
     expected = sides[0].features.shape[1:]
-    for side, prefix in zip(sides, ("query", "gallery", "mquery"), strict=False):
+    for side, prefix in zip(sides, prefixes, strict=True):
         if side.features.shape[1:] != expected:
             raise UserError(
-                f"{second if prefix == 'mquery' else path}: {prefix}_f has {side.features.shape[1:]} numbers per image "
+                f"{path}: {prefix}_f has {side.features.shape[1:]} numbers per image "
                 f"(heads, dim) but query_f has {expected}; extract all with the same model"
             )
     return FeatureFile(*sides)
@@ -210,15 +208,12 @@ def load_features(path: Path | str, *, multi: bool = False) -> FeatureFile:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        if path.suffix != ".npz":
-            return read_mat(path, growth=GROWTH)
         check_zip(path, growth=GROWTH)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except Exception as error:  # zipfile, zlib, struct, ...: every kind of damage has its exception
         raise UserError(
-            f"{path}: not a readable {path.suffix} feature file ({one_line(error)}); give a .npz written here or the "
-            "release's pytorch_result.mat"
+            f"{path}: not a readable feature file ({one_line(error)}); give a .npz that test.py has written"
         ) from None
 
 
@@ -247,17 +242,11 @@ def _side(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> Features:
     if keys is not None:
         if keys.dtype.kind != "U":
             raise UserError(f"{path}: {prefix}_key does not hold names")
-        keys = np.char.rstrip(keys)  # a .mat fills up with spaces
+        keys = np.char.rstrip(keys)  # one that was a .mat is filled up with spaces
     return Features(features, pids, camids, keys, paths)
 
 
 def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
-    values = np.ravel(values)
     if values.dtype.kind not in "iu":
-        try:
-            values = values.astype(np.float64)
-        except (TypeError, ValueError):
-            values = np.array([np.nan])
-        if not (np.abs(values) < 2.0**63).all() or (values != np.round(values)).any():
-            raise UserError(f"{path}: {name} holds values that are not whole numbers")
-    return values.astype(np.int64)
+        raise UserError(f"{path}: {name} holds values that are not whole numbers")
+    return np.ravel(values).astype(np.int64)

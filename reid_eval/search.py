@@ -8,14 +8,11 @@ import os
 from functools import partial
 from pathlib import Path
 
-import faiss
-
-from data.folders import leave_out_prepared
 from data.images import check_images
 from data.listing import find_images, say_reading
 from files import digest_files
 from reid_eval.features import extract_features
-from reid_eval.index import RECALL_AT, fingerprint, open_index, to_vectors
+from reid_eval.index import fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
@@ -24,13 +21,14 @@ from visual_tools.ranked_lists import Hit, Result, write_page
 
 def search(args: argparse.Namespace) -> None:
     """Update the index, search it for every query, print the hits and write the page."""
-    queries = [path for query in args.query for path in leave_out_prepared(find_images(query, "--query"), Path(query))]
-    check_images(queries, skip_bad=False, remedy="leave them out")
-    say_reading({"query": queries})
+    found = [path for query in args.query for path in find_images(query, "--query")]
+    check_images(found, skip_bad=False, remedy="leave them out")
+    say_reading({"query": found})
+    asked: dict[str, Path] = {}  # one query of every content
+    for path, content in zip(found, digest_files(found), strict=True):
+        asked.setdefault(content, path)
     device = pick_device(args.device)
     tested = open_net(args, device)
-    if args.threads:
-        faiss.omp_set_num_threads(args.threads)
     height, width = tested.size
     how = dict(height=height, width=width, batch_size=args.batchsize, device=device, progress=False)
     embed = partial(extract_features, tested.net, **how)
@@ -40,25 +38,24 @@ def search(args: argparse.Namespace) -> None:
     digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
     folder = Path(args.index or tested.folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}")
     index = open_index(folder, gallery, fingerprint(tested.net, tested.size), tested.title, rebuild=args.rebuild)
-    changes = index.update(embed, approximate_from=args.approximate_from, skip_bad=args.skip_bad_images)
-    kind = f"approximate, recall@{RECALL_AT} {index.recall:.3f} on a sample" if index.approximate else "exact"
+    changes = index.update(embed, skip_bad=args.skip_bad_images)
     counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
-    copies = len(index) - len(index.contents)
+    copies = len(index) - len(index.vectors)
     images = f"{len(index)} images{f', {copies} of them copies' if copies else ''}"
-    print(f"{tested.title}: {images} ({counts}), {kind}; index in {folder}")
+    print(f"{tested.title}: {images} ({counts}); index in {folder}")
 
-    features = embed(queries)
+    features = embed(list(asked.values()))
     setting, _ = main_setting(features.shape[1])
     results = []
     # One more than asked for, since the query itself or a copy of it may be in the gallery; it is left out.
-    answers = zip(queries, digest_files(queries), index.search(to_vectors(features), args.top + 1), strict=True)
-    for query, content, nearest in answers:
+    answers = zip(asked.items(), index.search(to_vectors(features), args.top + 1), strict=True)
+    for (content, query), nearest in answers:
         hits = [(gallery / name, score) for name, score in nearest if index.files[name].content != content][: args.top]
         print(f"\n{query}")
         for rank, (path, score) in enumerate(hits, 1):
             print(f"{rank:4}  {score:7.4f}  {path}")
         cells = [Hit(str(path), f"{rank}, {score:.3f}") for rank, (path, score) in enumerate(hits, 1)]
-        results.append(Result(str(query), str(query), cells, {"best score": hits[0][1] if hits else None}))
+        results.append(Result(str(query), str(query), cells))
     page = Path(args.page) if args.page else folder / "results.html"
-    notes = [f"{tested.title}; gallery: {images}, {kind}; score: {setting}"]
+    notes = [f"{tested.title}; gallery: {images}; score: {setting}"]
     print(f"page written to {write_page(page, results, title=f'Search in {gallery}', notes=notes)}")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.folders import ON, ImageList, identity_in, is_data_set, read_people, read_swaps
+from data.folders import ON, ImageList, identity_in, is_data_set, read_people
 from data.images import check_images, iter_images, to_uint8
 from data.listing import say_reading
 from files import make_folder, write_whole
@@ -171,22 +171,20 @@ def draw_partners(pids: np.ndarray, seed: int) -> np.ndarray:
     return by_person[np.where(place >= start, place + end - start, place)]
 
 
-def write_swaps(model: Swapper, images: ImageList, count: int, seed: int, out: Path, batch_size: int) -> ImageList:
+def write_swaps(model: Swapper, images: ImageList, count: int, seed: int, out: Path, batch_size: int) -> None:
     """Write `count` of the images, chosen from `seed`, in the clothes of random other people into `out`.
 
-    Returns the written files as `read_swaps`. Raises UserError for damaged images before it writes.
+    Raises UserError for damaged images before it writes.
     """
     chosen, partners = choose(images, count, seed), draw_partners(images.pids, seed)
     check_images(images.paths, skip_bad=False, remedy="remove them")
-    names, written = swap_names(images), []
+    names = swap_names(images)
     appearance, structure = (
         iter_images([images.paths[i] for i in side], *model.size, batch_size) for side in (partners[chosen], chosen)
     )
     swaps = (image for pair in zip(appearance, structure, strict=True) for image in to_uint8(model.swap(*pair)))
     for j, image in zip(tqdm(chosen, "images", leave=False, disable=None), swaps, strict=True):
-        written.append(out / f"{names[partners[j]]}{ON}{names[j]}.png")
-        write_image(written[-1], image)
-    return read_swaps(written)
+        write_image(out / f"{names[partners[j]]}{ON}{names[j]}.png", image)
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -42,12 +41,12 @@ class Hit:
 
 @dataclass(frozen=True)
 class Result:
-    """A query with its list. The page sorts by `values`, which have the same names in every result; None comes last."""
+    """A query with its list, and its AP (standard); None without a match or without identities."""
 
     path: str
     caption: str
     hits: Sequence[Hit]
-    values: dict[str, float | None] = field(default_factory=dict)
+    ap: float | None = None
 
 
 # --------------------------------------------------------------------------------------------- the page
@@ -75,12 +74,11 @@ def write_page(out: Path, results: Sequence[Result], *, title: str, notes: Seque
     sections = [
         {
             "query": linked(result.path, result.caption),
-            "sort_values": json.dumps(list(result.values.values())),
             "hits": [linked(hit.path, hit.caption) | {"mark": hit.mark} for hit in result.hits],
         }
         for result in results
     ]
-    return write_html(out, "page.html", title=title, notes=notes, sort_keys=list(results[0].values), results=sections)
+    return write_html(out, "page.html", title=title, notes=notes, results=sections)
 
 
 # --------------------------------------------------------------------------------------- an evaluation
@@ -98,9 +96,9 @@ def write_ranked_lists(
     """Write the ranked lists of an evaluation into `folder` and return the paths; existing files are replaced.
 
     `rank_figure{suffix}.png`  `count` worst, `count` best and `count` random queries by `standard` AP
-    `rank_page{suffix}.html`   all queries, to sort and to scroll through
+    `rank_page{suffix}.html`   all queries, the worst first
     `rank_lists{suffix}.json`  the queries of the picture, which the report shows: `{"setting", "legend", "lists":
-                               [{"kind", "path", "caption", "hits": [{"path", "caption", "mark"}], "values"}]}`
+                               [{"kind", "path", "caption", "hits": [{"path", "caption", "mark"}], "ap"}]}`
 
     query, gallery  both sides with their `paths`
     rankings        of these queries by convention, with the scores of `ranking.main_setting`
@@ -113,10 +111,10 @@ def write_ranked_lists(
     results = []
     for i, entries in enumerate(first_entries(query, gallery, remove_same_camera=remove_same_camera)):
         first = int(standard.first[i])
-        aps = {f"AP {name}": float(rankings[name].ap[i]) if first else None for name in ("standard", "official")}
-        text = "no match in the gallery"
+        ap, text = None, "no match in the gallery"
         if first:
-            text = ", ".join(f"{name} {100 * ap:.2f} %" for name, ap in aps.items()) + f", first match at rank {first}"
+            ap = float(standard.ap[i])
+            text = f"AP standard {100 * ap:.2f} %, AP official {100 * official.ap[i]:.2f} %, first match: {first}"
         caption = f"{query.paths[i]}: identity {query.pids[i]}, camera {query.camids[i]}; {text}"
         hits = [
             Hit(
@@ -126,7 +124,7 @@ def write_ranked_lists(
             )
             for e in entries
         ]
-        results.append(Result(os.path.abspath(query.paths[i]), caption, hits, aps | {"first match": first or None}))
+        results.append(Result(os.path.abspath(query.paths[i]), caption, hits, ap))
     legend = LEGEND if remove_same_camera else LEGEND_NO_CAMERAS
     notes = [
         f"{standard.queries} queries ({standard.without_match} without a match), {len(gallery)} gallery images; "
@@ -136,7 +134,8 @@ def write_ranked_lists(
     ]
     shown = [(kind, results[i]) for kind, i in choose_queries(standard, count)]
     picture = draw_lists(folder / f"rank_figure{suffix}.png", shown)
-    page = write_page(folder / f"rank_page{suffix}.html", results, title=title, notes=notes)
+    worst_first = sorted(results, key=lambda result: 2 if result.ap is None else result.ap)
+    page = write_page(folder / f"rank_page{suffix}.html", worst_first, title=title, notes=notes)
     file = folder / f"rank_lists{suffix}.json"
     queries = [{"kind": kind} | asdict(result) for kind, result in shown]
     write_json(file, {"setting": setting, "legend": legend, "lists": queries})
@@ -166,7 +165,7 @@ def draw_lists(path: Path, lists: Sequence[tuple[str, Result]]) -> Path:
         [_cell(query.path, width, "query", ""), *(_cell(h.path, width, h.caption, h.mark) for h in query.hits)]
         for _, query in lists
     ]
-    labels = [f"{kind}: AP {100 * query.values['AP standard']:.1f} % (standard)" for kind, query in lists]
+    labels = [f"{kind}: AP {100 * query.ap:.1f} % (standard)" for kind, query in lists]
     return write_grid(path, rows, row_labels=labels, cell_height=rows[0][0].shape[0])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import hashlib
 import io
 import shlex
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from config import Config
@@ -27,12 +25,12 @@ from runs.snapshot import read_manifest, snapshots
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, own_command, set_threads
 from visual_tools.curves import draw_panels, read_log
-from visual_tools.figure import check_free, choose_input, interpolations, labels, swap_matrix
+from visual_tools.figure import check_free, choose_input, labels, swap_matrix
 from visual_tools.ranked_lists import write_html
-from visual_tools.tables import generation_tables, highlights, read_from, reid_tables, results, settings_table, show
+from visual_tools.tables import generation_tables, read_from, reid_tables, settings_table, show
 
 T = TypeVar("T")
-COUNT, STEPS = 6, 7  # images of the swap matrix by default; points of an interpolation
+COUNT = 6  # images of the swap matrix by default
 LISTS, HEIGHT = 4, 192  # ranked lists of each kind; pixels of their images at most
 
 
@@ -67,8 +65,7 @@ def thumbnail(path: str) -> str:
 def draw_swaps(model: Swapper, args: argparse.Namespace) -> dict[str, Any]:
     """Swaps of the images that the options choose, as the template shows them. Raises UserError without images.
 
-    `originals` are N pictures; `matrix[i][j]` has the clothes of i on the person of j; `strips` holds, for "appearance"
-    and "structure", pairs of an original and a line of pictures between two codes that keep its other code.
+    `originals` are N pictures; `matrix[i][j]` has the clothes of i on the person of j.
     """
     images = choose_input(args, model, COUNT)
     pixels, s, f = model.read(images.paths, args.batchsize)
@@ -78,12 +75,7 @@ def draw_swaps(model: Swapper, args: argparse.Namespace) -> dict[str, Any]:
         [Picture(jpeg(swap), f"clothes of {clothes}, pose and body of {people[j]}") for j, swap in enumerate(row)]
         for clothes, row in zip(people, swap_matrix(model, s, f, args.batchsize), strict=True)
     ]
-    strips = {}
-    for code in ("appearance", "structure"):
-        shares, lines = interpolations(model, s[[0, -1]], f[[0, -1]], code, STEPS, args.batchsize)
-        points = [[Picture(jpeg(image), share) for image, share in zip(line, shares, strict=True)] for line in lines]
-        strips[code] = list(zip([originals[0], originals[-1]], points, strict=True))
-    return {"originals": originals, "matrix": matrix, "strips": strips}
+    return {"originals": originals, "matrix": matrix}
 
 
 def read_lists(folder: Path) -> dict[str, Any] | None:
@@ -151,23 +143,19 @@ def gather(args: argparse.Namespace, run: RunFolder, cfg: Config) -> dict[str, A
         with contextlib.suppress(Damaged):  # the report can do without
             circumstances = (read_manifest(run.checkpoints, steps) or {}).get("circumstances", {})
     circumstances = reading_of(run, cfg) | circumstances
-    generation, swaps, truth = [], None, None
+    generation, swaps = [], None
     if generates:
         generation = attempt("generation", lambda: generation_tables(run)) or []
-        if "generation" not in missing:
-            truth = dict(results(run.path, "reduction")).get(run.path / "swaps.json")
         model = attempt("swaps", lambda: open_swapper(args), asked=args.which_epoch is not None)
         if model is not None:
             steps, asked = model.iteration, args.input is not None or args.count is not None
             swaps = attempt("swaps", lambda: draw_swaps(model, args), asked=asked)
-    rates = scalars.get("images_per_second")
     return {
         "name": run.name,
         "generates": generates,
         "date": date.today().isoformat(),
         "steps": steps,
         "cfg": cfg,
-        "highlights": highlights(reid, truth, None if rates is None else np.median(rates[1])),
         "panels": {title: data_uri(svg, "svg+xml") for title, svg in draw_panels(scalars).items()},
         "reid_tables": reid,
         "generation_tables": generation,
@@ -206,8 +194,5 @@ def write_report(args: argparse.Namespace) -> None:
                 raise UserError(f"--{key}: {run.name} is a teacher's run, which has no swaps; omit the option")
     set_threads(args.threads)
     out = check_free(Path(args.out), suffix=".html", force=args.force) if args.out else run.path / "report.html"
-    # The hash in the page's policy lets the browser run this script and no other. The rest is escaped.
-    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    write_html(out, "report.html", script=Markup(script), script_hash=digest, **gather(args, run, cfg))
+    write_html(out, "report.html", **gather(args, run, cfg))
     print(f"report written to {out} ({out.stat().st_size / 1e6:.1f} MB)")

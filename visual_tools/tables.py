@@ -10,16 +10,8 @@ from typing import Any, NamedTuple
 from config import Config, changed_from_default
 from files import read_json
 from gen_eval.score import COLUMNS as SCORES
-from gen_eval.score import (
-    PROTOCOL_KEYS,
-    PUBLISHED_COLUMNS,
-    PUBLISHED_NOTE,
-    published_cells,
-    published_rows,
-    ratio_cells,
-    score_cells,
-)
-from mannequins.against_truth import describe_shares, named_table, swap_table
+from gen_eval.score import PROTOCOL_KEYS, ratio_cells, score_cells
+from mannequins.against_truth import describe_shares, swap_table
 from reid_eval.ranking import BOTH
 from reid_eval.report import COLUMNS, ROW_LABELS
 from runs.folder import RunFolder
@@ -113,8 +105,8 @@ def reid_table(caption: str, notes: list[str], rows: list[Row]) -> Table:
     return Table(caption, ["net", "head", "AP", *COLUMNS.values(), "mAP - teacher"], cells, 3, notes, strong)
 
 
-def swaps_tables(result: dict[str, Any]) -> list[Table]:
-    """The tables of `swaps.json` of `mannequins.against_truth`: errors, and the people that the run's heads name."""
+def swaps_table(result: dict[str, Any]) -> Table:
+    """The table of `swaps.json` of `mannequins.against_truth`."""
     heads, rows = swap_table(result)
     caption = (
         f"Swaps against the renderer's own, {result['pairs']} swaps of test images of {result['tested_on']}, "
@@ -127,16 +119,7 @@ def swaps_tables(result: dict[str, Any]) -> list[Table]:
         "training images.",
         f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.",
     ]
-    tables = [Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))]
-    if "named" in result:
-        heads, rows = named_table(result["named"])
-        note = (
-            "How often a head names the structure image's person, and the owner of the clothes. What it names on "
-            "generated but not on true swaps, it may read from errors of the generator."
-        )
-        caption = "Whom the run's own heads name, swaps of training images, %"
-        tables.append(Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, [note]))
-    return tables
+    return Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))
 
 
 def generation_tables(run: RunFolder) -> list[Table]:
@@ -144,9 +127,8 @@ def generation_tables(run: RunFolder) -> list[Table]:
     tables = []
     for path, result in results(run.path, "reduction"):
         with read_from(path):
-            tables += swaps_tables(result)
-    scored = list(results(run.path, "scores"))
-    for path, result in scored:
+            tables.append(swaps_table(result))
+    for path, result in results(run.path, "scores"):
         with read_from(path):
             rows = [[images, *score_cells(row)] for images, row in result["scores"].items()]
             rows += [["fake / real", *ratio_cells(result["ratio_to_real"])]] if result["ratio_to_real"] else []
@@ -154,12 +136,6 @@ def generation_tables(run: RunFolder) -> list[Table]:
             notes = [*result["not_computed"], protocol]
             strong = frozenset(range(len(result["scores"])))
             tables.append(Table(f"Scores of {path.name}", ["images", *SCORES.values()], rows, 1, notes, strong))
-    if scored:
-        heads, rows = (
-            ["images", *PUBLISHED_COLUMNS],
-            [[name, *published_cells(row)] for name, row in published_rows().items()],
-        )
-        tables.append(Table("Published scores, not comparable", heads, rows, 1, [f"{PUBLISHED_NOTE}."]))
     return tables
 
 
@@ -170,27 +146,3 @@ def settings_table(cfg: Config) -> Table:
         for key, (value, default) in changed_from_default(cfg).items()
     ]
     return Table(f"{len(rows)} settings differ from the default", ["key", "here", "default"], rows, 3)
-
-
-def highlights(tables: list[Table], swaps: dict[str, Any] | None, rate: float | None) -> list[tuple[str, str, str]]:
-    """The run in a few numbers, as (name, value, remark).
-
-    tables  those of `reid_tables`, of which the first counts
-    swaps   the content of `swaps.json`
-    rate    images per second
-    """
-    tiles = []
-    if tables:
-        official = {i: row for i, row in enumerate(tables[0].rows) if row[2] == "official"}
-        best = next((i for i in official if i in tables[0].strong), max(official))
-        teacher = next((row for i, row in official.items() if row[0].startswith("teacher ") and i != best), None)
-        for name in ("Rank-1", "mAP"):
-            column = tables[0].heads.index(name)
-            remark = f"teacher {teacher[column]}" if teacher else ""
-            tiles.append((f"{name}, official", f"{official[best][column]} %", remark))
-    if swaps is not None:
-        remark = f"{swaps['generated']:.1f} against {swaps['copy']:.1f} grey levels"
-        tiles.append(("swap error below copying", f"{100 * swaps['reduction']:.1f} %", remark))
-    if rate is not None:
-        tiles.append(("images per second", f"{rate:.1f}", "median of the training"))
-    return tiles

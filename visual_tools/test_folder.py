@@ -1,8 +1,7 @@
 """A whole folder generated again: every image's structure in the clothes of a random other person.
 
 A_on_B.png has the clothes of A on the person of B. Where the names of A and B do not say who is the same person, the
-identity is put in front of both. Then the scores of gen_eval.score against the input images, which
-`python -m gen_eval.score --real INPUT --fake OUT` computes too.
+identity is put in front of both. `python -m gen_eval.score --real INPUT --fake OUT` computes scores.
 
 python visual_tools/test_folder.py --name latest --input ../Market/pytorch --split gallery --out generated
 """
@@ -12,38 +11,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, from any directory
 
-from utils import UserError, run_cli
+from utils import run_cli
 from visual_tools.options import figure_parser
 
 
 def main() -> None:
-    parser = figure_parser(
+    args = figure_parser(
         __doc__,
         count="images to generate, chosen by --seed (default: all)",
         out="new or empty folder for the PNG files (default: the run's images/folder_ITERATION)",
         least=1,
         most=None,
-    )
-    parser.add_argument("--no-score", action="store_true", help="omit the scores")
-    parser.add_argument(
-        "--weights", type=Path, metavar="DIR", help="folder with the scores' weights, besides PyTorch's cache"
-    )
-    args = parser.parse_args()
+    ).parse_args()
 
-    from gen_eval import metrics, score
     from visual_tools.figure import open_figure, read_input, write_swaps
 
     model, out = open_figure(args, "folder", suffix="")
     images = read_input(args, model)
-    swaps = write_swaps(model, images, args.count or len(images), args.seed, out, args.batchsize)
-    print(f"{len(swaps)} images written to {out}")
-    if args.no_score or len(swaps) < 2:
-        return
-    protocol = metrics.Protocol(seed=args.seed, batch_size=args.batchsize)
-    try:
-        score.print_scores({"real": images, "fake": swaps}, protocol, model.device, weights=args.weights)
-    except UserError as error:  # the images are written, even if the scores lack something
-        print(f"scores: {error}")
+    count = args.count or len(images)
+    write_swaps(model, images, count, args.seed, out, args.batchsize)
+    print(f"{count} images written to {out}")
 
 
 if __name__ == "__main__":

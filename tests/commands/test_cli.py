@@ -609,7 +609,6 @@ def test_the_swap_error_of_a_run(trained: Runs, script: Script, tmp_path: Path) 
     assert images["generated"]["changed"] == written["generated"] and images["copy"]["changed"] == written["copy"]
     assert set(written["recognised"]) == set(written["top1"]) == {"appearance", "true", *images}
     assert set(written["shares"]) == {"shade", "pattern", "colour"}
-    assert set(written["named"]["generated changed"]) == {"primary", "fine-grained"}
     assert "tutor" in script(*measure, "tutor").error
     # On another data set it has a file of its own.
     make_dataset(tmp_path / "others", preset="tiny", seed=5)

@@ -10,7 +10,6 @@ import torch
 
 from data.folders import ImageList, read_split
 from data.images import normalise, to_uint8
-from gen_eval.similarity import ssim
 from mannequins.dataset import load_factors
 from mannequins.truth import (
     MOST_PSNR,
@@ -21,14 +20,12 @@ from mannequins.truth import (
     draw_swaps,
     image_errors,
     measure_swaps,
-    name_people,
     recognise,
     recolour_pixels,
     shrink,
     take_apart,
 )
 from reid_eval.features import Features, embed_images
-from reIDmodel import build_id_net
 from runs.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs
 from utils import UserError
 
@@ -70,12 +67,6 @@ def test_recoloured_is_bright_as_the_structure_image() -> None:
     assert (recolour_pixels(true, true) == true).all()
     dark = recolour_pixels(np.zeros_like(true), true)
     assert (dark == (30, 0, 0)).all()  # what would be below black is black
-
-
-def test_ssim_of_constant_images_is_the_term_of_the_means() -> None:
-    a, b = torch.full((1, 3, 32, 16), 90, dtype=torch.uint8), torch.full((1, 3, 32, 16), 140, dtype=torch.uint8)
-    c1 = (0.01 * 255) ** 2
-    assert ssim(a, b).tolist() == pytest.approx([(2 * 90 * 140 + c1) / (90**2 + 140**2 + c1)], abs=1e-3)
 
 
 def test_truth_and_copy_are_the_two_ends(tiny_data: Path) -> None:
@@ -193,31 +184,6 @@ def test_recognition_asks_for_the_appearance() -> None:
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
     assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in recognised.items()} == pytest.approx(expected)
-
-
-def test_whom_the_heads_name() -> None:
-    """The first head goes by the clothes, the second by the hair: channels of the lower and of the upper half."""
-
-    class Halves(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            upper, lower = x.chunk(2, dim=2)
-            return x, (lower.mean((2, 3)), upper.mean((2, 3)))
-
-    i, j = np.array([0, 1, 2]), np.array([1, 2, 0])  # classes of clothes and of structure
-    images = {"true": painted(j, i), "copy": painted(j, j), "generated": painted(i, np.array([0, 1, 0]))}
-    swaps = Swaps(i, j, images)
-    ab = build_id_net("AB", 3, backbone="resnet10w8")
-    heads_of = name_people(Halves(), ab.head_names, swaps, np.arange(3), device=torch.device("cpu"))
-    assert list(heads_of) == ["generated", "true", "generated changed", "true changed"]
-    named = {row: [(by["structure"], by["clothes"]) for by in heads.values()] for row, heads in heads_of.items()}
-    assert list(heads_of["true"]) == ["primary", "fine-grained"]
-    third = pytest.approx(1 / 3)
-    assert named["true"] == [(0, 1), (1, 0)]
-    assert named["generated"] == named["generated changed"][:1] + [(0, 1)] == [(third, pytest.approx(2 / 3)), (0, 1)]
-    parts = build_id_net("PCB", 3, backbone="resnet10w8").head_names
-    of_parts = name_people(lambda x: (x, (x.mean((2, 3)),) * 4), parts, swaps, np.arange(3), device=torch.device("cpu"))
-    assert list(of_parts["true"]) == ["part 1", "part 2", "part 3", "part 4"]
-    assert named["generated changed"][1] == (1, 0) and named["true changed"] == [(0, 1), (0, 1)]
 
 
 def test_images_come_back_from_normalised_space() -> None:

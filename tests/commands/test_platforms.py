@@ -96,7 +96,6 @@ def test_folders_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_machine_that_says_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.delattr(os, "getloadavg")
-    monkeypatch.setattr("benchmarks.machine.resource", None)
     monkeypatch.setattr("benchmarks.machine.Path", lambda _: Path("nowhere"))
     machine = describe_machine()
     assert machine["memory_gib"] is None and machine["load"] is None and machine["cores"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.ranking import plain_reference
 from reid_eval import ranking
 from reid_eval.features import Features
 from reid_eval.ranking import first_entries, rank
@@ -153,24 +154,6 @@ def test_golden_ranking(seed, case):
 # ---- properties ----
 
 
-def slow_reference(scores, q_pids, g_pids, q_camids, g_camids):
-    """One argsort and set operations per query: (ap official, ap standard, inp, first), 0 without a match."""
-    rows = []
-    for i in range(len(q_pids)):
-        same, here = set(np.flatnonzero(g_pids == q_pids[i])), set(np.flatnonzero(g_camids == q_camids[i]))
-        junk = set(np.flatnonzero(g_pids == -1))
-        order = [g for g in np.argsort(-scores[i], kind="stable") if g not in (same & here) | junk]
-        positions = [r for r, g in enumerate(order) if g in same - here - junk]
-        trapezoidal = precision = 0.0
-        for n, r in enumerate(positions):
-            before = n / r if r else 1.0
-            trapezoidal += (before + (n + 1) / (r + 1)) / 2 / len(positions)
-            precision += (n + 1) / (r + 1) / len(positions)
-        inp, first = (len(positions) / (positions[-1] + 1), positions[0] + 1) if positions else (0.0, 0)
-        rows.append((trapezoidal, precision, inp, first))
-    return np.array(rows).T
-
-
 @st.composite
 def problems(draw):
     """Scores with many ties (a few values) or without, labels with junk, distractors and missing identities."""
@@ -185,10 +168,14 @@ def problems(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.sampled_from([(200, 1024, 1 << 18), (200, 0, 1 << 18), (0, 0, 1 << 18), (200, 1024, 100)]))
-def test_agrees_with_the_slow_reference(problem, ways):
+def test_agrees_with_the_plain_reference_of_the_benchmark(problem, ways):
     """`ways` to count: beside the matches in the gallery, each match on its own, the whole row sorted, in pieces."""
     scores, labels = problem
-    official, standard, inp, first = slow_reference(scores, *labels)
+    q_pids, g_pids, q_camids, g_camids = labels
+    # Products with the rows of the identity matrix are the scores.
+    query = Features(scores[:, None], q_pids, q_camids)
+    gallery = Features(np.eye(len(g_pids), dtype=np.float32)[:, None], g_pids, g_camids)
+    official, standard, inp, first = plain_reference(query, gallery, (1.0,)).values()
     valid = first > 0
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("_COUNT_AT_MOST", "_SORT_AT_MOST", "_COMPARE_BYTES"), ways, strict=True):
@@ -294,8 +281,8 @@ def test_bad_input_is_refused(query, gallery, labels, options):
 # ---- re-ranking and multi-query ----
 
 
-def slow_rerank(x, nq, k1, k2, lambda_value, variant):
-    """The formulas of Zhong et al. (2017), or what the field makes of them, with sets and loops."""
+def slow_rerank(x, nq, k1, k2, lambda_value):
+    """What the field makes of the formulas of Zhong et al. (2017), with sets and loops."""
     n = len(x)
     d = ((x[:, None] - x[None]) ** 2).sum(-1)
     d /= d.max(1, keepdims=True)
@@ -312,8 +299,7 @@ def slow_rerank(x, nq, k1, k2, lambda_value, variant):
         result = set(base)
         for q in base:
             more = reciprocal(q, round(k1 / 2))
-            part = 3 * len(base & more) - 2 * len(more)
-            if part > 0 or (part == 0 and variant == "paper"):
+            if 3 * len(base & more) > 2 * len(more):
                 result |= more
         return result
 
@@ -321,24 +307,22 @@ def slow_rerank(x, nq, k1, k2, lambda_value, variant):
     for p in range(n):
         for g in extended(p):
             v[p, g] = np.exp(-d[p, g])
-        if variant == "field":
-            v[p] /= v[p].sum()
+        v[p] /= v[p].sum()
     v = np.stack([v[order[p][:k2]].mean(0) for p in range(n)])
     result = np.empty((nq, n - nq))
     for p in range(nq):
         for g in range(nq, n):
             m = np.minimum(v[p], v[g]).sum()
-            jaccard = 1 - m / (2 - m if variant == "field" else np.maximum(v[p], v[g]).sum())
+            jaccard = 1 - m / (2 - m)
             result[p, g - nq] = (1 - lambda_value) * jaccard + lambda_value * d[p, g]
     return result
 
 
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (5, 1, 0.0), (7, 3, 1.0), (90, 70, 0.3)])
-@pytest.mark.parametrize("variant", ["field", "paper"])
-def test_reranking_is_its_formulas(k1, k2, lambda_value, variant, monkeypatch):
+def test_reranking_is_its_formulas(k1, k2, lambda_value, monkeypatch):
     monkeypatch.setattr("reid_eval.reranking._CHUNK_BYTES", 20_000)
     query, gallery, q_pids, *_ = golden_data(5, 15, 45, 8, 3, dim=16, noise=0.7)
-    how = dict(k1=k1, k2=k2, lambda_value=lambda_value, variant=variant)
+    how = dict(k1=k1, k2=k2, lambda_value=lambda_value)
     result = rerank(query[:, None], gallery[:, None], **how)
     joint = np.concatenate([query, gallery]).astype(np.float64)
     np.testing.assert_allclose(result, slow_rerank(joint, 15, **how), atol=2e-6)
@@ -354,14 +338,6 @@ def test_reranking_weights_the_heads():
         rerank(q, g, weights=(1, -1))
     with pytest.raises(UserError):
         rerank(q, g, k1=0)
-    with pytest.raises(UserError):
-        rerank(q, g, variant="ours")
-
-
-def test_an_overlap_of_exactly_two_thirds_expands_in_the_papers_variant_alone():
-    query, gallery, *_ = golden_data(5, 15, 45, 8, 3, dim=16, noise=0.7)
-    field, paper = (rerank(query[:, None], gallery[:, None], variant=variant) for variant in ("field", "paper"))
-    assert np.abs(field - paper).max() > 1e-3
 
 
 def test_multi_query_is_the_plain_mean_over_identity_and_camera():

@@ -223,14 +223,11 @@ def test_the_benchmark_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for has in (False, True):
         for module in (train_step, precision):
             monkeypatch.setattr(module, "has_bf16", lambda device, has=has: has)
-        assert list(train_step.variants(CPU, short=False)) == ["plain", "fp32", *["bf16"] * has, "recompute"]
-        assert train_step.variants(CPU, short=False)["recompute"][1]["precision"] == ("bf16" if has else "fp32")
+        assert list(train_step.variants(CPU)) == ["plain", "fp32", *["bf16"] * has, "recompute"]
+        assert train_step.variants(CPU)["recompute"][1]["precision"] == ("bf16" if has else "fp32")
     options = ["--config", str(config), "--rounds", "1", "--device", "cpu", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train_step", *options])
     train_step.main()
     variants = json.loads((tmp_path / "train_step-cpu-batch2.json").read_text())["variants"]
     assert list(variants) == ["plain", "fp32", "bf16", "recompute"]
     assert variants["plain"]["plain / this"] == 1
-    # The plain step makes gradients that nobody uses, and a pass for every image.
-    assert 1000 < variants["fp32"]["launches"] < variants["plain"]["launches"]
-    assert variants["recompute"]["launches"] > variants["bf16"]["launches"]

@@ -33,7 +33,6 @@ from conftest import (
     tiny_trainer,
 )
 
-from benchmarks import kill_test
 from data.folders import read_split
 from data.generated import Row, write_rows
 from runs.folder import RunFolder
@@ -676,15 +675,20 @@ def test_a_killed_worker_ends_a_run_that_can_be_resumed(light: Runs) -> None:
     light.assert_same("whole", "parts")
 
 
-# ------------------------------------------------------------------------------------------- kill test
 @pytest.mark.slow
-def test_two_kills(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["kill_test", "--kills", "2", "--data", str(tiny_data), "--results", str(tmp_path)]
-    )
-    assert kill_test.main() == 0, capsys.readouterr().out
-    result = json.loads((tmp_path / "kill_test.json").read_text())
-    assert result["kills"] == 2 and result["same_as_undisturbed"] is True
-    assert result["files_compared"] == {"checkpoints": 12, "images": 6}
+def test_a_process_that_is_killed_twice_ends_as_an_undisturbed_one(light: Runs) -> None:
+    """By SIGKILL, as soon as a snapshot is being written."""
+    options = ("--config", light.folder / "config.yaml", "--name", "killed", "--output_path", light.folder)
+    command = [sys.executable, ROOT / "train.py", *options, "--resume", "auto", "--device", "cpu", "--threads", "1"]
+    checkpoints = light.run("killed") / "checkpoints"
+    for _ in range(2):
+        before = set(checkpoints.glob("*"))
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and set(checkpoints.glob("*")) <= before:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    clean(light.train("killed", "--resume", "auto"))
+    steps = light.config["max_iter"]
+    assert light.hashes("killed", steps) == light.hashes("whole", steps)
+    assert light.images("killed") == light.images("whole")
