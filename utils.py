@@ -183,8 +183,9 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def add_rerank_argument(parser: argparse.ArgumentParser) -> None:
-    about = "also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)"
-    parser.add_argument("--rerank", action="store_true", help=about)
+    """`--rerank`, which is the field's variant, or `--rerank paper`."""
+    about = "also k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3): as toolkits do it, or by the paper's formulas"
+    parser.add_argument("--rerank", nargs="?", const="field", choices=("field", "paper"), help=about)
 
 
 def check_net_arguments(args: argparse.Namespace) -> None:

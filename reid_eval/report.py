@@ -27,7 +27,7 @@ COLUMNS = {"rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mAP": "mA
 class ReidResult(NamedTuple):
     """One row of a report.
 
-    task        "single query" or "multi-query", either with ", re-ranked" after it
+    task        "single query" or "multi-query", either with ", re-ranked (field)" or "(paper)" after it
     setting     a name of `ranking.default_settings`
     convention  a name of `ranking.CONVENTIONS`
     """
@@ -49,7 +49,7 @@ def evaluate_features(
     gallery: Features,
     *,
     multi: Features | None = None,
-    rerank: bool = False,
+    rerank: str | None = None,
     remove_same_camera: bool = True,
 ) -> list[ReidResult]:
     """Every task under every score setting and convention, in the order of the table.
@@ -57,7 +57,7 @@ def evaluate_features(
     Args:
         query, gallery: features and labels of both sides.
         multi: multi-query images; adds the tasks in which their means replace the queries.
-        rerank: adds the k-reciprocal re-ranked tasks (k1 20, k2 6, lambda 0.3).
+        rerank: adds the k-reciprocal re-ranked tasks (k1 20, k2 6, lambda 0.3) by this one of `reranking.VARIANTS`.
         remove_same_camera: False is for data without cameras (see `ranking.rank`).
 
     Several processes share the rankings, and each returns all results. Raises UserError as `ranking.rank`,
@@ -88,8 +88,8 @@ def evaluate_features(
         if setting is None:
             ranked = rank(queries[task], gallery, gallery.features)
         else:
-            distances = reranking.rerank(queries[task], neighbours.features, weights=settings[setting])
-            task, ranked = f"{task}, re-ranked", {setting: rank(-distances, neighbours, None)["scores"]}
+            distances = reranking.rerank(queries[task], neighbours.features, weights=settings[setting], variant=rerank)
+            task, ranked = f"{task}, re-ranked ({rerank})", {setting: rank(-distances, neighbours, None)["scores"]}
         share.append([ReidResult(task, s, c, result) for s, by in ranked.items() for c, result in by.items()])
     shares = collectives.gather(share)
     return [row for i in range(len(shares[0])) for rows in shares if i < len(rows) for row in rows[i]]

@@ -10,6 +10,11 @@ from scipy.sparse import coo_array, csr_array
 from utils import UserError
 
 _CHUNK_BYTES = 256 << 20
+# Two readings of the method; their numbers do not compare.
+VARIANTS = {
+    "field": "as in the code that re-identification toolkits share",
+    "paper": "by the formulas of the paper",
+}
 
 
 def multi_query(
@@ -46,17 +51,18 @@ def rerank(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
+    variant: str = "field",
 ) -> np.ndarray:
-    """Re-ranked distances (nq, ng) float32 in 0..1, smaller is better, as in the code that toolkits share.
+    """Re-ranked distances (nq, ng) float32 in 0..1, smaller is better.
 
     Over the joint set of queries and gallery images:
 
     - N(p, k): p and its k nearest images (for the local query expansion: the k2 nearest, p being the first);
     - R(p, k) = {g in N(p, k) : p in N(g, k)};
-    - R*(p, k1) = R(p, k1) and every R(q, k1 / 2), q in R(p, k1), of which R(p, k1) holds more than 2/3 (in the
+    - R*(p, k1) = R(p, k1) and every R(q, k1 / 2), q in R(p, k1), of which R(p, k1) holds more than 2/3 (`variant`
       paper: at least 2/3);
-    - V_p[g] = exp(-d(p, g)) for g in R*(p, k1), else 0; V_p is divided by its sum (in the paper it is not); then V_p =
-      mean of V_g over g in N(p, k2);
+    - V_p[g] = exp(-d(p, g)) for g in R*(p, k1), else 0; V_p is divided by its sum (paper: it is not); then V_p = mean
+      of V_g over g in N(p, k2);
     - d_J(p, g) = 1 - sum min(V_p, V_g) / sum max(V_p, V_g);
     - the result is (1 - lambda) d_J + lambda d.
 
@@ -67,6 +73,8 @@ def rerank(
     in `ranking.rank`, none negative, all 1 when None; k1 and k2 are at least 1 and cut to the number of images; lambda
     is in 0..1. Raises UserError for values out of range.
     """
+    if variant not in VARIANTS:
+        raise UserError(f"re-ranking: variant {variant}; use one of {', '.join(VARIANTS)}")
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
         raise UserError(f"re-ranking: k1 {k1}, k2 {k2}, lambda {lambda_value}; k must be >= 1, lambda in 0..1")
     heads = query.shape[1]
@@ -84,12 +92,14 @@ def rerank(
     half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
     shared = reciprocal.multiply(reciprocal @ half).tocoo()  # |R(p, k1) & R(q, k1 / 2)| for q in R(p, k1)
     size = half.sum(1)
-    taken = 3 * shared.data > 2 * size[shared.col]
+    least = 2 * size[shared.col]
+    taken = 3 * shared.data >= least if variant == "paper" else 3 * shared.data > least
     expansion = csr_array((np.ones(taken.sum(), np.float32), (shared.row[taken], shared.col[taken])), shape=(n, n))
     expanded = (reciprocal + expansion @ half).tocoo()
 
     weight = np.exp(-_distances_at(x, norm, greatest, expanded))
-    weight /= np.bincount(expanded.row, weights=weight, minlength=n)[expanded.row].astype(weight.dtype)
+    if variant == "field":
+        weight /= np.bincount(expanded.row, weights=weight, minlength=n)[expanded.row].astype(weight.dtype)
     v = csr_array((weight, (expanded.row, expanded.col)), shape=(n, n))
     if k2 > 1:
         v = _rows_of(nearest[:, :k2], 1 / min(k2, n)) @ v

@@ -281,8 +281,8 @@ def test_bad_input_is_refused(query, gallery, labels, options):
 # ---- re-ranking and multi-query ----
 
 
-def slow_rerank(x, nq, k1, k2, lambda_value):
-    """What the field makes of the formulas of Zhong et al. (2017), with sets and loops."""
+def slow_rerank(x, nq, k1, k2, lambda_value, variant):
+    """The formulas of Zhong et al. (2017), or what the field makes of them, with sets and loops."""
     n = len(x)
     d = ((x[:, None] - x[None]) ** 2).sum(-1)
     d /= d.max(1, keepdims=True)
@@ -299,7 +299,8 @@ def slow_rerank(x, nq, k1, k2, lambda_value):
         result = set(base)
         for q in base:
             more = reciprocal(q, round(k1 / 2))
-            if 3 * len(base & more) > 2 * len(more):
+            part = 3 * len(base & more) - 2 * len(more)
+            if part > 0 or (part == 0 and variant == "paper"):
                 result |= more
         return result
 
@@ -307,22 +308,24 @@ def slow_rerank(x, nq, k1, k2, lambda_value):
     for p in range(n):
         for g in extended(p):
             v[p, g] = np.exp(-d[p, g])
-        v[p] /= v[p].sum()
+        if variant == "field":
+            v[p] /= v[p].sum()
     v = np.stack([v[order[p][:k2]].mean(0) for p in range(n)])
     result = np.empty((nq, n - nq))
     for p in range(nq):
         for g in range(nq, n):
             m = np.minimum(v[p], v[g]).sum()
-            jaccard = 1 - m / (2 - m)
+            jaccard = 1 - m / (2 - m if variant == "field" else np.maximum(v[p], v[g]).sum())
             result[p, g - nq] = (1 - lambda_value) * jaccard + lambda_value * d[p, g]
     return result
 
 
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (5, 1, 0.0), (7, 3, 1.0), (90, 70, 0.3)])
-def test_reranking_is_its_formulas(k1, k2, lambda_value, monkeypatch):
+@pytest.mark.parametrize("variant", ["field", "paper"])
+def test_reranking_is_its_formulas(k1, k2, lambda_value, variant, monkeypatch):
     monkeypatch.setattr("reid_eval.reranking._CHUNK_BYTES", 20_000)
     query, gallery, q_pids, *_ = golden_data(5, 15, 45, 8, 3, dim=16, noise=0.7)
-    how = dict(k1=k1, k2=k2, lambda_value=lambda_value)
+    how = dict(k1=k1, k2=k2, lambda_value=lambda_value, variant=variant)
     result = rerank(query[:, None], gallery[:, None], **how)
     joint = np.concatenate([query, gallery]).astype(np.float64)
     np.testing.assert_allclose(result, slow_rerank(joint, 15, **how), atol=2e-6)
@@ -338,6 +341,14 @@ def test_reranking_weights_the_heads():
         rerank(q, g, weights=(1, -1))
     with pytest.raises(UserError):
         rerank(q, g, k1=0)
+    with pytest.raises(UserError):
+        rerank(q, g, variant="ours")
+
+
+def test_an_overlap_of_exactly_two_thirds_expands_in_the_papers_variant_alone():
+    query, gallery, *_ = golden_data(5, 15, 45, 8, 3, dim=16, noise=0.7)
+    field, paper = (rerank(query[:, None], gallery[:, None], variant=variant) for variant in ("field", "paper"))
+    assert np.abs(field - paper).max() > 1e-3
 
 
 def test_multi_query_is_the_plain_mean_over_identity_and_camera():

@@ -238,8 +238,8 @@ def test_files_that_are_something_else(tmp_path):
 
 def test_results_report_and_table(sides):
     query, gallery = sides["query"], sides["gallery"]
-    results = evaluate_features(query, gallery, multi=multi_of(sides), rerank=True)
-    tasks = [f"{task}{ranked}" for ranked in ("", ", re-ranked") for task in ("single query", "multi-query")]
+    results = evaluate_features(query, gallery, multi=multi_of(sides), rerank="paper")
+    tasks = [f"{task}{ranked}" for ranked in ("", ", re-ranked (paper)") for task in ("single query", "multi-query")]
     settings, conventions = ["primary", "both (beta 0.5)", "fine"], ["official", "standard"]
     assert [row[:3] for row in results] == [(t, s, c) for t in tasks for s in settings for c in conventions]
     for official, standard in zip(results[::2], results[1::2], strict=True):
@@ -289,7 +289,7 @@ def test_command_line(tmp_path, sides, script):
     file, out, lost = tmp_path / "f.npz", tmp_path / "out.json", tmp_path / "lost.npz"
     save_features(file, query, gallery, multi)
     done = script("reid_eval/report", file, "--multi", "--rerank", "--json", out)
-    expected = report(query, gallery, multi=multi, rerank=True)
+    expected = report(query, gallery, multi=multi, rerank="field")
     assert done.out == format_table(expected) + "\n"
     assert json.loads(out.read_text()) == {"file": str(file)} | expected
     save_features(lost, Features(query.features, query.pids + 1000, query.camids), gallery)

@@ -175,7 +175,7 @@ def report_of() -> dict[str, Any]:
         values = rng.standard_normal((n, 2, 8)).astype(np.float32)
         pids = np.arange(n) % 6
         sides.append(Features(values, pids, rng.integers(1, 4, n) if n == 60 else pids % 3))
-    results = evaluate_features(sides[0], sides[1], multi=sides[2], rerank=True)
+    results = evaluate_features(sides[0], sides[1], multi=sides[2], rerank="field")
     return summary(results, sides[0], sides[1])
 
 
