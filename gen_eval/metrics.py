@@ -20,9 +20,10 @@ from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 
 from data.folders import ImageList
-from data.images import iter_images, to_uint8
+from data.images import iter_images, normalise, to_uint8
 from files import read_tensors
 from gen_eval.similarity import ssim
+from reIDmodel import IdNet
 from runs.weights import find_weights
 from utils import UserError
 
@@ -52,6 +53,11 @@ def load_inception(device: torch.device) -> Network:
         raise UserError(f"{path}: not the weights of that Inception; replace the file") from None
     net.to(device)
     return lambda images: net(images)[0]
+
+
+def trunk_features(net: IdNet) -> Network:
+    """The pooled trunk of a teacher where Inception's weights are not to be had: images to (N, code_dim)."""
+    return lambda images: net.pool(net.feature_map(normalise(images))).flatten(1)
 
 
 def load_lpips(device: torch.device) -> PairMeasure:

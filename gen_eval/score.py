@@ -17,12 +17,15 @@ from data.folders import ImageList, read_people
 from data.images import check_images
 from data.listing import say_reading
 from files import write_json
-from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score
-from utils import UserError, between, pick_device, run_cli, set_threads
+from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score, trunk_features
+from reIDmodel import IdNet
+from runs.folder import open_run
+from runs.load import load_teacher_for_test
+from utils import UserError, add_machine_arguments, between, pick_device, run_cli, set_threads
 
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
 PROTOCOL_KEYS = ("drawn", "preparation", "fid", "kid", "ssim, lpips", "seed")  # that are shown with the scores
-FULL_RANK = 2049  # with fewer images the covariance of 2048 features cannot have full rank
+INCEPTION = "Inception of 2015 by torch-fidelity, 2048 features, float64"
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,13 +40,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--real-vs-real", action="store_true", help="FID and KID between random halves of --real")
     parser.add_argument("--count", type=between(2), help="images to draw from each folder (default: all)")
     parser.add_argument("--pairs", type=between(1), default=2000, help="pairs for SSIM and LPIPS (default: 2000)")
-    size = dict(type=between(32), nargs=2, default=(128, 64), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--size", **size, help="every image is first resized to this (default: 128 64)")
+    size = dict(type=between(32), nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", **size, help="every image is first resized to this (default: 128 64, or --teacher's)")
+    parser.add_argument("--teacher", metavar="NAME", help="FID and KID by this teacher's trunk instead of Inception")
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="of every random choice (default: 0)")
     parser.add_argument("--batchsize", type=between(1), default=32, help="images per pass (default: 32)")
     parser.add_argument("--out", metavar="FILE", help="write protocol and scores here too, as JSON")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add_machine_arguments(parser)
     args = parser.parse_args()
     if args.fake is None and not args.real_vs_real:
         raise UserError("--fake is missing; give the generated images, or --real-vs-real for the floor alone")
@@ -52,8 +55,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def describe(sides: dict[str, ImageList], protocol: Protocol) -> dict[str, Any]:
-    """The protocol as it applies to the images of "real" and possibly "fake", ready for JSON."""
+def describe(sides: dict[str, ImageList], protocol: Protocol, features: str = INCEPTION) -> dict[str, Any]:
+    """The protocol as it applies to the images of "real" and possibly "fake", ready for JSON.
+
+    features  what FID and KID are computed of
+    """
     subset = min(KID_SUBSET_SIZE, *(protocol.count or len(images) for images in sides.values()))
     about = {
         name: {
@@ -67,7 +73,7 @@ def describe(sides: dict[str, ImageList], protocol: Protocol) -> dict[str, Any]:
         "drawn": f"{protocol.count} images of each at random" if protocol.count else "all images",
         "preparation": f"decoded, upright, RGB, resized to {protocol.size[0]} x {protocol.size[1]} (bicubic, 8 bit), "
         "not cropped, not compressed again",
-        "fid": "Inception of 2015 by torch-fidelity, 2048 features, float64",
+        "fid": features,
         "kid": f"same features, polynomial kernel of degree 3, {KID_SUBSETS} subsets of {subset} images (of the halves "
         "of a folder: at most their size)",
         "ssim, lpips": f"mean over {protocol.pairs} random pairs of images of one identity; SSIM: window 11, sigma "
@@ -105,10 +111,19 @@ def print_scores(
     device: torch.device,
     *,
     real_vs_real: bool = False,
+    teacher: IdNet | None = None,
+    teacher_name: str = "",
 ) -> dict[str, Any]:
-    """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`."""
-    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real)
-    stated = describe(sides, protocol)
+    """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`.
+
+    teacher  its trunk takes the place of Inception in FID and KID
+    """
+    network, features, dim = None, INCEPTION, 2048
+    if teacher is not None:
+        network, dim = trunk_features(teacher), teacher.channels
+        features = f"pooled trunk of teacher {teacher_name}, {dim} features, float64; compares with nothing else"
+    scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, network=network)
+    stated = describe(sides, protocol, features)
     for side in sides:
         formats = ", ".join(f"{count} {suffix}" for suffix, count in stated[side]["formats"].items())
         print(f"{side}: {stated[side]['images']} images of {stated[side]['identities']} identities ({formats})")
@@ -124,8 +139,8 @@ def print_scores(
     for line in missing:
         print(f"not computed: {line}")
     fewest = min([row["images"] for row in scores.values()] + [half] * real_vs_real)
-    if any("fid" in row for row in scores.values()) and fewest < FULL_RANK:
-        print(f"note: FID from fewer than {FULL_RANK} images is too high; compare equal numbers, or KID")
+    if any("fid" in row for row in scores.values()) and fewest <= dim:  # no covariance of full rank
+        print(f"note: FID from fewer than {dim + 1} images is too high; compare equal numbers, or KID")
     if len({frozenset(stated[side]["formats"]) for side in sides}) > 1:
         print("note: real and fake are of different file formats; FID and KID see JPEG's traces")
     return {"scores": scores, "ratio_to_real": to_real, "not_computed": missing, "protocol": stated}
@@ -147,8 +162,13 @@ def main() -> None:
         sides["fake"] = read_people(args.fake, option="--fake", generated=True)
     check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
     say_reading(sides)
-    protocol = Protocol(tuple(args.size), args.count, args.pairs, args.seed, args.batchsize)
-    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real)
+    size, net = (128, 64), None
+    if args.teacher:
+        tested = load_teacher_for_test(open_run(args.output_path, args.teacher), device)
+        size, net = tested.size, tested.net
+    protocol = Protocol(tuple(args.size or size), args.count, args.pairs, args.seed, args.batchsize)
+    how = dict(teacher=net, teacher_name=args.teacher, real_vs_real=args.real_vs_real)
+    result = print_scores(sides, protocol, device, **how)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

@@ -27,7 +27,7 @@ from data.generated import MANIFEST, draw_swap_pairs
 from data.images import iter_images, normalise, to_uint8
 from data.prepare import Task, fill_folder
 from files import read_json, write_json
-from gen_eval.metrics import Protocol, frechet_distance, image_features
+from gen_eval.metrics import Protocol, frechet_distance, image_features, trunk_features
 from mannequins.against_truth import ask_teacher
 from mannequins.dataset import Factors, is_embedded, load_factors, make_dataset
 from mannequins.truth import Swaps, clothes_shares, draw_swaps, measure_swaps, shrink
@@ -358,12 +358,7 @@ def score_photographs(study: Study, folder: RunFolder, root: Path) -> dict[str, 
 
 def fids(study: Study, root: Path, sets: dict[str, np.ndarray]) -> dict[str, float]:
     """FID of every set (n, H, W, 3) uint8 to query and gallery, in the pooled trunk of seed 0's teacher."""
-    net = load_teacher("teacher-0", study.out).to(study.device)
-
-    @torch.inference_mode()
-    def network(images: Tensor) -> Tensor:
-        return net.pool(net.feature_map(normalise(images))).flatten(1)
-
+    network = trunk_features(load_teacher("teacher-0", study.out).to(study.device))
     sides = [read_split(root, split) for split in ("query", "gallery")]
     people = [side.select(side.pids > 0) for side in sides]  # neither junk nor distractors
     protocol = Protocol(next(iter(sets.values())).shape[1:3])
@@ -371,6 +366,7 @@ def fids(study: Study, root: Path, sets: dict[str, np.ndarray]) -> dict[str, flo
     result = {}
     for name, images in sets.items():
         parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(64)
-        features = torch.cat([network(part.to(study.device)).double().cpu() for part in parts])
+        with torch.inference_mode():
+            features = torch.cat([network(part.to(study.device)).double().cpu() for part in parts])
         result[name] = frechet_distance(real, features)
     return result

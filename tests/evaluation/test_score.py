@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Outcome, noise
+from conftest import CPU, Outcome, noise, tiny_teacher_config
 from PIL import Image
 
 from data.folders import read_people
+from data.images import iter_images
 from files import write_json
 from gen_eval.metrics import Protocol, draw_pairs, frechet_distance, load_inception, load_lpips, score
 from gen_eval.score import print_scores
+from reIDmodel import build_teacher
 from runs.folder import RunFolder
+from runs.load import save_teacher
 from utils import UserError
 from visual_tools.tables import generation_tables
 
@@ -178,3 +181,26 @@ def test_what_cannot_be_scored(script: Script, no_weights: Path, tmp_path: Path)
     assert "--size" in run("--fake", good, "--size", 16, 64)
     assert "--pairs" in run("--fake", good, "--pairs", 0)
     assert "--split" in run("--fake", good, "--split", "query")
+
+
+def test_a_teacher_in_the_place_of_inception(script: Script, no_weights: Path, tmp_path: Path) -> None:
+    """FID is that of its pooled trunk at its own size, named in the protocol; a missing teacher is one line."""
+    run = RunFolder(tmp_path, "small")
+    cfg = tiny_teacher_config(crop_image_height=64, crop_image_width=32)
+    net = build_teacher(3, backbone=cfg.backbone, stride=cfg.stride)
+    run.model.mkdir(parents=True)
+    save_teacher(run, cfg, net, 3)
+    real, fake = people(tmp_path / "real"), people(tmp_path / "fake", count=2)
+    options = ("--real", real, "--fake", fake, "--output_path", tmp_path, "--out", tmp_path / "s.json")
+    done = script("gen_eval/score", *options, "--teacher", "small")
+    assert done.code == 0, done.err
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert "small" in written["protocol"]["fid"] and written["protocol"]["size"] == [64, 32]
+    features = []
+    for folder in (real, fake):
+        (x,) = iter_images(read_people(folder).paths, 64, 32, 32)
+        with torch.no_grad():
+            features.append(net.eval().feature_map(x).mean((2, 3)).double())
+    assert written["scores"]["fake"]["fid"] == pytest.approx(frechet_distance(*features), rel=1e-3)
+    missing = script("gen_eval/score", *options, "--teacher", "none")
+    assert missing.code == 2 and "none" in missing.err
