@@ -297,14 +297,15 @@ def is_embedded(path: Path | str) -> bool:
 def load_factors(folder: Path | str) -> Factors:
     """Read a data set's factors.json. Raises UserError for a file that the renderer cannot draw from."""
     path = Path(folder) / "factors.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; only data drawn by python -m mannequins.dataset has true swaps")
     try:
         table = json.loads(path.read_bytes())
         if table["drawing"] != DRAWING:
             raise UserError(f"{path}: written by another version of the renderer; make the data set again")
         factors = TypeAdapter(Factors).validate_python(table)
     except OSError as error:
-        remedy = "make it with python -m mannequins.dataset"
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make the data set again") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:120]
