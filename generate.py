@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top", type=between(1), default=5, help="identities in a soft label (default: 5)")
     parser.add_argument("--data_root", help="data set of the teacher's identities (default: the run's)")
     parser.add_argument("--trust-classes", action="store_true", help="accept a teacher of another data set")
-    add_batch_argument(parser, "--batch_size")
+    add_batch_argument(parser, "--batch_size", on_cpu=8)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the nets")
     parser.add_argument("--gpu_ids", metavar="N,...", help="GPUs to use, a process for each: 0 is --device cuda:0")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")

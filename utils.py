@@ -168,8 +168,8 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser)
 
 
-def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    """The option `name`: images at a time, a number or `auto`, which is None."""
+def add_batch_argument(parser: argparse.ArgumentParser, name: str, on_cpu: int = 32) -> None:
+    """The option `name`: images at a time, a number or `auto`, which is None and stands for `on_cpu` on a CPU."""
 
     def number(text: str) -> int | None:
         return None if text == "auto" else min(between(1)(text), 2**31)  # more images than there are means all of them
@@ -178,7 +178,7 @@ def add_batch_argument(parser: argparse.ArgumentParser, name: str) -> None:
         name,
         type=number,
         metavar="N",
-        help="images at a time (default: auto, which is 32 on a CPU and what fits on a GPU)",
+        help=f"images at a time (default: auto, which is {on_cpu} on a CPU and what fits on a GPU)",
     )
 
 

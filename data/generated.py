@@ -3,14 +3,13 @@
 FOLDER/train_all/ID/*.jpg   images, named as Market-1501's: a data set that `read_split` reads
 FOLDER/manifest.csv         a row per image: both sources, identities, cameras, the teacher's soft label
 FOLDER/generate.json        the settings that made it
-FOLDER/.unfinished          there until every image is, so that nobody trains on half a data set
+FOLDER/.unfinished/         the rows of the images so far; there until every image is, so that nobody trains on half of
+                            a data set
 """
 
 from __future__ import annotations
 
 import csv
-import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ import numpy as np
 from data.archives import csv_bytes
 from data.folders import UNFINISHED_MARK, ImageList
 from data.images import check_images
-from data.listing import unsaid
-from files import part_of, write_whole
+from files import write_whole
 from utils import UserError, one_line
 
 MANIFEST = "manifest.csv"
@@ -112,17 +110,16 @@ def parse_soft_label(text: str) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ the manifest
-def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Write the manifest, whole or not at all."""
-    write_whole(folder / MANIFEST, lambda file: file.write(csv_bytes([Row._fields, *rows])))
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a manifest, whole or not at all."""
+    write_whole(path, lambda file: file.write(csv_bytes([Row._fields, *rows])))
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The manifest of a generated data set.
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a manifest.
 
-    Raises UserError if it is missing or damaged, and if it names files outside of its folder.
+    Raises UserError if it is missing or damaged, and if it names files outside of the data set's folder.
     """
-    path = folder / MANIFEST
     rows: dict[str, Row] = {}
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
@@ -152,54 +149,6 @@ def _parse_row(line: list[str]) -> Row:
         if not re.fullmatch("[0-9]{1,18}", camera):
             raise ValueError(f"camera {camera[:20]!r} is not a whole number of at most 18 digits")
     return row._replace(appearance_camera=int(row.appearance_camera), structure_camera=int(row.structure_camera))
-
-
-def commit_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Rename the finished images of `rows` and add them to the manifest; after an exception, none is listed or exists.
-
-    At any moment, every image in the manifest exists and is whole.
-    """
-    paths = [folder / row.file for row in rows]
-    with open(folder / MANIFEST, "ab", buffering=0) as manifest:
-        end = manifest.tell()
-        try:
-            for path in paths:
-                os.replace(part_of(path), path)
-            data = csv_bytes(rows if end else [Row._fields, *rows])
-            while data:  # A disk that is nearly full may take only the beginning.
-                data = data[manifest.write(data) :]
-        except BaseException:
-            manifest.truncate(end)
-            for path in paths:
-                path.unlink(missing_ok=True)
-            raise
-
-
-def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:
-    """The rows of the images that an interrupted generation has finished: as planned, with their soft labels.
-
-    A last line that was cut is dropped, and so are images that are missing or damaged. Raises UserError if the
-    manifest lists images that are not `planned`.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return []
-    with open(path, "r+b") as file:
-        size = file.truncate(file.read().rfind(b"\n") + 1)
-    if size == 0:
-        return []
-    rows = read_rows(folder)
-    expected = {row.file: row for row in planned}
-    for row in rows:
-        if expected.get(row.file) != row._replace(soft_label=""):
-            raise UserError(f"{path}: {row.file} is not what this command makes there; choose another --out")
-    with unsaid():
-        sound = check_images([folder / row.file for row in rows], skip_bad=True, minimum=0)
-    if not all(sound):
-        logging.warning(f"{folder}: {len(rows) - sum(sound)} images are missing or damaged and are made again")
-        rows = [row for row, fine in zip(rows, sound, strict=True) if fine]
-        write_rows(folder, rows)
-    return rows
 
 
 # ------------------------------------------------------------------------------------- training on them
@@ -240,9 +189,10 @@ def add_generated(
     Raises UserError for an unfinished or damaged data set, for identities that `images` do not have, and for `soft`
     if the manifest has no soft labels.
     """
-    rows, manifest = read_rows(folder), folder / MANIFEST
     if (folder / UNFINISHED_MARK).exists():
         raise UserError(f"extra_data {folder}: its generation was interrupted; run the same generate.py command again")
+    manifest = folder / MANIFEST
+    rows = read_rows(manifest)
     if not rows:
         raise UserError(f"extra_data {folder}: no images in it; generate some")
     classes = {token: label for label, token in enumerate(images.classes)}

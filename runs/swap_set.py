@@ -1,22 +1,24 @@
-"""Whole data sets of swaps: batches of images in one or several processes, their files, and the manifest.
+"""Whole data sets of swaps, made by one or several processes.
 
-Every process computes its share and writes images under hidden names. Process 0 alone gives them their names and lists
-them, so that the manifest agrees with the files whatever happens.
+Every process makes whole passes of images. It writes them under their names, and then their rows, with the soft labels,
+into a file of the pass in `.unfinished`. Process 0 joins these to the manifest when all images are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import logging
 import os
+import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,21 +30,20 @@ import losses as L
 from config import DGNetConfig
 from data.folders import UNFINISHED_MARK, ImageList, is_data_set, read_people, read_split
 from data.generated import (
+    MANIFEST,
     SETTINGS,
     Row,
-    commit_rows,
     count_pairs,
     draw_swap_pairs,
     format_soft_label,
     plan_rows,
     read_rows,
-    recover_rows,
     write_rows,
 )
 from data.images import check_images, denormalise, iter_images, normalise
-from data.listing import say_reading
+from data.listing import say_reading, unsaid
 from data.people import identify_people
-from files import digest_files, digest_of, hold_folder, part_of, read_json, write_json
+from files import digest_files, digest_of, hold_folder, is_part, make_folder, part_of, read_json, write_json
 from parallel.collectives import gather, is_main, rank, world_size
 from precision import pick_precision
 from runs.folder import find_data, generator_config, open_run, resolve_data_root
@@ -53,20 +54,21 @@ from trainer import autocast
 from utils import UserError, halve_until_it_fits, set_threads
 
 log = logging.getLogger(__name__)
-CONTENTS = "contents"  # the setting that names what the input images hold
-# Images that the nets see at a time on a CPU, whose kernels round differently for another number of images.
-CPU_PASS = 8
 # Images at a time where `--batch_size` is auto; a GPU may have room for less.
-CPU_BATCH, GPU_BATCH = 32, 256
+CPU_BATCH, GPU_BATCH = 8, 256
+WRITERS = 8  # threads that encode and write the images of a pass each
+# What a generation that continues may have otherwise: more images, and paths that lead to the same images and weights.
+MAY_CHANGE = ("count", "input", "name", "data_root")
 
 
 @dataclass(frozen=True)
 class Job:
     """What to make, and where: image i has `rows[i]` (soft label still empty) and two source files `sources[i]`.
 
-    sources  (appearance, structure)
-    top      identities in a soft label
-    quality  of JPEG files, 1..100
+    sources     (appearance, structure)
+    top         identities in a soft label
+    quality     of JPEG files, 1..100
+    batch_size  images in a pass of the nets
     """
 
     out: Path
@@ -75,14 +77,6 @@ class Job:
     top: int
     quality: int
     batch_size: int
-
-
-class Made(NamedTuple):
-    """A batch, the seconds that the nets took for it, and the files that threads write under their hidden names."""
-
-    rows: list[Row]
-    seconds: float
-    files: list[Future[None]]
 
 
 # ------------------------------------------------------------------------------------- one process's share
@@ -114,114 +108,87 @@ class Nets:
         return images, None if label is None else label.cpu().numpy()
 
 
-def work(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[list[Row], float]]:
-    """Make the images of `batches` (numbers of images, whole passes); yields the rows and the nets' seconds of each.
+def make_passes(job: Job, nets: Nets, passes: list[range]) -> tuple[int, float]:
+    """Make the images of `passes`, ranges of their numbers; returns how many, and the seconds that the nets took.
 
-    Threads read ahead of the nets and write a batch while the next one is computed.
+    Threads read ahead of the nets and write behind them.
     """
-    size = pass_size(nets.device, job.batch_size)
-
-    def passes(batch: list[int]) -> list[list[int]]:
-        return [batch[i : i + size] for i in range(0, len(batch), size)]
-
     # The nets always see full passes, so that the last one rounds like the others.
-    full = [chunk + chunk[-1:] * (size - len(chunk)) for batch in batches for chunk in passes(batch)]
+    full = [[*chunk, *[chunk[-1]] * (job.batch_size - len(chunk))] for chunk in passes]
     paths = [job.sources[i][role] for chunk in full for role in (0, 1) for i in chunk]
-    behind: Made | None = None
-    with closing(iter_images(paths, *nets.size, 2 * size, device=nets.device)) as stream, ThreadPoolExecutor(8) as pool:
-        for batch in batches:
-            rows, files, seconds = [], [], 0.0
-            for chunk in passes(batch):
-                x_app, x_str = next(stream).chunk(2)
-                began = time.perf_counter()
-                images, labels = nets(x_app, x_str)
-                seconds += time.perf_counter() - began
-                for k, i in enumerate(chunk):
-                    label = "" if labels is None else format_soft_label(labels[k], nets.classes, job.top)
-                    rows.append(job.rows[i]._replace(soft_label=label))
-                    files.append(pool.submit(write_image, job.out / job.rows[i].file, images[k], job.quality))
-            if behind:
-                yield written(behind)
-            behind = Made(rows, seconds, files)
-        if behind:
-            yield written(behind)
+    seconds, count, behind = 0.0, sum(map(len, passes)), deque[Future[None]]()
+    bar = tqdm(total=count, desc="images", unit="img", disable=None if is_main() else True, mininterval=0.5)
+    stream = iter_images(paths, *nets.size, 2 * job.batch_size, device=nets.device)
+    with bar, closing(stream), ThreadPoolExecutor(WRITERS) as pool:
+        for chunk in passes:
+            x_app, x_str = next(stream).chunk(2)
+            began = time.perf_counter()
+            images, labels = nets(x_app, x_str)
+            seconds += time.perf_counter() - began
+            rows = [job.rows[i] for i in chunk]
+            if labels is not None:
+                texts = [format_soft_label(label, nets.classes, job.top) for label in labels]
+                rows = [row._replace(soft_label=text) for row, text in zip(rows, texts, strict=False)]
+            behind.append(pool.submit(write_pass, job, chunk[0], rows, images))
+            if len(behind) > WRITERS:
+                behind.popleft().result()
+            bar.update(len(chunk))
+        for writing in behind:
+            writing.result()
+    return count, seconds
 
 
-def written(made: Made) -> tuple[list[Row], float]:
-    """Wait for a batch's files; raises the error of one that cannot be written."""
-    for file in made.files:
-        file.result()
-    return made.rows, made.seconds
-
-
-def pass_size(device: torch.device, batch_size: int) -> int:
-    return CPU_PASS if device.type == "cpu" else batch_size
-
-
-def choose_batch_size(nets: Nets, out: Path) -> int:
-    """`--batch_size auto`: 32 on a CPU; on a GPU what a generation in `out` began with, or else what fits.
-
-    What fits is found by trying 256, then half of it, and so on.
-    """
-    if nets.device.type == "cpu":
-        return CPU_BATCH
-    if (out / SETTINGS).exists():
-        return read_settings(out)["images_per_pass"]
-    return halve_until_it_fits(lambda size: nets(*torch.zeros(2, size, 3, *nets.size)), GPU_BATCH)[1]
+def write_pass(job: Job, first: int, rows: list[Row], images: np.ndarray) -> None:
+    """Write the images of a pass, (>= n, H, W, 3) uint8, and then their n rows; the first image has number `first`."""
+    for row, image in zip(rows, images, strict=False):
+        write_image(job.out / row.file, image, job.quality)
+    write_rows(job.out / UNFINISHED_MARK / f"{first:06d}.csv", rows)
 
 
 def write_image(path: Path, image: np.ndarray, quality: int) -> None:
-    """Write (H, W, 3) uint8 under the hidden name of `path`, in the format of its suffix."""
-    picture = Image.fromarray(image)
-    with open(part_of(path), "wb") as file:
-        if path.suffix == ".png":
-            picture.save(file, "PNG")
-        else:
-            picture.save(file, "JPEG", quality=quality)
+    """Write (H, W, 3) uint8 in the format of the path's suffix; the file is there whole or not at all."""
+    data = io.BytesIO()  # Pillow does not notice when a disk takes only the beginning.
+    if path.suffix == ".png":
+        Image.fromarray(image).save(data, "PNG")
+    else:
+        Image.fromarray(image).save(data, "JPEG", quality=quality)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part_of(path).write_bytes(data.getvalue())
+    os.replace(part_of(path), path)
+
+
+def choose_batch_size(nets: Nets) -> int:
+    """`--batch_size auto`: 8 on a CPU; on a GPU 256, or half of it, and so on, until it fits."""
+    if nets.device.type == "cpu":
+        return CPU_BATCH
+    return halve_until_it_fits(lambda size: nets(*torch.zeros(2, size, 3, *nets.size)), GPU_BATCH)[1]
 
 
 # --------------------------------------------------------------------------------------------- the data set
-def make_together(job: Job, nets: Nets, batches: list[list[int]]) -> Iterator[tuple[int, list[Row], float]]:
-    """Every process makes its share of `batches`; each gets what all have made: the rank, the rows, the seconds."""
-    with closing(work(job, nets, batches[rank() :: world_size()])) as share:
-        for _ in range(0, len(batches), world_size()):
-            yield from ((r, *made) for r, made in enumerate(gather(next(share, None))) if made is not None)
-
-
 def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) -> str:
-    """Make what is missing of the data set in `job.out`; returns what was made, in words, at once when nothing is.
+    """Make what is missing of the data set in `job.out`; returns what was made, in words.
 
     settings  what the images depend on; kept in generate.json and compared when a generation continues
     started   `time.perf_counter()` at the start of the command
 
-    Every process calls this; what it returns is complete in process 0. Raises UserError for a folder that holds
-    anything else, is in use, or cannot be written.
+    Every process calls this. Raises UserError for a folder that holds anything else, is in use, or cannot be written.
     """
-    out = job.out
     try:
-        if not is_main():
-            for _ in make_together(job, nets, gather([])[0]):
-                pass
-            return ""
-        with opened(out, settings):
-            present = {row.file for row in recover_rows(out, job.rows)}
-            batches = missing_batches(job, nets.device, present)
-            if batches:
-                for folder in {(out / row.file).parent for row in job.rows}:
-                    folder.mkdir(parents=True, exist_ok=True)
-            gather(batches)
-            count, rate = fill(job, nets, batches, present)
-            order = {row.file: i for i, row in enumerate(job.rows)}
-            write_rows(out, sorted(read_rows(out), key=lambda row: order[row.file]))
-            (out / UNFINISHED_MARK).unlink(missing_ok=True)
+        with opened(job.out, settings) if is_main() else nullcontext():
+            passes = gather(missing_passes(job) if is_main() else [])[0]
+            made = gather(make_passes(job, nets, passes[rank() :: world_size()]))
+            if is_main():
+                rows = recorded_rows(job)
+                write_rows(job.out / MANIFEST, [rows[row.file] for row in job.rows])
+                shutil.rmtree(job.out / UNFINISHED_MARK)
     except OSError as error:
-        done = sum(1 for row in job.rows if (out / row.file).exists())
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); {done} of {len(job.rows)} images are there and in "
-            "the manifest; free space and run the same command again to continue"
-        ) from None
-    report = f"{len(job.rows)} images in {out}, {count} of them made now"
+        why = error.strerror or error
+        remedy = "free space and run the same command again to continue"
+        raise UserError(f"{job.out}: cannot be written ({why}); {remedy}") from None
+    count = sum(images for images, _ in made)
+    report = f"{len(job.rows)} images in {job.out}, {count} of them made now"
     if count:
+        rate = sum(images / seconds for images, seconds in made if seconds)
         whole = count / (time.perf_counter() - started)
         report += (
             f"\nimages/s: {rate:.2f} by the nets alone, {whole:.2f} by the whole command ({whole / rate:.2f} of it)"
@@ -235,86 +202,54 @@ def opened(out: Path, settings: dict[str, object]) -> Iterator[None]:
     with hold_folder(out) as held:
         if not held:
             raise UserError(f"--out {out}: another generate.py is writing to it; wait for it, or stop it")
-        path = out / SETTINGS
-        if path.exists():
-            settings = settings | compare_settings(out, settings)
-        elif others := sorted(p.name for p in out.iterdir() if p not in (part_of(path), out / UNFINISHED_MARK)):
+        if (out / SETTINGS).exists():
+            require_same_settings(out / SETTINGS, settings)
+        elif others := sorted(p.name for p in out.iterdir() if p.name != UNFINISHED_MARK and not is_part(p)):
             raise UserError(f"--out {out}: holds other files ({others[0]}); choose a new or empty folder")
-        (out / UNFINISHED_MARK).touch()
-        write_json(path, settings)
+        make_folder(out / UNFINISHED_MARK)
+        write_json(out / SETTINGS, settings)
         yield
 
 
-def read_settings(out: Path) -> dict[str, Any]:
-    """The settings that the data set in `out` was begun with. Raises UserError if the file is damaged."""
-    remedy = "choose another --out"
-    settings = read_json(out / SETTINGS, remedy)
-    whole = isinstance(settings, dict) and all(isinstance(settings.get(k), int) for k in ("count", "images_per_pass"))
-    if not whole or min(settings["count"], settings["images_per_pass"]) < 1:
-        raise UserError(f"{out / SETTINGS}: damaged; {remedy}")
-    return settings
-
-
-def compare_settings(out: Path, settings: dict[str, object]) -> dict[str, object]:
-    """The settings that stay as they were in `out` when a generation with `settings` continues there.
-
-    Raises UserError if it may not.
-    """
-    before, keep = read_settings(out), {}
-    if before.get(CONTENTS) is None:
-        log.warning("%s: begun by an earlier version; whether the input images have changed since is unknown", out)
-        keep[CONTENTS] = None
-    elif before[CONTENTS] != settings[CONTENTS] and before.get("images") == settings["images"]:
-        raise UserError(
-            f"--out {out}: the images in {settings['input']} have changed under the same names since it was begun; "
-            "restore them to continue, or choose another --out"
-        )
+def require_same_settings(path: Path, settings: dict[str, object]) -> None:
+    """Raise UserError if the data set that was begun with the settings in a file may not continue with `settings`."""
+    before = read_json(path, "choose another --out")
     for key, value in settings.items():
-        if key not in ("count", "input", "name", "data_root", *keep) and before.get(key) != value:
-            raise UserError(
-                f"--out {out}: made with {key} {before.get(key)}, now {value}; give the same options to continue it, "
-                "or choose another --out"
-            )
-    if settings["count"] < before["count"]:
-        raise UserError(
-            f"--out {out}: --count {settings['count']} is less than the {before['count']} images that it was begun "
-            "with; give that number or more, or choose another --out"
-        )
-    return keep
+        was = before.get(key) if isinstance(before, dict) else None
+        if key not in MAY_CHANGE and was != value:
+            remedy = "give the same options and images to continue, or choose another --out"
+            raise UserError(f"{path}: made with {key} {was!s:.80}, not {value}; {remedy}")
 
 
-def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[list[int]]:
-    """Whole passes in which an image is missing, joined to batches.
+def recorded_rows(job: Job) -> dict[str, Row]:
+    """By file the rows of the images that are or were there. Raises UserError for other images than the job's."""
+    planned = {row.file: row for row in job.rows}
+    manifests = [job.out / MANIFEST, *sorted((job.out / UNFINISHED_MARK).glob("*.csv"))]
+    rows: dict[str, Row] = {}
+    for path in filter(Path.exists, manifests):
+        for row in read_rows(path):
+            if planned.get(row.file) != row._replace(soft_label=""):
+                what = f"{row.file} is not among the {len(planned)} images of this command"
+                raise UserError(f"{path}: {what}; give at least the --count of before, or choose another --out")
+            rows[row.file] = row
+    return rows
 
-    The images of a pass do not depend on when and by which process it is made, so neither does their rounding.
+
+def missing_passes(job: Job) -> list[range]:
+    """The passes in which an image is missing or damaged.
+
+    Passes are cut by the images' numbers. An image is therefore always made beside the same others, and its rounding
+    does not depend on interruptions or on the number of processes.
     """
-    size, n = pass_size(device, job.batch_size), len(job.rows)
+    files = list(recorded_rows(job))
+    with unsaid():
+        sound = check_images([job.out / file for file in files], skip_bad=True, minimum=0)
+    if lost := len(files) - sum(sound):
+        log.warning("%s: %d images are missing or damaged and are made again", job.out, lost)
+    present = {file for file, fine in zip(files, sound, strict=True) if fine}
+    size, n = job.batch_size, len(job.rows)
     passes = [range(first, min(first + size, n)) for first in range(0, n, size)]
-    passes = [chunk for chunk in passes if any(job.rows[i].file not in present for i in chunk)]
-    together = max(1, job.batch_size // size)
-    return [[i for chunk in passes[k : k + together] for i in chunk] for k in range(0, len(passes), together)]
-
-
-def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str]) -> tuple[int, float]:
-    """Make `batches` and list their images; whatever stops this, no half-made image stays.
-
-    Returns the number of new images, and the images per second that the nets alone make.
-    """
-    count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
-    bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
-    try:
-        with bar, closing(make_together(job, nets, batches)) as results:
-            for process, made, spent in results:
-                rows = [row for row in made if row.file not in present]
-                commit_rows(job.out, rows)
-                bar.update(len(rows))
-                count += len(rows)
-                made_by[process] += len(made)
-                seconds[process] += spent
-    finally:
-        for row in job.rows:
-            part_of(job.out / row.file).unlink(missing_ok=True)
-    return count, sum(images / spent for images, spent in zip(made_by, seconds, strict=True) if spent)
+    return [chunk for chunk in passes if any(job.rows[i].file not in present for i in chunk)]
 
 
 # -------------------------------------------------------------------------------------------------- planning
@@ -366,12 +301,11 @@ def make_data_set(args: argparse.Namespace, device: torch.device, started: float
         for name in teachers:
             require_teacher_of(people, name, run.output_path, allow="--trust-classes")
     nets = Nets(model, loaded, classes, args.precision, device)
-    batch_size = args.batch_size or min(gather(choose_batch_size(nets, Path(args.out))))
+    batch_size = args.batch_size or min(gather(choose_batch_size(nets)))
     same = ("count", "seed", "labels", "format", "quality", "top", "precision")
     settings = {"name": run.name, "iteration": iteration, "weights": nets.digest(), "teachers": teachers}
     settings |= {"input": str(args.input or cfg.data_root), "images": name_images(images, root)}
-    settings |= {CONTENTS: digest_of(digests)}
-    settings |= {"device": device.type, "images_per_pass": pass_size(device, batch_size)}
+    settings |= {"contents of the input": digest_of(digests), "device": device.type, "batch_size": batch_size}
     # On a CPU rounding depends on the number of threads, too.
     settings |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     settings |= {option: getattr(args, option) for option in same}

@@ -34,7 +34,7 @@ from conftest import (
 )
 
 from data.folders import read_split
-from data.generated import Row, write_rows
+from data.generated import MANIFEST, Row, write_rows
 from runs.folder import RunFolder
 from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
 from runs.recorder import Recorder
@@ -376,7 +376,8 @@ def test_generated_training_images_that_changed_are_noticed(runs: Runs, tmp_path
         (extra / names[-1]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, extra / names[-1])
     write_rows(
-        extra, [Row(name, "a", "b", images.tokens[i], images.tokens[i], 1, 1, "") for i, name in enumerate(names)]
+        extra / MANIFEST,
+        [Row(name, "a", "b", images.tokens[i], images.tokens[i], 1, 1, "") for i, name in enumerate(names)],
     )
     command = dict(config=TEACHER | dict(extra_data=str(extra), extra_labels="one_hot", epochs=1))
     clean(runs.train("T", **command))

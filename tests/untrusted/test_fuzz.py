@@ -357,12 +357,14 @@ def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:
     names = [f"train_all/{i}/{i}_c1s1_0.png" for i in (1, 2)]
     paths = [noise(tmp_path / name) for name in names]
     both = zip(names, "12", strict=True)
-    write_rows(tmp_path, [Row(name, "a.jpg", "b.jpg", i, "2", 1, 2, "1:0.7500 2:0.1000") for name, i in both])
+    write_rows(
+        tmp_path / MANIFEST, [Row(name, "a.jpg", "b.jpg", i, "2", 1, 2, "1:0.7500 2:0.1000") for name, i in both]
+    )
     real = ImageList(paths, [1, 2], [0, 0])
     inside = tmp_path.resolve()
 
     def read() -> None:
-        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_rows(tmp_path))
+        assert all((tmp_path / row.file).resolve().is_relative_to(inside) for row in read_rows(tmp_path / MANIFEST))
         images, labels = add_generated(real, tmp_path, "soft")
         q = labels.rows(np.arange(len(images)))
         assert np.abs(q.sum(axis=1) - 1).max() < 1e-3 and q.min() >= 0

@@ -253,7 +253,7 @@ def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place) -> Non
     made.mkdir()
     (made / SETTINGS).write_text("{}")
     for file in ("../outside.jpg", str(outside), "train_all/../../outside.jpg"):
-        write_rows(made, [Row(file, "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
+        write_rows(made / MANIFEST, [Row(file, "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
         place.assert_refuses(made, "train", "--config", teacher_config(place, made))
 
 
@@ -479,13 +479,13 @@ def test_numbers_of_a_manifest_are_plain_and_not_repeated_at_length(place: Place
     images = read_split(place.data, "train_all")
     noise(place.folder / "a.jpg")
     row = Row("a.jpg", "a.jpg", "b.jpg", images.classes[0], "0002", 1, 1, f"{images.classes[0]}:0.5")
-    write_rows(place.folder, [row])
+    write_rows(place.folder / MANIFEST, [row])
     assert len(add_generated(images, place.folder, "soft")[0]) == len(images) + 1
     odd = [row._replace(structure_camera=camera) for camera in ("9" * 19, "9" * 5000, "1_0", "-1")]
     odd += [row._replace(**{field: "9" * 5000}) for field in ("file", "appearance_id", "soft_label")]
     odd.append(row._replace(soft_label="9" * 5000 + ":0.5"))
     for changed in odd:
-        write_rows(place.folder, [changed])
+        write_rows(place.folder / MANIFEST, [changed])
         with pytest.raises(UserError, match=MANIFEST) as error:
             add_generated(images, place.folder, "soft")
         assert len(str(error.value)) < 500
