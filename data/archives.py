@@ -28,7 +28,6 @@ from data.listing import leave_out_deeper, list_folders, list_images, note
 from data.spelling import require_one_spelling, whole_number
 from utils import UserError
 
-VERI_FOLDERS = dict.fromkeys(TRAINING_SPLITS, "image_train") | {"query": "image_query", "gallery": "image_test"}
 CSV_NAME = "dataset.csv"
 CSV_COLUMNS = ("path", "identity", "camera", "split")
 CSV_SPLITS = ("train", "val", "query", "gallery", "multi-query")
@@ -58,15 +57,14 @@ class UserData(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------- published archives
-def flat_archive(root: Path, folders: dict[str, str] = ARCHIVE_FOLDERS) -> Splits:
-    """Archives with one folder per split and with identity and camera in the file names.
+def flat_archive(root: Path) -> Splits:
+    """Market-1501, DukeMTMC-reID and either half of CUHK03-NP: a folder per split, identity and camera in file names.
 
-    `ARCHIVE_FOLDERS` are those of Market-1501, DukeMTMC-reID and either half of CUHK03-NP, `VERI_FOLDERS` those of
-    VeRi-776. Multi-query images are optional. Raises UserError for missing or empty folders and unreadable names.
+    Multi-query images are optional. Raises UserError for missing or empty folders and unreadable names.
     """
-    _require(root, *dict.fromkeys(name for split, name in folders.items() if split != "multi-query"))
+    _require(root, *dict.fromkeys(name for split, name in ARCHIVE_FOLDERS.items() if split != "multi-query"))
     splits: Splits = {}
-    for split, name in folders.items():
+    for split, name in ARCHIVE_FOLDERS.items():
         if (root / name).is_dir():
             images = read_archive(root / name, split)
             rows = zip(images.paths, images.pids.tolist(), images.tokens, strict=True)

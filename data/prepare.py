@@ -29,28 +29,23 @@ from data.spelling import whole_number
 from files import make_folder, write_whole
 from utils import UserError, between
 
-DATASETS = ("market1501", "msmt17", "cuhk03-np", "dukemtmc-reid", "veri776", "folder", "csv")
+DATASETS = ("market1501", "msmt17", "cuhk03-np", "dukemtmc-reid", "folder", "csv")
 IDENTITIES_FILE = "identities.csv"
 # Images and positive identities as published. The 19,732 gallery images of Market-1501 are the files of
 # bounding_box_test with distractors and junk; 15,913 of them are not junk. The gallery of DukeMTMC-reID has 408
-# identities that no query asks for. VeRi-776 is distributed with two numbers of training images.
-PUBLISHED: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "Market-1501": {"train_all": [(12_936, 751)], "query": [(3_368, 750)], "gallery": [(19_732, 750)]},
+# identities that no query asks for.
+PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
+    "Market-1501": {"train_all": (12_936, 751), "query": (3_368, 750), "gallery": (19_732, 750)},
     "MSMT17": {
-        "train_all": [(32_621, 1_041)],
-        "train": [(30_248, 1_041)],
-        "val": [(2_373, 1_041)],
-        "query": [(11_659, 3_060)],
-        "gallery": [(82_161, 3_060)],
+        "train_all": (32_621, 1_041),
+        "train": (30_248, 1_041),
+        "val": (2_373, 1_041),
+        "query": (11_659, 3_060),
+        "gallery": (82_161, 3_060),
     },
-    "CUHK03-NP labeled": {"train_all": [(7_368, 767)], "query": [(1_400, 700)], "gallery": [(5_328, 700)]},
-    "CUHK03-NP detected": {"train_all": [(7_365, 767)], "query": [(1_400, 700)], "gallery": [(5_332, 700)]},
-    "DukeMTMC-reID": {"train_all": [(16_522, 702)], "query": [(2_228, 702)], "gallery": [(17_661, 1_110)]},
-    "VeRi-776": {
-        "train_all": [(37_778, 576), (37_746, 576)],
-        "query": [(1_678, 200)],
-        "gallery": [(11_579, 200)],
-    },
+    "CUHK03-NP labeled": {"train_all": (7_368, 767), "query": (1_400, 700), "gallery": (5_328, 700)},
+    "CUHK03-NP detected": {"train_all": (7_365, 767), "query": (1_400, 700), "gallery": (5_332, 700)},
+    "DukeMTMC-reID": {"train_all": (16_522, 702), "query": (2_228, 702), "gallery": (17_661, 1_110)},
 }
 
 
@@ -92,8 +87,6 @@ def read_tasks(
     if dataset == "dukemtmc-reid":
         logging.info("DukeMTMC-reID was withdrawn by its authors; make sure that you may use this copy")
         return [Task("DukeMTMC-reID", root, archives.flat_archive(root))]
-    if dataset == "veri776":
-        return [Task("VeRi-776", root, archives.flat_archive(root, archives.VERI_FOLDERS))]
     if dataset == "msmt17":
         return [Task("MSMT17", root, archives.msmt17(root))]
     if dataset == "folder":
@@ -130,8 +123,8 @@ def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
 
     Images are hard-linked, or copied with `copy` and where the file system has no links. May be interrupted at any
     point and run again. Returns the counts by split.
-    Raises UserError, before touching anything, for missing images and for a target file of different content; for
-    users' own data also for images of an earlier preparation, which the new split would mix up.
+    Raises UserError, before touching anything, for missing images, for a target file of different content, and for
+    images from elsewhere or of an earlier preparation, which training and evaluation would use.
     """
     prepared = task.root / PREPARED_FOLDER
     sources: dict[Path, Path] = {}
@@ -144,17 +137,21 @@ def fill_folder(task: Task, *, copy: bool = False) -> dict[str, SplitCount]:
     if absent := [source for source in dict.fromkeys(sources.values()) if not source.is_file()]:
         raise UserError(f"{absent[0]}: no such file, one of {len(absent)} missing images; unpack the archive again")
     missing = [(source, target) for target, source in sources.items() if not _is_there(source, target)]
-    _check_strangers(prepared, task, set(sources))
-    identities = _identities(prepared / IDENTITIES_FILE, task.numbers or {})
+    for folder in (prepared / split for split in SPLITS):
+        for name in list_folders(folder) if folder.is_dir() else []:
+            if strangers := [path for path in list_images(folder / name) if path not in sources]:
+                what = f"was prepared from different images or settings (the first difference is {strangers[0]})"
+                raise UserError(f"{prepared}: {what}; move it away, then run again")
 
     mark = prepared / UNFINISHED_MARK
     if missing:
         make_folder(prepared)
         mark.touch()
+        if _renumbered(task.numbers or {}):
+            rows = [("number", "identity"), *zip(task.numbers.values(), task.numbers, strict=True)]
+            write_whole(prepared / IDENTITIES_FILE, lambda file: file.write(archives.csv_bytes(rows)))
         for source, target in tqdm(missing, "prepare", unit=" images", disable=None):
             _link_or_copy(source, target, copy)
-    if identities is not None:
-        write_whole(prepared / IDENTITIES_FILE, lambda file: file.write(identities))
     mark.unlink(missing_ok=True)
     return {split: _count([image.pid for image in images]) for split, images in task.splits.items()}
 
@@ -189,40 +186,8 @@ def _link_or_copy(source: Path, target: Path, copy: bool) -> None:
     os.replace(partial, target)
 
 
-def _check_strangers(prepared: Path, task: Task, targets: set[Path]) -> None:
-    """Training and evaluation would use files of another origin: warn of them, refuse them in users' own data."""
-    for split in SPLITS if task.numbers is not None else task.splits:
-        folder = prepared / split
-        names = list_folders(folder) if folder.is_dir() else []
-        strangers = [path for name in names for path in list_images(folder / name) if path not in targets]
-        if strangers and task.numbers is not None:
-            raise UserError(
-                f"{prepared}: was prepared from different images or settings (the first difference is {strangers[0]}); "
-                "move it away, then run again"
-            )
-        if strangers:
-            logging.warning(
-                f"{folder}: {len(strangers)} images are not from this archive, the first is {strangers[0]}; they are "
-                "left there and will be used"
-            )
-
-
 def _renumbered(numbers: dict[str, int]) -> bool:
     return any(whole_number(name) != number for name, number in numbers.items())
-
-
-def _identities(file: Path, numbers: dict[str, int]) -> bytes | None:
-    """The table of the identities' numbers; None if they are not renumbered, or if it is there already.
-
-    Raises UserError for a table with different numbers; new identities may be added to it.
-    """
-    if not _renumbered(numbers):
-        return None
-    table = archives.csv_bytes([("number", "identity"), *zip(numbers.values(), numbers, strict=True)])
-    present = file.read_bytes() if file.exists() else b""
-    if not set(present.splitlines()) <= set(table.splitlines()):
-        raise UserError(f"{file}: gives identities different numbers; move {file.parent} away, then run again")
-    return None if present == table else table
 
 
 def print_counts(counts: dict[str, SplitCount], title: str = "") -> None:
@@ -232,10 +197,10 @@ def print_counts(counts: dict[str, SplitCount], title: str = "") -> None:
         print(f"{split:<12}{n.images:>8}{n.identities:>12}{n.junk:>7}{n.distractors:>13}{n.images - n.junk:>14}")
     differing = []
     for split, published in PUBLISHED.get(title, {}).items():
-        n = counts[split]
-        if (n.images, n.identities) not in published:
-            expected = " or ".join(f"{images} of {identities}" for images, identities in published)
-            differing.append(f"{split} has {n.images} images of {n.identities} identities, not {expected}")
+        n, (images, identities) = counts[split], published
+        if (n.images, n.identities) != published:
+            what = f"{split} has {n.images} images of {n.identities} identities, not {images} of {identities}"
+            differing.append(what)
     if differing:
         logging.warning(f"this is not the complete {title}: {'; '.join(differing)}")
 
