@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, DGNetConfig, dump_config, load_config
+from config import Config, DGNetConfig, dump_config, load_config, read_yaml
 from files import is_part, write_text
 from utils import ROOT, UserError
 
@@ -96,28 +96,11 @@ def make_run_folder(run: RunFolder, cfg: Config) -> None:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output_path") from None
 
 
-def update_config(run: RunFolder, cfg: Config, start: int) -> None:
-    """Write the config of a run that is resumed after `start` steps into its config.yaml.
-
-    If it differs, the old file is kept as config_until_00000000.yaml, with the steps in its name. Every snapshot keeps
-    the config that it was made with.
-    """
-    logging.disable()  # notes about the old config have been shown already
-    try:
-        if load_config(run.config_file, strict=False) == cfg:
-            return
-    except UserError:
-        pass  # damaged, or of another version
-    finally:
-        logging.disable(logging.NOTSET)
-    old = run.path / f"config_until_{start:08d}.yaml"
-    try:
-        if not old.exists():  # the first continuation from a step keeps its file
-            old.write_bytes(run.config_file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{old}: cannot be written ({error.strerror})") from None
-    write_text(run.config_file, dump_config(cfg))
-    log.info("%s now says how the run continues; as it was: %s", run.config_file, old.name)
+def update_config(run: RunFolder, cfg: Config) -> None:
+    """Write the config of a resumed run into its config.yaml; every snapshot keeps the one that it was made with."""
+    if read_yaml(run.config_file) != cfg.model_dump():
+        write_text(run.config_file, dump_config(cfg))
+        log.info("%s now says how the run continues", run.config_file)
 
 
 def run_config(run: RunFolder) -> Config:

@@ -1,7 +1,4 @@
-"""What ends a run before its last step: a signal, numbers that are not finite, fp16 steps that are all skipped.
-
-The watches cost a few tiny kernels a step and never wait for the device; they are read where the loop waits anyway.
-"""
+"""What ends a run before its last step: a signal, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -72,7 +69,10 @@ class StopSignals:
 
 
 class FiniteWatch:
-    """Remembers, on the device, the first iteration with a loss that is not finite."""
+    """Remembers, on the device, the first iteration with a loss that is not finite.
+
+    It is asked where the loop waits for the device anyway.
+    """
 
     KEPT = 1000  # iterations whose terms are kept until they are asked for
 
@@ -95,46 +95,6 @@ class FiniteWatch:
         # Where the run has gone too far since, the terms of the oldest one kept tell as much.
         terms = next((terms for t, terms in self._recent if t >= first), {})
         return first, ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-
-
-class SkippedSteps:
-    """Counts the steps that the gradient scalers skip (fp16): a skipped step lowers the scale."""
-
-    WINDOW = 100  # steps, at least, over which they must not be the most
-
-    def __init__(self, scalers: dict[str, torch.amp.GradScaler], device: torch.device) -> None:
-        self._scalers = {name: scaler for name, scaler in scalers.items() if scaler.is_enabled()}
-        self._one = torch.ones((), device=device)
-        # `scale` is the one public way to the scale that does not wait for the device.
-        self._scales = {name: scaler.scale(self._one) for name, scaler in self._scalers.items()}
-        self._counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in self._scalers}
-        self._steps, self._checked, self._before = 0, 0, self.counts()
-
-    def note(self) -> None:
-        """Look at the scales after a step; a few kernels, no waiting."""
-        self._steps += 1
-        for name, scaler in self._scalers.items():
-            scale = scaler.scale(self._one)
-            self._counts[name] += scale < self._scales[name]
-            self._scales[name] = scale
-
-    def counts(self) -> dict[str, int]:
-        """Skipped steps since the start, per scaler."""
-        return {name: int(count) for name, count in self._counts.items()}
-
-    def most(self) -> str | None:
-        """In words, which scaler has skipped more than half of the steps since the last look, `WINDOW` or more."""
-        steps, counts = self._steps - self._checked, self.counts()
-        if steps < self.WINDOW:
-            return None
-        skipped = {name: count - self._before[name] for name, count in counts.items()}
-        self._checked, self._before = self._steps, counts
-        for name, count in skipped.items():
-            if 2 * count > steps:
-                return (
-                    f"{count} of the last {steps} steps of {name} (gradient scale now {float(self._scales[name]):.3g})"
-                )
-        return None
 
 
 def not_finite(trainer: Trainer) -> list[str]:

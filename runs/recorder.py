@@ -17,9 +17,8 @@ from data.batch import Batch
 from files import write_whole
 from parallel import collectives
 from runs import validate
-from runs.folder import make_run_folder
 from runs.grid import paint_pairs
-from runs.guards import FiniteWatch, SkippedSteps, not_finite
+from runs.guards import FiniteWatch, not_finite
 from runs.session import Session, display_pairs, to_device
 from runs.snapshot import prune_snapshots, save_snapshot, snapshots
 from utils import UserError, own_command
@@ -36,7 +35,7 @@ class Recorder:
     def __init__(self, s: Session, start: int) -> None:
         self.s, self.start, self.last = s, start, start
         self.terms: dict[str, Tensor] = {}
-        self.finite, self.skipped = FiniteWatch(s.device), SkippedSteps(s.trainer.scalers(), s.device)
+        self.finite = FiniteWatch(s.device)
         self.board: SummaryWriter | None = None
         self.stack = ExitStack()
 
@@ -72,13 +71,12 @@ class Recorder:
         """Keep the losses of iteration `t` until they are logged; a few tiny kernels, no waiting for the device."""
         self.terms = collectives.average_terms(terms)
         self.finite.note(t, self.terms)
-        self.skipped.note()
 
     # ------------------------------------------------------------------------------------------ when due
     def log(self, done: int) -> None:
-        """Losses, weights and learning rates, images/s, skipped steps of the last iteration.
+        """Losses, weights and learning rates, images/s and fp16's gradient scales of the last iteration.
 
-        Raises UserError if a loss was not finite, or if most steps are skipped.
+        Raises UserError if a loss was not finite.
         """
         self.require_finite()
         values = {name: float(value) for name, value in self.terms.items()}
@@ -87,14 +85,9 @@ class Recorder:
         self.last, self.since = done, now
         scalars = {f"loss/{name}": value for name, value in values.items()} | {"images_per_second": rate}
         scalars |= {f"schedule/{name}": value for name, value in self.s.schedule(done - 1).items()}
-        scalars |= {f"skipped_steps/{name}": count for name, count in self.skipped.counts().items()}
+        scalars |= {f"gradient_scale/{n}": v.get_scale() for n, v in self.s.trainer.scalers().items() if v.is_enabled()}
         self.write_scalars(scalars, done)
         self.bar.set_postfix({k: f"{values[k]:.3f}" for k in self.s.shown if k in values}, refresh=False)
-        if most := self.skipped.most():
-            raise UserError(
-                f"precision fp16: the gradients overflow, {most} were skipped; use precision: bf16 or fp32, or lower "
-                f"the learning rates; {self.last_good()}"
-            )
 
     def write_scalars(self, scalars: dict[str, float], done: int) -> None:
         for tag, value in scalars.items() if self.board else ():
@@ -109,7 +102,6 @@ class Recorder:
         """The test pairs to the run's folder."""
         if self.pairs:
             figure = Image.fromarray(self.paint())
-            self.keep_folder()
             write_whole(self.s.run.images / f"test_{done:08d}.png", lambda file: figure.save(file, format="PNG"))
 
     def paint(self) -> np.ndarray:
@@ -139,7 +131,6 @@ class Recorder:
                 f"Images: {self.batch_names(done - 1)}. {self.last_good()}"
             )
         if collectives.is_main():
-            self.keep_folder()
             save_snapshot(s.run.checkpoints, s.trainer, done, s.circumstances)
             prune_snapshots(s.run.checkpoints, done, keep_last=s.cfg.keep_last, keep_every=s.keep_every)
 
@@ -161,10 +152,3 @@ class Recorder:
         """The newest snapshot, in words: what is written has been checked to be finite."""
         present = snapshots(self.s.run.checkpoints)
         return f"the last good snapshot has {present[-1]} steps" if present else "there is no snapshot yet"
-
-    def keep_folder(self) -> None:
-        """Make the run's folder again if somebody has removed it."""
-        run = self.s.run
-        if not run.config_file.is_file():
-            make_run_folder(run, self.s.cfg)
-            log.warning("%s was removed while the run was going on; made again", run.path)

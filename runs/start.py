@@ -60,7 +60,7 @@ def begin(s: Session, resume: str | None) -> int:
     start = restore(s, resume) if resume is not None else 0
     collectives.start_together(s.trainer, start, s.device)
     if resume is not None and start < s.max_iter and collectives.is_main():
-        update_config(run, cfg, start)
+        update_config(run, cfg)
     return start
 
 

@@ -26,7 +26,7 @@ PANELS = {
     "Images per second": ("images_per_second",),
     "Re-identification during training": ("eval/reid",),
     "Swaps against the truth during training": ("eval/swap",),
-    "Skipped steps": ("skipped_steps/",),
+    "Gradient scale of fp16": ("gradient_scale/",),
 }
 MOST_POINTS = 200  # of a curve; of longer ones, means over as many parts are drawn
 KEPT = 5000  # values of a scalar that are read, a random sample of longer logs

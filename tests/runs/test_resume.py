@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from conftest import (
 from data.folders import read_split
 from data.generated import MANIFEST, Row, write_rows
 from runs.folder import RunFolder
-from runs.guards import FiniteWatch, SkippedSteps, StopSignals, not_finite
+from runs.guards import FiniteWatch, StopSignals, not_finite
 from runs.recorder import Recorder
 from runs.snapshot import changed_settings
 from runs.start import resume_command
@@ -387,13 +387,10 @@ def test_generated_training_images_that_changed_are_noticed(runs: Runs, tmp_path
 
 
 def test_settings_of_a_resumed_run_are_kept(light: Runs) -> None:
-    """What it was resumed with holds for the command that is printed, too; the file from before stays."""
+    """What it was resumed with holds for the command that is printed, too."""
     where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
-    folder, file = light.run("whole"), light.run("whole") / "config.yaml"
-    before = file.read_bytes()
-    outcome = clean(light.script(*where, "--set", "max_iter=5", "log_iter=3"))
-    assert "config_until_00000004.yaml" in outcome.err
-    assert (folder / "config_until_00000004.yaml").read_bytes() == before
+    file = light.run("whole") / "config.yaml"
+    assert str(file) in clean(light.script(*where, "--set", "max_iter=5", "log_iter=3")).err
     assert {"max_iter": 5, "log_iter": 3}.items() <= yaml.safe_load(file.read_text()).items()
     again = clean(light.script(*where, "--set", "max_iter=6"))
     assert "resumed whole after 5 of 6" in again.err
@@ -553,44 +550,6 @@ def test_infinities_in_optimisers_and_statistics_are_found() -> None:
     assert not_finite(trainer) == ["id.model.bn1.running_var", "exp_avg_sq 0 of optimiser gen"]
 
 
-def skip_steps(overflowing: list[bool]) -> Iterator[SkippedSteps]:
-    """A real gradient scaler whose gradients overflow where the list says so."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=50)
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.01)
-    skipped = SkippedSteps({"gen": scaler, "off": torch.amp.GradScaler("cpu", enabled=False)}, CPU)
-    for overflows in overflowing:
-        optimizer.zero_grad()
-        scaler.scale(weight.sum() * (torch.inf if overflows else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped.note()
-        yield skipped
-
-
-def test_skipped_steps_are_counted() -> None:
-    # As every fp16 run begins: the scale comes down to where it fits. Now and then it grows too far again.
-    usual = ([True] * 14 + [False] * 56) + [True, *[False] * 60] * 3
-    for skipped in skip_steps(usual):
-        assert skipped.most() is None
-    assert skipped.counts() == {"gen": 17}
-
-
-def test_a_run_that_skips_most_steps_is_told() -> None:
-    told = [skipped.most() for skipped in skip_steps([False] * 149 + [True] * 51)]
-    assert told[:199] == [None] * 199
-    assert told[199].startswith("51 of the last 100 steps of gen")
-
-
-def test_skipped_steps_end_the_run_with_a_reason(runs: Runs) -> None:
-    runs.monkeypatch.setattr(
-        SkippedSteps, "most", lambda self: "60 of the last 100 steps of gen (gradient scale now 0)"
-    )
-    error = runs.train("run", log_iter=3).error
-    assert "60 of the last 100 steps of gen" in error
-    assert "precision: bf16" in error
-
-
 # ----------------------------------------------------------------------------------------------- faults
 def test_a_full_disk_loses_nothing(light: Runs) -> None:
     """A limit on file sizes stands in for a full disk; only the snapshots are larger."""
@@ -620,23 +579,6 @@ def config_of(runs: Runs) -> Path:
     file = runs.folder / "config.yaml"
     file.write_text(yaml.safe_dump(DGNET | dict(data_root=str(runs.data))))
     return file
-
-
-def test_an_output_folder_that_is_removed_is_made_again(light: Runs) -> None:
-    runs = light
-    outcome = clean(runs.train("parts", at=(2, lambda: shutil.rmtree(runs.run("parts")))))
-    (warning,) = lines(outcome, "warning")
-    assert str(runs.run("parts")) in warning
-    assert runs.hashes("parts", 4) == runs.hashes("whole", 4)
-    assert (runs.run("parts") / "config.yaml").read_text() == (runs.run("whole") / "config.yaml").read_text()
-
-
-def test_an_output_folder_that_cannot_be_made_again(runs: Runs) -> None:
-    def remove() -> None:
-        shutil.rmtree(runs.folder / "outputs")
-        (runs.folder / "outputs").write_text("")
-
-    assert "cannot be written" in runs.train("parts", at=(2, remove)).error
 
 
 @pytest.mark.parametrize("settings", [dict(num_workers=0), dict(num_workers=1)], ids=str)
