@@ -34,8 +34,8 @@ COSINE_ONLY = "affects results only if lr_policy is cosine"
 
 # Keys of the release that nothing reads, neither the release nor this project.
 DEAD_KEYS = ("sqrt", "use_decoder_again", "input_dim_b")
-# Keys that stand in files of the release or of earlier versions and that `translated` turns into today's.
-RETIRED_KEYS = (*DEAD_KEYS, "new_size", "input_dim_a", "apex", "accumulate")
+# Keys of the release that `translated` turns into today's.
+RETIRED_KEYS = (*DEAD_KEYS, "new_size", "input_dim_a", "apex")
 # What the release assumes where a run folder's config.yaml does not name a key; other defaults are the schema's.
 RELEASE_FALLBACKS = {"ID_stride": 2, "erasing_p": 0.0, "T_w": 1.0, "lr_policy": "constant"}
 
@@ -145,8 +145,6 @@ class CommonConfig(Section):
     each time. Images of unequal sizes are kept resized."""
     cache_limit_mb: Annotated[Count, NO_EFFECT] = 4096
     """Images that need more memory than this are read from their files."""
-    check_ranks_iter: Annotated[Count, NO_EFFECT] = 500
-    """Steps between comparisons of the weights of several processes."""
     crop_padding: CountOrZero = 10
     """Pixels added on every side before the random crop."""
     deterministic: bool = False
@@ -530,15 +528,8 @@ def translated(values: dict[str, Any], source: str) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in RETIRED_KEYS}
     if dead := [key for key in DEAD_KEYS if key in values]:
         logging.info(f"{source}: ignored {', '.join(dead)}, which the release does not read either")
-    if values.get("new_size") not in (None, values.get("crop_image_width", 128)):
-        logging.info(f"{source}: new_size: images are resized to crop_image_height x crop_image_width")
     if (channels := values.get("input_dim_a", 1)) != 1:
         raise UserError(f"{source}: input_dim_a: must be 1, the gray or edge image (got {_shown(channels)})")
-    if (parts := values.get("accumulate", 1)) != 1:
-        raise UserError(
-            f"{source}: accumulate: no longer exists (got {_shown(parts)}); to save memory use recompute: true, "
-            "precision: bf16 or several processes"
-        )
     if (apex := values.get("apex", False)) not in (True, False):
         raise UserError(f"{source}: apex: must be true or false (got {_shown(apex)})")
     if apex:

@@ -79,8 +79,6 @@ def train(s: Session, resume: str | None) -> int:
                 recorder.save_images(done)
             if due(s.eval_iter, done, s.max_iter):
                 recorder.evaluate(done)
-            if due(s.cfg.check_ranks_iter, done, s.max_iter):
-                collectives.check_ranks(s.trainer, done)
             if due(s.snapshot_iter, done, s.max_iter) or stopping:
                 recorder.save(done)
             if stopping:

@@ -7,7 +7,6 @@ slice, so a run sees the same images and draws on any number of processes. launc
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +133,7 @@ def own_part() -> Part:
 
 # ----------------------------------------------------------------------------------- keeping in step
 def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
-    """Before the first step: give all processes the weights, buffers and random state of process 0, and compare them.
+    """Before the first step: give all processes the weights, buffers and random state of process 0.
 
     Raises UserError if the processes would start at different iterations.
     """
@@ -153,7 +152,6 @@ def start_together(trainer: Trainer, start: int, device: torch.device) -> None:
     torch.set_rng_state(states[0][0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[0][1], device)
-    check_ranks(trainer, start)
 
 
 def share_buffers(trainer: Trainer) -> None:
@@ -174,28 +172,6 @@ def share_tensors(tensors: list[Tensor]) -> None:
             dist.broadcast(dense, src=0)
             if dense is not tensor:
                 tensor.copy_(dense)
-
-
-def check_ranks(trainer: Trainer, t: int) -> None:
-    """Raises UserError unless weights and optimiser states are the same, bit for bit, in every process."""
-    if world_size() == 1:
-        return
-    tensors = {f"{net}.{name}": p for net, m in trainer.networks().items() for name, p in m.named_parameters()}
-    names = {id(p): name for name, p in tensors.items()}
-    for optimizer in trainer.optimizers().values():
-        for p, state in optimizer.state.items():
-            tensors |= {f"{names[id(p)]} ({key})": v for key, v in state.items() if isinstance(v, Tensor)}
-    here = {name: hash_of(tensor) for name, tensor in tensors.items()}
-    wrong = {name: None for there in gather(here) for name in here | there if here.get(name) != there.get(name)}
-    if wrong:
-        raise UserError(
-            f"iteration {t}: the processes' weights are no longer the same ({', '.join([*wrong][:3])}); "
-            "continue from an earlier snapshot with --resume ITERATION"
-        )
-
-
-def hash_of(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
 
 
 class Trainer(Protocol):

@@ -122,26 +122,12 @@ def test_every_config_of_the_project_loads(path: Path, tmp_path: Path, caplog: p
 
 def test_the_release_keys_load_unchanged_with_one_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     retired = dict(sqrt=False, use_decoder_again=True, input_dim_b=1, apex=False, input_dim_a=1, new_size=128)
-    assert retired.keys() | {"accumulate"} == set(RETIRED_KEYS)
+    assert retired.keys() == set(RETIRED_KEYS)
     values = RELEASE | retired | dict(data_root="../Market/pytorch/", gen=RELEASE_GEN, dis=RELEASE_DIS)
     cfg = load_config(write(tmp_path, yaml.safe_dump(values)))
     assert cfg == load_config(ROOT / "configs" / "latest.yaml")
     (note,) = caplog.messages
     assert all(key in note for key in DEAD_KEYS)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_files_of_earlier_versions_load(tmp_path: Path, strict: bool, caplog: pytest.LogCaptureFixture) -> None:
-    # What earlier versions wrote into config.yaml: every key, the retired ones among them.
-    old = yaml.safe_load(dump_config(parse(precision="fp16")))
-    path = write(tmp_path, yaml.safe_dump(old | dict(apex=True, new_size=None, input_dim_a=1, accumulate=1)))
-    assert load_config(path, strict=strict) == parse(precision="fp16")
-    assert logged(caplog) == ""
-
-
-def test_new_size_is_named_where_it_differs(caplog: pytest.LogCaptureFixture) -> None:
-    assert parse(new_size=144) == parse()
-    assert "new_size" in logged(caplog)
 
 
 # ------------------------------------------------------------------------------------------- overrides
@@ -208,7 +194,6 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], key: str, s
         (dict(apex=True, precision="bf16"), "apex.*precision"),
         (dict(apex="half"), "apex: .*half"),
         (dict(input_dim_a=3), "input_dim_a: .*3"),
-        (dict(accumulate=2), "accumulate: .*2.*recompute"),
         (dict(batch_size=1), "batch_size: .*2.*1"),
         (dict(task="teacher", batch_size=1), "batch_size: .*2.*1"),
         (dict(task="reid"), "task"),
@@ -332,7 +317,7 @@ def test_what_affects_the_results_of_a_resumed_run() -> None:
     teacher = exact_settings(parse(task="teacher").model_dump())
     assert "epochs" in teacher and "snapshot_epochs" not in teacher
     values = parse().model_dump()  # keys of another version are not compared
-    assert exact_settings(values | dict(apex=False, accumulate=1, gone=3)) == exact_settings(values)
+    assert exact_settings(values | dict(apex=False, gone=3)) == exact_settings(values)
 
 
 # ---------------------------------------------------------------------------- functions of the iteration

@@ -15,7 +15,6 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,7 @@ def everything(data: Path) -> dict[str, Any]:
 
 
 def twenty_steps(data: Path) -> dict[str, Any]:
-    """Float32 and BatchNorm per process, the default; and what the comparison of weights says of differences."""
+    """Float32 and BatchNorm per process, the default."""
     pairs = 2 * collectives.world_size()
     off = dict.fromkeys(("recon_f_w", "recon_s_w", "recon_x_cyc_w", "teacher_w"), 0)  # until the ramps begin
     trainer = dgnet_trainer(off | dict(batch_size=pairs, warm_iter=16, warm_teacher_iter=17), torch.float32)
@@ -194,26 +193,10 @@ def twenty_steps(data: Path) -> dict[str, Any]:
     a, b = loader(data, pairs, 0), loader(data, pairs, 1)
     for t in range(20):
         trainer.step(a.batch(t), b.batch(t), t)
-    collectives.check_ranks(trainer, 20)
     state = lambda: {n: v.clone() for net in trainer.networks().values() for n, v in net.state_dict().items()}  # noqa: E731
-    seen: dict[str, Any] = {"before": state()}
+    before = state()
     collectives.share_buffers(trainer)
-    seen["after"] = state()
-
-    def error(change: Callable[[], object]) -> str:
-        if collectives.rank() == 1:
-            change()
-        with pytest.raises(UserError) as raised:
-            collectives.check_ranks(trainer, 21)
-        return str(raised.value)
-
-    weight = trainer.dis.get_parameter("cnns.0.0.conv.bias").data
-    seen["swapped"] = error(lambda: weight.copy_(weight.flip(0)))
-    trainer.dis.cnns[0][0].conv.bias.data.copy_(collectives.gather(weight)[0])
-    collectives.check_ranks(trainer, 22)
-    momentum = trainer.opt_id.state[trainer.id_net.classifier1.classifier[0].weight]["momentum_buffer"]
-    seen["momentum"] = error(lambda: momentum.view(-1)[3:4].mul_(1 + 1e-6))
-    return seen
+    return {"before": before, "after": state()}
 
 
 def refusals() -> dict[str, str]:
@@ -336,12 +319,6 @@ def test_weights_are_identical_after_twenty_steps(ranks: Any) -> None:
     assert buffers and all(torch.equal(first["after"][n], v) for n, v in first["before"].items())
 
 
-def test_differing_weights_are_named_everywhere(ranks: Any) -> None:
-    for seen in (rank["twenty steps"] for rank in ranks):
-        assert "dis.cnns.0.0.conv.bias" in seen["swapped"]
-        assert "id.classifier1.classifier.0.weight (momentum_buffer)" in seen["momentum"]
-
-
 def test_batches_that_cannot_be_shared_out_are_refused(ranks: Any) -> None:
     for rank in ranks:
         assert rank["refusals"].keys() == {"unequal", "one each"}
@@ -437,9 +414,7 @@ class Pair:
 
 @pytest.fixture
 def pair(tiny_data: Path, tmp_path: Path) -> Pair:
-    schedule = dict(
-        max_iter=400, snapshot_save_iter=2, check_ranks_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3
-    )
+    schedule = dict(max_iter=400, snapshot_save_iter=2, image_save_iter=2, eval_iter=4, teacher_style=3)
     changes = schedule | dict(crop_image_height=HEIGHT, crop_image_width=WIDTH, batch_size=4, data_root=str(tiny_data))
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(merged(TINY_DGNET, ALL_LOSSES | changes)))
     common = ("--config", tmp_path / "pair.yaml", "--output_path", tmp_path, "--device", "cpu")
