@@ -29,14 +29,11 @@ from data import archives
 from data.folders import ImageList, parse_name
 from data.generated import MANIFEST, Row, add_generated, read_rows, write_rows
 from data.images import check_images, load_image
-from data.loader import PairLoader
-from reid_eval.features import Features, extract_features, load_features, save_features
-from reid_eval.index import open_index, to_vectors
+from reid_eval.features import Features, load_features, save_features
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
 from runs.guards import not_finite
 from runs.load import load_teacher, save_teacher
-from runs.release import export
 from runs.snapshot import load_snapshot, save_snapshot
 from trainer import TeacherTrainer
 from utils import ROOT, UserError
@@ -144,79 +141,6 @@ def test_names_of_the_form_are_read(pid: int, camid: int, rest: str) -> None:
     assert parse_name(f"{pid:04d}_c{camid}{rest}") == (pid, camid)
 
 
-@fuzz(300)
-@given(name=st.one_of(st.text(), st.text("0123456789_cs-.jpg٣²"), st.from_regex(r"-?\d+_c\d*")))
-def test_any_other_name_is_refused(name: str) -> None:
-    try:
-        pid, camid = parse_name(name)
-    except UserError as error:
-        assert name in str(error)
-    else:
-        head, _, rest = name.partition("_c")
-        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-        assert head.isascii() and int(head) == pid and int(digits) == camid
-        assert -(10**18) < pid < 10**18 and 0 <= camid < 10**18
-
-
-# ---------------------------------------------------------------------------------------------- images
-class Pixels(nn.Module):
-    """An id net of one head whose features are coarse pixels, which show what was read."""
-
-    def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-        return (nn.functional.adaptive_avg_pool2d(x, (4, 2)).flatten(1) + 10,)
-
-
-MODES = {
-    ".jpg": "RGB, L, CMYK",
-    ".png": "RGB, L, 1, P, RGBA, LA, I;16, transparent palette",
-    ".bmp": "RGB, L, 1, P",
-    ".ppm": "RGB, L, I;16",
-}
-
-
-def draw_image(data: st.DataObject, file: Path) -> tuple[Path, tuple[int, int]]:
-    """An image of any mode, size and orientation on disk, with its upright (width, height)."""
-    suffix = data.draw(st.sampled_from(list(MODES)))
-    mode = data.draw(st.sampled_from(MODES[suffix].split(", ")))
-    width, height = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
-    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    options: dict[str, Any] = {}
-    if mode == "I;16":
-        image = Image.fromarray(rng.integers(0, 2**16, (height, width), dtype=np.uint16))
-    elif mode == "transparent palette":
-        image, options = image.quantize(), {"transparency": bytes(range(256))}
-    else:
-        image = image.convert(mode)
-    turned = data.draw(st.integers(1, 8)) if suffix in (".jpg", ".png") else 1
-    if turned > 1:
-        options["exif"] = Image.Exif()
-        options["exif"][0x0112] = turned
-    path = file.with_suffix(suffix)
-    image.save(path, **options)
-    return path, (height, width) if turned >= 5 else (width, height)
-
-
-@fuzz(40)
-@given(data=st.data())
-def test_any_image_is_read_upright_in_colour(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.mktemp("image")
-    drawn = [draw_image(data, folder / name) for name in ("a", "b", "c")]
-    paths = [path for path, _ in drawn]
-    assert check_images(paths, skip_bad=False) == [True] * 3
-    for path, size in drawn:
-        image = load_image(path)
-        assert image.mode == "RGB" and image.size == size
-    images = ImageList(paths, [1, 1, 2], [0, 0, 0])
-    loader = PairLoader(images, batch_size=3, height=8, width=4, seed=0, pad=data.draw(st.integers(0, 9)))
-    batch = loader.batch(0)
-    for x in (batch.x, batch.xp):
-        assert x.shape == (3, 3, 8, 4) and x.isfinite().all() and -2.2 < x.min() and x.max() < 2.7
-    features = extract_features(Pixels(), paths, height=8, width=4, batch_size=2, device="cpu", progress=False)
-    assert features.shape == (3, 1, 24) and np.abs(np.linalg.norm(features, axis=-1) - 1).max() < 1e-5
-    shutil.rmtree(folder)
-
-
 # --------------------------------------------------------------------------------------------- damages
 def damage(content: bytes, rng: random.Random) -> bytes:
     """The content with one to eight flips, cuts, insertions or holes."""
@@ -290,23 +214,6 @@ def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
         assert refused > 0.95 * 150 * FUZZ or file.suffix == ".json"
 
 
-def test_a_damaged_folder_of_the_release_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
-    """Without a manifest, by the checksums that the files themselves hold."""
-    trainer = tiny_trainer(tiny_config())
-    trainer.step(*random_batches(trainer.cfg), 0)
-    save_snapshot(tmp_path / "run", trainer, 1)
-    export(tmp_path / "run", tmp_path)
-    shutil.rmtree(tmp_path / "run")
-    before = weights(*trainer.networks().values())
-    for name in ("gen_00000001.pt", "optimizer.pt"):
-        damaged(
-            tmp_path / name,
-            30,
-            lambda: load_snapshot(tmp_path, trainer),
-            lambda _: equal(weights(*trainer.networks().values()), before),
-        )
-
-
 def test_a_damaged_teacher_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
     run, net = RunFolder(tmp_path, "tutor"), build_teacher(4, backbone="resnet10w8")
     save_teacher(run, parse_config(TINY_TEACHER, "tiny"), net, 4)
@@ -336,21 +243,6 @@ def test_damaged_features_are_refused_or_read_as_they_were(tmp_path: Path) -> No
         return all(np.array_equal(getattr(a, k), getattr(b, k)) for a, b in pairs for k in ("features", "pids", "keys"))
 
     assert damaged(file, 500, lambda: load_features(file), same) > 250 * FUZZ
-
-
-def test_a_damaged_index_is_refused_or_searched_as_it_was(tmp_path: Path) -> None:
-    for i in range(5):
-        noise(tmp_path / "gallery" / f"{i}.png")
-    vectors = np.random.default_rng(0).standard_normal((5, 2, 4)).astype(np.float32)
-
-    def answer() -> Any:
-        index = open_index(tmp_path / "index", tmp_path / "gallery", "model", "name")
-        index.update(lambda paths: vectors[[int(p.stem) for p in paths]])
-        return index.search(to_vectors(vectors[:2]), 3)
-
-    expected = answer()
-    refused = damaged(tmp_path / "index" / "index.npz", 300, answer, lambda answered: answered == expected)
-    assert refused > 250 * FUZZ
 
 
 def test_a_damaged_manifest_of_generated_images(tmp_path: Path) -> None:

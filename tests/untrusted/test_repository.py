@@ -27,7 +27,7 @@ def is_text(content: bytes) -> bool:
         text = content.decode()
     except UnicodeDecodeError:
         return False
-    return "\0" not in text and ";base64,/9j/" not in text and ";base64,iVBOR" not in text
+    return "\0" not in text and not any(f";base64,{start}" in text for start in ("/9j/", "iVBOR"))  # JPEG, PNG
 
 
 @pytest.mark.parametrize(

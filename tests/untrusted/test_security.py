@@ -26,7 +26,6 @@ import torch
 import yaml
 from conftest import (
     TINY_DGNET,
-    TINY_TEACHER,
     Outcome,
     OutputFolder,
     noise,
@@ -37,10 +36,9 @@ from conftest import (
 from PIL import Image, PngImagePlugin
 
 from data.folders import read_split
-from data.generated import MANIFEST, SETTINGS, Row, add_generated, write_rows
+from data.generated import MANIFEST, Row, add_generated, write_rows
 from data.images import check_images
 from data.listing import list_images
-from mannequins.dataset import load_factors
 from reIDmodel import build_teacher, build_trunk
 from runs.folder import RunFolder, start_folder
 from runs.load import save_teacher
@@ -135,11 +133,8 @@ NEW_RUN = ("train", "--name", "new", "--config", "CONFIG")
 RESUME = ("train", "--name", "tiny", "--resume")
 READERS = {
     "outputs/tiny/checkpoints/00000001/gen.pt": ("generate", "--name", "tiny", "--count", 1, "--out", "OUT"),
-    "outputs/tiny/checkpoints/00000001/id.pt": ("test", "--name", "tiny"),
-    "outputs/tiny/checkpoints/00000001/dis.pt": RESUME,
     "outputs/tiny/checkpoints/00000001/state.pt": RESUME,
     "outputs/release/checkpoints/optimizer.pt": ("train", "--name", "release", "--resume"),
-    "outputs/release/checkpoints/id_00000001.pt": ("visual_tools/show_rainbow", "--name", "release"),
     "models/tutor/net_last.pth": ("test", "--teacher", "tutor"),
     "trunk.pth": (*NEW_RUN, "--backbone-weights", "FILE", "--set", "pretrained=true"),
     "vgg.pth": (*NEW_RUN, "--set", "vgg_w=1", "vgg_weights=FILE"),
@@ -241,37 +236,6 @@ def test_yaml_that_its_library_stumbles_over(place: Place, value: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- paths
-def teacher_config(place: Place, extra: Path) -> Path:
-    """The config of a teacher that also learns from the generated images in `extra`."""
-    config = place.folder / "teacher.yaml"
-    config.write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(place.data), extra_data=str(extra))))
-    return config
-
-
-def test_a_manifest_of_generated_images_stays_in_its_folder(place: Place) -> None:
-    outside, made = noise(place.folder / "outside.jpg"), place.folder / "made"
-    made.mkdir()
-    (made / SETTINGS).write_text("{}")
-    for file in ("../outside.jpg", str(outside), "train_all/../../outside.jpg"):
-        write_rows(made / MANIFEST, [Row(file, "a.jpg", "b.jpg", "0001", "0002", 1, 1, "")])
-        place.assert_refuses(made, "train", "--config", teacher_config(place, made))
-
-
-def test_a_manifest_of_a_snapshot_names_no_other_files(place: Place) -> None:
-    """Only a snapshot's own files are read, whatever its manifest lists."""
-    (manifest,) = place.checkpoints.glob("*/manifest.json")
-    content = json.loads(manifest.read_text())
-    files = content["files"]
-    content["files"] = {f"../../../trap/{name}": entry for name, entry in files.items()}
-    manifest.write_text(json.dumps(content))
-    place.assert_refuses("id.pt", "test", "--name", "tiny")
-    for odd in ([], {"id.pt": 3}, {"id.pt": {"bytes": "many", "sha256": []}}):
-        manifest.write_text(json.dumps(content | {"files": odd}))
-        place.assert_refuses("00000001", "test", "--name", "tiny")
-    manifest.write_text("[" * 100_000)
-    place.assert_refuses(manifest, "test", "--name", "tiny")
-
-
 def test_a_search_index_stays_in_its_gallery(place: Place, gallery: Path) -> None:
     file, description, vectors = index_of(place, gallery)
     about = json.loads(description.tobytes())
@@ -457,24 +421,6 @@ def test_features_that_claim_to_be_huge(place: Place, kind: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- other bad files
-def test_an_index_of_other_vectors(place: Place, gallery: Path) -> None:
-    file, about, vectors = index_of(place, gallery)
-    np.savez(file, about=about, vectors=np.pad(vectors, ((0, 0), (0, 1))))
-    place.assert_refuses(file, *search(place, gallery))
-
-
-def test_json_nested_too_deep(place: Place) -> None:
-    out = place.folder / "out"
-    out.mkdir()
-    (out / SETTINGS).write_text("[" * 100_000)
-    options = ("--name", "tiny", "--count", 1, "--out", out, "--no-soft-labels")
-    place.assert_refuses(out / SETTINGS, "generate", *options)
-    factors = place.folder / "factors.json"
-    factors.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="factors.json"):
-        load_factors(factors.parent)
-
-
 def test_numbers_of_a_manifest_are_plain_and_not_repeated_at_length(place: Place) -> None:
     images = read_split(place.data, "train_all")
     noise(place.folder / "a.jpg")
