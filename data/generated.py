@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from data.archives import csv_bytes
 from data.folders import UNFINISHED_MARK, ImageList
 from data.images import check_images
 from data.listing import unsaid
-from files import write_whole
+from files import part_of, write_whole
 from utils import UserError, one_line
 
 MANIFEST = "manifest.csv"
@@ -153,12 +154,25 @@ def _parse_row(line: list[str]) -> Row:
     return row._replace(appearance_camera=int(row.appearance_camera), structure_camera=int(row.structure_camera))
 
 
-def append_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Add the rows of finished images to the manifest: at any moment, every image in it exists and is whole."""
-    path = folder / MANIFEST
-    new = not path.exists() or path.stat().st_size == 0
-    with open(path, "ab") as manifest:
-        manifest.write(csv_bytes([Row._fields, *rows] if new else rows))
+def commit_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Rename the finished images of `rows` and add them to the manifest; after an exception, none is listed or exists.
+
+    At any moment, every image in the manifest exists and is whole.
+    """
+    paths = [folder / row.file for row in rows]
+    with open(folder / MANIFEST, "ab", buffering=0) as manifest:
+        end = manifest.tell()
+        try:
+            for path in paths:
+                os.replace(part_of(path), path)
+            data = csv_bytes(rows if end else [Row._fields, *rows])
+            while data:  # A disk that is nearly full may take only the beginning.
+                data = data[manifest.write(data) :]
+        except BaseException:
+            manifest.truncate(end)
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def recover_rows(folder: Path, planned: Sequence[Row]) -> list[Row]:

@@ -1,6 +1,7 @@
 """Whole data sets of swaps: batches of images in one or several processes, their files, and the manifest.
 
-Every process computes its share and writes images, each whole or not at all. Process 0 then lists them.
+Every process computes its share and writes images under hidden names. Process 0 alone gives them their names and lists
+them, so that the manifest agrees with the files whatever happens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from data.folders import UNFINISHED_MARK, ImageList, is_data_set, read_people, r
 from data.generated import (
     SETTINGS,
     Row,
-    append_rows,
+    commit_rows,
     count_pairs,
     draw_swap_pairs,
     format_soft_label,
@@ -77,7 +78,7 @@ class Job:
 
 
 class Made(NamedTuple):
-    """A batch, the seconds that the nets took for it, and the files that threads write."""
+    """A batch, the seconds that the nets took for it, and the files that threads write under their hidden names."""
 
     rows: list[Row]
     seconds: float
@@ -170,12 +171,13 @@ def choose_batch_size(nets: Nets, out: Path) -> int:
 
 
 def write_image(path: Path, image: np.ndarray, quality: int) -> None:
-    """Write (H, W, 3) uint8 in the format of the suffix, whole or not at all."""
-    how = {"format": "PNG"} if path.suffix == ".png" else {"format": "JPEG", "quality": quality}
-    # Not by `write_whole`, which waits for the disk: an image that a power cut takes is made again.
+    """Write (H, W, 3) uint8 under the hidden name of `path`, in the format of its suffix."""
+    picture = Image.fromarray(image)
     with open(part_of(path), "wb") as file:
-        Image.fromarray(image).save(file, **how)
-    os.replace(part_of(path), path)
+        if path.suffix == ".png":
+            picture.save(file, "PNG")
+        else:
+            picture.save(file, "JPEG", quality=quality)
 
 
 # --------------------------------------------------------------------------------------------- the data set
@@ -214,9 +216,9 @@ def generate(job: Job, nets: Nets, settings: dict[str, object], started: float) 
             (out / UNFINISHED_MARK).unlink(missing_ok=True)
     except OSError as error:
         done = sum(1 for row in job.rows if (out / row.file).exists())
-        what = f"{done} of {len(job.rows)} images are there"
         raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); {what}; free space, and the same command continues"
+            f"{out}: cannot be written ({error.strerror or error}); {done} of {len(job.rows)} images are there and in "
+            "the manifest; free space and run the same command again to continue"
         ) from None
     report = f"{len(job.rows)} images in {out}, {count} of them made now"
     if count:
@@ -294,20 +296,24 @@ def missing_batches(job: Job, device: torch.device, present: set[str]) -> list[l
 
 
 def fill(job: Job, nets: Nets, batches: list[list[int]], present: set[str]) -> tuple[int, float]:
-    """Make `batches` and list their images.
+    """Make `batches` and list their images; whatever stops this, no half-made image stays.
 
     Returns the number of new images, and the images per second that the nets alone make.
     """
     count, seconds, made_by = 0, [0.0] * world_size(), [0] * world_size()
     bar = tqdm(total=len(job.rows), initial=len(present), desc="images", unit="img", disable=None, mininterval=0.5)
-    with bar, closing(make_together(job, nets, batches)) as results:
-        for process, made, spent in results:
-            rows = [row for row in made if row.file not in present]
-            append_rows(job.out, rows)
-            bar.update(len(rows))
-            count += len(rows)
-            made_by[process] += len(made)
-            seconds[process] += spent
+    try:
+        with bar, closing(make_together(job, nets, batches)) as results:
+            for process, made, spent in results:
+                rows = [row for row in made if row.file not in present]
+                commit_rows(job.out, rows)
+                bar.update(len(rows))
+                count += len(rows)
+                made_by[process] += len(made)
+                seconds[process] += spent
+    finally:
+        for row in job.rows:
+            part_of(job.out / row.file).unlink(missing_ok=True)
     return count, sum(images / spent for images, spent in zip(made_by, seconds, strict=True) if spent)
 
 
