@@ -102,6 +102,8 @@ def score_cells(row: dict[str, float]) -> list[str]:
     """A row of scores as cells in the order of COLUMNS, "-" for a score that is missing."""
     formats = {"fid": "{:.2f}", "kid": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}", "images": "{:d}"}
     scaled = {key: 1000 * value if key == "kid" else value for key, value in row.items()}
+    if abs(scaled.get("fid", 1)) < 1:  # of a teacher's features, which are small
+        formats["fid"] = "{:.4f}"
     return [formats[key].format(scaled[key]) if key in scaled else "-" for key in COLUMNS]
 
 
