@@ -27,7 +27,6 @@ import precision
 from config import load_config
 from data.folders import check_test_set
 from mannequins.dataset import make_dataset
-from parallel import collectives
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
 from runs.load import find_teacher
@@ -112,13 +111,6 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--which_epoch" in done.stdout and done.stdout.endswith("heavy []\n")
-
-
-def test_a_teacher_is_trained_and_put_where_dgnet_looks_for_it(trained: Runs) -> None:
-    opts = yaml.safe_load((trained.folder / "models" / "tutor" / "opts.yaml").read_text())
-    assert (opts["stride"], opts["nclasses"], opts["backbone"]) == (2, 8, "resnet10w8")
-    state = torch.load(trained.folder / "models" / "tutor" / "net_last.pth", weights_only=True)
-    assert state["classifier.classifier.0.weight"].shape == (8, 512)
 
 
 def test_a_run_leaves_its_files(trained: Runs) -> None:
@@ -255,15 +247,6 @@ def test_a_run_keeps_the_precision_that_auto_was(
     assert changed.code == 0 and ("precision was fp32, is bf16" in changed.err) == (not has)
 
 
-def test_of_several_processes_the_first_decides_what_auto_is(
-    trained: Runs, script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    monkeypatch.setattr(collectives, "gather", lambda value: ["bf16", value])  # as the second of two
-    where = ("--name", "auto", "--output_path", trained.folder, "--dry-run", "--set", "precision=auto")
-    assert "on cpu in bf16, " in clean(script("train", "--config", trained.config, *where))
-
-
 def test_a_run_is_never_overwritten(trained: Runs, script: Script, tmp_path: Path) -> None:
     before = contents(trained.folder)
     again = script("train", "--config", trained.config, "--name", "tiny", *trained.where).error
@@ -384,8 +367,6 @@ def test_resuming_what_is_not_there(trained: Runs, script: Script) -> None:
         (["ID_class=751"], [], "ID_class"),
         (["backbone=vgg16"], [], "backbone vgg16"),
         (["apex=true"], ["--device", "cpu"], "apex: true"),
-        (["precision=fp16"], ["--device", "cpu"], "precision: bf16"),
-        (["apex=true", "precision=bf16"], [], "apex: true.*precision: fp16"),
         ([], ["--device", "tpu9"], "--device tpu9"),
         ([], ["--device", "cuda:99"], "--device cuda:99"),
         (["batch_size=4"], ["--gpu_ids", "0,1"], "--gpu_ids 0,1.*--device cpu.*--processes"),
@@ -393,8 +374,6 @@ def test_resuming_what_is_not_there(trained: Runs, script: Script) -> None:
         ([], ["--gpu_ids", "0,1", "--processes", "3"], "--processes 3"),
         ([], ["--gpu_ids", "0", "--device", "cpu"], "--gpu_ids and --device"),
         ([], ["--threads", "0"], "--threads 0"),
-        ([], ["--name", "a/b"], "--name 'a/b'"),
-        (["batch_size"], [], "--set batch_size: .*key=value"),
         (["vgg_w=1", "vgg_weights=nowhere.pth"], [], "nowhere.pth: "),
         (["pretrained=true"], [], "backbone resnet10w8.*pretrained: false"),
         (["pretrained=true", "backbone_weights=nowhere.pth"], [], "nowhere.pth: "),
@@ -536,25 +515,6 @@ def test_output_paths_that_cannot_be_written(trained: Runs, script: Script, tmp_
 
 
 # ------------------------------------------------------------------------------- figures and measures
-def test_the_swap_grid_of_a_run_and_of_a_folder_of_images(trained: Runs, script: Script, tmp_path: Path) -> None:
-    out, folder = tmp_path / "grid.png", tmp_path / "people"
-    paint = ("visual_tools/show_rainbow", "--name", "tiny", *trained.where, "--out", out)
-    clean(script(*paint, "--count", 3))
-    with Image.open(out) as grid:
-        assert grid.height > 4 * 128  # the border and three rows
-    before = out.read_bytes()
-    assert str(out) in script(*paint, "--count", 3).error and out.read_bytes() == before
-    clean(script(*paint, "--count", 3, "--force", "--seed", 1))
-    assert out.read_bytes() != before
-    folder.mkdir()
-    out.unlink()
-    assert str(folder) in script(*paint, "--input", folder).error and not out.exists()
-    for i, size in enumerate([(40, 90), (64, 128), (31, 57)]):
-        Image.fromarray(np.full((*size[::-1], 3), 60 * (i + 1), np.uint8)).save(folder / f"{i}.png")
-    clean(script(*paint, "--input", folder))
-    assert out.is_file()
-
-
 @pytest.mark.parametrize(
     "raised, words",
     [
@@ -569,12 +529,6 @@ def test_what_no_check_has_met_is_one_line_too(capsys: pytest.CaptureFixture, ra
         run_cli(Mock(side_effect=raised))
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith("error: ") and words in line
-
-
-@pytest.mark.parametrize("raised", [RuntimeError("a defect"), OSError("no file")])
-def test_other_errors_keep_their_traceback(raised: Exception) -> None:
-    with pytest.raises(type(raised), match=str(raised)):
-        run_cli(Mock(side_effect=raised))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.folders import ImageList, read_split
-from data.images import normalise, to_uint8
+from data.images import normalise
 from mannequins.dataset import load_factors
 from mannequins.truth import (
     MOST_PSNR,
@@ -26,7 +26,7 @@ from mannequins.truth import (
     take_apart,
 )
 from reid_eval.features import Features, embed_images
-from runs.grid import GAP, PAIR_ROWS, paint_grid, paint_pairs
+from runs.grid import GAP, paint_grid
 from utils import UserError
 
 
@@ -186,11 +186,6 @@ def test_recognition_asks_for_the_appearance() -> None:
     assert {row: table["official"]["rank1"] for row, table in recognised.items()} == pytest.approx(expected)
 
 
-def test_images_come_back_from_normalised_space() -> None:
-    pixels = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
-    assert np.array_equal(to_uint8(normalise(pixels)), pixels.permute(0, 2, 3, 1).numpy())
-
-
 def test_grid_places_every_image() -> None:
     red, blue = np.zeros((8, 4, 3), np.uint8), np.zeros((8, 4, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
@@ -200,8 +195,3 @@ def test_grid_places_every_image() -> None:
     assert tuple(figure[GAP + 16 + GAP + 8, GAP + 4]) == (0, 0, 255)
     labelled = paint_grid([[red], [blue]], row_labels=["a", "b"], column_labels=["c"], cell_height=64)
     assert labelled.shape[1] > 32 + 2 * GAP and labelled.shape[0] > 2 * (64 + GAP)
-
-
-def test_pair_figure_has_a_row_per_role_and_a_column_per_pair() -> None:
-    images = {name: torch.zeros(3, 3, 64, 32) for name in PAIR_ROWS}
-    assert paint_pairs(images).shape[0] == GAP + len(PAIR_ROWS) * (128 + GAP)

@@ -94,11 +94,6 @@ def test_the_schema_defaults_to_the_release() -> None:
     assert {key: values[key] for key in expected} == expected
 
 
-def test_latest_fp16_is_latest_in_fp16() -> None:
-    plain, half = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("latest", "latest-fp16"))
-    assert half == plain.model_copy(update=dict(precision="fp16"))
-
-
 def test_the_page_of_keys_is_that_of_the_schema() -> None:
     page = configuration_page()
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page, (
@@ -146,12 +141,6 @@ def test_set_overrides_values_of_the_file(tmp_path: Path) -> None:
     assert values == {"gen": {"dim": 16}}
 
 
-@pytest.mark.parametrize("setting", ["batch_size", "batch_size.x=1", "gen={", "=3"])
-def test_a_malformed_set_is_refused(setting: str) -> None:
-    with pytest.raises(UserError):
-        parse_config(set_values({"data_root": "", "batch_size": 2}, [setting]), "file.yaml")
-
-
 # -------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     "values,key,suggestion",
@@ -173,30 +162,22 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], key: str, s
     "values,words",
     [
         (dict(batch_size="many"), "batch_size: .*'many'"),
-        (dict(batch_size=2.5), "batch_size: .*2.5"),
         (dict(batch_size=True), "batch_size: .*True"),
         (dict(lr_g=False), "lr_g: .*False"),
-        (dict(batch_size=None), "batch_size"),
-        (dict(teacher=5), "teacher: .*5"),
         (dict(gen=5), "gen: "),
         (dict(task="Teacher", epochs=3), "task: .*dgnet.*teacher.*'Teacher'"),
         (dict(gen=dict(tanh="perhaps")), "gen.tanh"),
         (dict(gen=dict(dim=-4)), "gen.dim: .*-4"),
-        (dict(ID_class=0), "ID_class"),
         (dict(ID_class="all"), "ID_class"),
         (dict(erasing_p=1.5), "erasing_p: .*1.5"),
         (dict(lr2=0), "lr2: "),
         (dict(recon_x_w=float("nan")), "recon_x_w: "),
-        (dict(recon_x_w=float("inf")), "recon_x_w: "),
         (dict(ID_stride=3), "ID_stride: .*3"),
         (dict(ID_style="ABC"), "ID_style: .*'AB'"),
         (dict(gen=dict(dec="slim")), "gen.dec: .*basic.*series.*parallel.*slim"),
         (dict(apex=True, precision="bf16"), "apex.*precision"),
-        (dict(apex="half"), "apex: .*half"),
         (dict(input_dim_a=3), "input_dim_a: .*3"),
-        (dict(batch_size=1), "batch_size: .*2.*1"),
         (dict(task="teacher", batch_size=1), "batch_size: .*2.*1"),
-        (dict(task="reid"), "task"),
         (dict(task="teacher", lr_policy="multistep"), "lr_policy"),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
@@ -231,13 +212,6 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, words: str) -> None
     with pytest.raises(UserError, match=f"{FILE}: .*{words}") as error:
         load_config(write(tmp_path, text))
     assert "\n" not in str(error.value)
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "binary.yaml"):
-        with pytest.raises(UserError, match=str(path)):
-            load_config(path)
 
 
 SMALL = dict(crop_image_height=64, crop_image_width=32)
@@ -293,16 +267,6 @@ def test_the_config_of_a_release_folder_is_read_leniently(caplog: pytest.LogCapt
     assert "image_dir" in lines[0] and "gen.style_dim" in lines[0]
     assert (cfg.batch_size, cfg.ID_class, cfg.gen.dim) == (4, 702, 8)
     assert (cfg.ID_stride, cfg.precision, cfg.erasing_p, cfg.T_w, cfg.lr_policy) == (2, "fp32", 0, 1, "constant")
-
-
-def test_fallbacks_give_way_to_the_folders_own_values(caplog: pytest.LogCaptureFixture) -> None:
-    values = dict(data_root="x", ID_stride=1, erasing_p=0.25, T_w=2, lr_policy="step")
-    cfg = parse_config(of_another_version(values | dict(apex=True), "run/config.yaml"), "run/config.yaml")
-    assert logged(caplog) == ""
-    assert {key: getattr(cfg, key) for key in values} == values
-    assert cfg.precision == "fp16"
-    with pytest.raises(UserError, match="batch_size"):
-        parse_config(of_another_version(dict(batch_size="many"), "run/config.yaml"), "run/config.yaml")
 
 
 # ------------------------------------------------------------------------------------------ what affects results
@@ -378,12 +342,6 @@ def test_teacher_rates() -> None:
     assert cosine[6] == pytest.approx(0.5) and cosine[0] == pytest.approx(0.25) and 0 < cosine[11] < 0.02
 
 
-def test_teacher_recipe_of_the_project() -> None:
-    cfg = load_config(ROOT / "configs" / "teacher.yaml")
-    assert (cfg.backbone, cfg.stride, cfg.batch_size, cfg.epochs, cfg.warm_epochs) == ("resnet50", 2, 32, 60, 5)
-    assert (cfg.trunk_lr_factor, cfg.weight_decay, cfg.lr_policy, cfg.pretrained) == (0.1, 5e-4, "step", True)
-
-
 @pytest.mark.parametrize(
     "values,needed",
     [
@@ -413,12 +371,6 @@ def test_what_may_be_cached(tmp_path: Path, text: str, value: bool | str) -> Non
     assert parse_config(yaml.safe_load(dump_config(cfg)), "again") == cfg
     assert load_config(path, ["cache_images=source", "cache_limit_mb=7"]).cache_images == "source"
     assert parse_config({"data_root": "d"}, "default").cache_images == "auto"
-
-
-@pytest.mark.parametrize("value", ["everything", 2, 0.5])
-def test_what_may_not_be_cached(value: Any) -> None:
-    with pytest.raises(UserError, match="cache_images: .*auto.*source.*resized"):
-        parse_config({"data_root": "d", "cache_images": value}, "file")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from data import folders
 from data.archives import flat_archive
 from data.augment import augment
-from data.cache import Machine, cached_images
+from data.cache import cached_images
 from data.folders import ImageList, parse_name, read_split, require_identities
 from data.images import check_images, decoded, iter_images, load_image, normalise, resize, resize_in_float
 from data.listing import say_reading
@@ -113,12 +113,6 @@ def test_labels_are_those_of_image_folder(tmp_path: Path) -> None:
     assert ours.num_classes == 5
     assert ours.pids.tolist() == [0, 3, 3, 10, 10, 10, 2, 2, 20]
     assert ours.select([True] + [False] * 7 + [True]).labels().tolist() == [0, 1]
-
-
-def test_flat_names_of_uneven_length_sort_by_identity(tmp_path: Path) -> None:
-    for name in ("20_c1s1_1.jpg", "2_c1s1_1.jpg", "2_c1s1_2.jpg", "20_c1s1_2.jpg"):
-        noise(tmp_path / "bounding_box_train" / name)
-    assert [read_split(tmp_path, split).pids.tolist() for split in ("train_all", "val")] == [[2, 2, 20, 20], [2, 20]]
 
 
 def test_training_needs_no_parsable_names(tmp_path: Path) -> None:
@@ -302,12 +296,6 @@ def test_the_draws_of_a_seed(images: ImageList) -> None:
     assert top.tolist() == [6, 0, 6, 3, 1, 2, 8, 1]
 
 
-def test_without_positive(images: ImageList) -> None:
-    full, half = loader(images).batch(3), loader(images, with_positive=False).batch(3)
-    assert torch.equal(full.x, half.x) and torch.equal(full.index, half.index)
-    assert half.xp.shape == (0, 3, HEIGHT, WIDTH)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_undecodable_image_is_named_in_one_line(images: ImageList, num_workers: int) -> None:
     images.paths[0].write_bytes(images.paths[0].read_bytes()[:300])
@@ -424,37 +412,6 @@ def test_images_of_unequal_sizes_are_cached_resized(photos: ImageList, caplog: p
         assert torch.equal(made.pixels, torch.stack([decoded(path, (256, 128)) for path in photos.paths]))
         note = logged(caplog)
         assert note.count("\n") == 1 and photos.paths[5].name in note
-
-
-@pytest.mark.parametrize("mode", ["source", "resized"])
-def test_the_file_of_a_cache_for_several_processes(photos: ImageList, mode: str) -> None:
-    """The first process decodes, the second maps the same file, and the file is gone when both have it."""
-    files: list[Path] = []
-    second: list[torch.Tensor] = []
-
-    def tell(value: Path | None) -> Path | None:
-        if value is not None:  # the second process opens the file now
-            assert value.is_file()
-            files.append(value)
-            second.append(cached_images([], mode, 256, 128, limit_mb=100, machine=Machine(False, lambda _: value)))
-        return value
-
-    first = cached_images(photos.paths, mode, 256, 128, limit_mb=100, machine=Machine(True, tell))
-    assert torch.equal(first, cached_images(photos.paths, mode, 256, 128, limit_mb=100))
-    assert torch.equal(first, second[0]) and len(files) == 1 and not files[0].parent.exists()
-
-
-@pytest.mark.parametrize("machine", [None, Machine(True, lambda value: value)])
-def test_no_room_for_a_cache(
-    photos: ImageList, machine: Machine | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("data.cache.torch.empty", full)
-    monkeypatch.setattr("data.cache.os.posix_fallocate", full)
-    assert cached_images(photos.paths, "resized", HEIGHT, WIDTH, limit_mb=100, machine=machine) is None
-    assert logged(caplog).count("\n") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

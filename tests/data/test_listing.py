@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.folders import read_people, read_split
 from data.images import check_images
-from data.listing import list_images, say_reading
+from data.listing import say_reading
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,14 +97,6 @@ def test_preparing_says_what_it_leaves_in_a_folder_of_people(script: Any, tmp_pa
     assert "x.png" in warning and "film.mp4" in warning and "identities.csv" in warning
 
 
-def test_a_folder_of_photographs_in_one_format_only(tmp_path: Path) -> None:
-    for person in ("anna", "bob"):
-        for i in range(2):
-            as_format(noise(tmp_path / person / f"{i}.png"), ".webp")
-    assert read_people(tmp_path).num_classes == 2
-    assert len(list_images(tmp_path / "anna")) == 2
-
-
 # -------------------------------------------------------------------------------------------- identity 0
 def test_identity_0_is_a_person_where_it_trains_in_either_layout(tmp_path: Path) -> None:
     for name in ("0000_c1s1_1.jpg", "0000_c2s1_2.jpg", "0001_c1s1_1.jpg", "-1_c1s1_1.jpg"):
@@ -141,10 +133,6 @@ def test_the_folder_decides_whose_image_it_is(tmp_path: Path) -> None:
         assert images.camids.tolist() == [1, 2, 1, 2]
         (assumed,) = say_reading({split: images})["assumed"]
         assert assumed.startswith("1 ") and "0002/0001_c2_1.jpg" in assumed
-
-
-def test_names_that_agree_are_not_mentioned(tiny_data: Path) -> None:
-    assert say_reading({"query": read_split(tiny_data, "query")})["assumed"] == []
 
 
 @pytest.mark.parametrize("names", [("7", "0007"), ("anna", "Anna"), ("anna b", "annab")])

@@ -166,17 +166,6 @@ def test_any_size_body_and_occluder_can_be_drawn(factors: Factors) -> None:
         assert render(look, body, shot, size).shape == (*size, 3)
 
 
-def test_knobs_reach_the_shots() -> None:
-    def shots(**changes: float) -> list:
-        return [s.shot for s in dataset._plan(make_settings(preset="tiny", **changes)).images.values()]
-
-    plain = shots(tint=0, light=0, noise=0, occluders=0)
-    assert {(s.tint, s.noise, s.occluder) for s in plain} == {((1.0, 1.0, 1.0), 0.0, "none")}
-    assert {s.light for s in shots(light=0.0)} == {plain[0].light}
-    assert max(max(s.tint) for s in shots(tint=0.3)) > 1.2
-    assert {s.noise for s in shots(noise=1.0)} == {1.0}
-
-
 def test_an_interrupted_folder_is_finished_and_a_complete_one_left_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,17 +99,6 @@ def test_pictures_that_begin_alike_are_not_the_same(tmp_path: Path) -> None:
     shutil.copy(sides[0].paths[0], sides[1].paths[0])
     note_overlap(sides[0], {"gallery": sides[1]})
     assert len(say_reading({})["assumed"]) == 1
-
-
-def test_thousands_of_small_files_take_seconds(tmp_path: Path) -> None:
-    for i in range(6000):
-        (tmp_path / f"{i}.jpg").write_bytes(i.to_bytes(4, "big") + bytes(2500))  # all of one size
-    paths = [tmp_path / f"{i}.jpg" for i in range(6000)]
-    train = ImageList(paths[:3000], range(1, 3001), [1] * 3000)
-    started = time.perf_counter()
-    note_overlap(train, {"gallery": ImageList(paths[3000:], range(3001, 6001), [1] * 3000)})
-    assert time.perf_counter() - started < 5
-    assert say_reading({})["assumed"] == []
 
 
 def test_the_commands_say_it(script: Script, tiny_data: Path, tmp_path: Path) -> None:

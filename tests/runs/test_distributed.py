@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -28,7 +27,7 @@ from conftest import tiny_trainer as build_tiny
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.batch import Batch, Part
+from data.batch import Batch
 from data.cache import Machine, cached_images
 from data.folders import read_split
 from data.images import decoded
@@ -219,7 +218,6 @@ def work(rank: int, size: int, port: int, data: Path, out: Path) -> None:
     with launch.process_group(Namespace(device="cpu", processes=None)):
         seen = everything(data)
         seen |= {"cache": cache_of(data), "twenty steps": twenty_steps(data), "refusals": refusals()}
-        seen["main"] = collectives.is_main(), logging.getLogger().isEnabledFor(logging.WARNING)
         torch.save(seen, out / f"{size}-{rank}.pt")
 
 
@@ -323,16 +321,6 @@ def test_batches_that_cannot_be_shared_out_are_refused(ranks: Any) -> None:
     for rank in ranks:
         assert rank["refusals"].keys() == {"unequal", "one each"}
         assert all("batch_size" in message for message in rank["refusals"].values())
-
-
-def test_process_0_alone_writes_and_shows_notes(ranks: Any) -> None:
-    assert [rank["main"] for rank in ranks] == [(True, True)] + [(False, False)] * (len(ranks) - 1)
-
-
-def test_own_rows_are_slices_of_each_batch() -> None:
-    drawn = np.array([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])  # two batches of six images
-    assert Part(1, 3).rows(drawn, 2).tolist() == [2, 3, 12, 13]
-    assert Part(1, 3).rows(torch.from_numpy(drawn)[:, None], 2).tolist() == [[2], [3], [12], [13]]
 
 
 # --------------------------------------------------------------------------------------------- endings
