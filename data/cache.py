@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.images import decoded, fill, load_image
-from utils import UserError, one_line
+from utils import UserError
 
 
 class Machine(NamedTuple):
@@ -86,33 +86,25 @@ def _decode(
     limit_mb: int,
     allocate: Callable[[tuple[int, ...]], Tensor],
 ) -> Tensor | None:
-    """All images in memory that `allocate` gives, at the first size of those that `mode` allows and that fits."""
-    sizes, trouble = [size], []
+    """All images in memory that `allocate` gives: at the first one's size if `mode` allows and all have it."""
+    kept = size
     if mode in ("source", "auto"):
         width, height = load_image(paths[0]).size
-        if (height, width) != size and (mode == "source" or height * width <= prod(size)):
-            sizes = [(height, width), size]
-    for kept in sizes:
-        shape = (len(paths), 3, *kept)
-        megabytes = f"{prod(shape) / 1e6:,.0f} MB"
-        if prod(shape) > limit_mb * 10**6:
-            trouble.append(f"{megabytes} at {kept[0]} x {kept[1]} are more than cache_limit_mb {limit_mb}")
-            continue
-        try:
-            pixels = allocate(shape)
-        except (OSError, RuntimeError) as error:
-            trouble.append(f"no room for {megabytes} ({one_line(error)})")
-            continue
-        try:
-            fill(pixels, partial(_pixels, kept=kept, size=size), paths)
-        except _Unequal as error:
-            trouble.append(f"{error}, so all are kept at {size[0]} x {size[1]}")
-            continue
-        if trouble:
-            logging.info(f"cache_images: {'; '.join(trouble)}")
-        return pixels
-    logging.info(f"cache_images: {'; '.join(trouble)}; images are read from their files")
-    return None
+        if mode == "source" or height * width <= prod(size):
+            kept = (height, width)
+    shape = (len(paths), 3, *kept)
+    if prod(shape) > limit_mb * 10**6:
+        what = f"{prod(shape) / 1e6:,.0f} MB at {kept[0]} x {kept[1]} are more than cache_limit_mb {limit_mb}"
+        logging.info(f"cache_images: {what}; images are read from their files")
+        return None
+    pixels = allocate(shape)
+    try:
+        fill(pixels, partial(_pixels, kept=kept, size=size), paths)
+    except _Unequal as error:
+        logging.info(f"cache_images: {error}, so all are kept at {size[0]} x {size[1]}")
+        del pixels
+        return _decode(paths, "resized", size, limit_mb, allocate)
+    return pixels
 
 
 def _pixels(path: Path, kept: tuple[int, int], size: tuple[int, int]) -> Tensor:
