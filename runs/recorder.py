@@ -76,7 +76,7 @@ class Recorder:
     def log(self, done: int) -> None:
         """Losses, weights and learning rates, images/s and fp16's gradient scales of the last iteration.
 
-        Raises UserError if a loss was not finite.
+        Raises UserError if a loss was not finite, or if fp16's gradients overflow at every scale.
         """
         self.require_finite()
         values = {name: float(value) for name, value in self.terms.items()}
@@ -85,8 +85,15 @@ class Recorder:
         self.last, self.since = done, now
         scalars = {f"loss/{name}": value for name, value in values.items()} | {"images_per_second": rate}
         scalars |= {f"schedule/{name}": value for name, value in self.s.schedule(done - 1).items()}
-        scalars |= {f"gradient_scale/{n}": v.get_scale() for n, v in self.s.trainer.scalers().items() if v.is_enabled()}
+        scales = {name: v.get_scale() for name, v in self.s.trainer.scalers().items() if v.is_enabled()}
+        scalars |= {f"gradient_scale/{name}": scale for name, scale in scales.items()}
         self.write_scalars(scalars, done)
+        if overflowing := [f"{name} {scale:.3g}" for name, scale in scales.items() if scale < 1]:
+            # Every skipped step halves the scale, which begins at 65,536.
+            raise UserError(
+                f"precision fp16: gradients overflow at every scale ({', '.join(overflowing)}), so steps are skipped; "
+                f"use precision: bf16 or fp32, or lower the learning rates; {self.last_good()}"
+            )
         self.bar.set_postfix({k: f"{values[k]:.3f}" for k in self.s.shown if k in values}, refresh=False)
 
     def write_scalars(self, scalars: dict[str, float], done: int) -> None:

@@ -514,6 +514,25 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_saved(runs: Runs) -
     assert [path.name for path in (runs.run("run") / "checkpoints").iterdir()] == ["00000002"]
 
 
+def test_fp16_gradients_that_overflow_at_every_scale_end_the_run(runs: Runs) -> None:
+    """GradScaler skips such steps without a word: the losses stay finite, and nothing is learnt."""
+
+    class Overflowing(torch.amp.GradScaler):
+        def __init__(self, device: str, enabled: bool) -> None:
+            super().__init__(device, init_scale=4.0, enabled=True)
+
+        def step(self, optimizer: torch.optim.Optimizer, *options: Any, **more: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(torch.inf)
+            super().step(optimizer, *options, **more)
+
+    runs.monkeypatch.setattr(torch.amp, "GradScaler", Overflowing)
+    done = runs.train("run", log_iter=1, max_iter=12)
+    assert done.code == 2 and "fp16" in done.error and "gen 0.5" in done.error
+
+
 def test_infinities_in_optimisers_and_statistics_are_found() -> None:
     trainer = tiny_trainer(tiny_config())
     trainer.step(*random_batches(trainer.cfg), 0)
