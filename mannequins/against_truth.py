@@ -10,20 +10,17 @@ from typing import Any
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.folders import ImageList, data_set_name, other_data_set, read_split
+from data.folders import data_set_name, other_data_set, read_split
 from data.listing import say_reading
-from data.people import People, identify_people
-from files import digest_files, write_json
+from files import write_json
 from mannequins.dataset import load_factors
-from mannequins.truth import Swaps, classify, clothes_shares, draw_swaps, measure_swaps, recognise
+from mannequins.truth import Swaps, clothes_shares, draw_swaps, measure_swaps, recognise
 from reid_eval.features import Features, extract_features
-from reIDmodel import IdNet
 from runs.folder import find_data, resolve_data_root
 from runs.load import find_teacher, load_teacher
 from runs.swapper import Swapper, open_swapper
 from utils import UserError, add_run_arguments, between, run_cli
 
-TRAINING_SWAPS = 256  # at most, for top-1
 LABELS = {
     "generated": "generated swap",
     "copy": "copy of the structure image",
@@ -45,12 +42,9 @@ ERRORS = {
 Cells = tuple[list[str], dict[str, list[str]]]  # heads of the columns, and the cells of each row by its label
 
 
-def ask_teacher(
-    model: Swapper, root: Path, swaps: Swaps, training: Swaps | None = None
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the run's first teacher recognises: re-identification of `swaps` of test images, top-1 of `training` swaps.
+def ask_teacher(model: Swapper, root: Path, swaps: Swaps) -> dict[str, Any]:
+    """Re-identification of `swaps` of test images by the run's first teacher.
 
-    The second is empty without `training`, or if the teacher's classes are not the data set's training identities.
     Raises UserError for a run without a teacher, and for a teacher whose files are missing.
     """
     if not model.cfg.teachers:
@@ -62,30 +56,15 @@ def ask_teacher(
     gallery = read_split(root, "gallery")
     features = extract_features(net, gallery.paths, height=size[0], width=size[1], batch_size=64, device=model.device)
     known = Features(features, gallery.pids, gallery.camids)
-    by_reid = recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
-    people = read_split(root, "train_all") if training else None
-    if people is None or not are_classes(people, root, net, files.people):
-        return by_reid, {}
-    return by_reid, classify(net, size, training, people.labels(), device=model.device)
+    return recognise(net, size, swaps, read_split(root, "query"), known, device=model.device)
 
 
-def are_classes(images: ImageList, root: Path, net: IdNet, people: People | None) -> bool:
-    """Whether the identities of `images` are a net's classes. With `people` None, their number decides."""
-    if images.num_classes != net.num_classes:
-        return False
-    return people is None or people.are(identify_people(images, digest_files(images.paths), root))
-
-
-def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: bool) -> tuple[dict[str, Any], list[str]]:
-    """All of `swaps.json`, and notes on what is left out.
-
-    elsewhere  the run was trained on another data set than `root`, so that its classes are other people
-    """
-    factors, notes, training = load_factors(root), [], None
-    how = dict(size=model.size, seed=seed)
+def measure(model: Swapper, root: Path, *, count: int, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """All of `swaps.json`, and notes on what is left out."""
+    factors, notes = load_factors(root), []
     query = read_split(root, "query")
     say_reading({"query": query})
-    swaps = draw_swaps(model.swap, factors, query, count=count, **how)
+    swaps = draw_swaps(model.swap, factors, query, count=count, size=model.size, seed=seed)
     rows = measure_swaps(swaps)
     generated, copy = rows["generated"]["changed"], rows["copy"]["changed"]
     result = {
@@ -101,13 +80,7 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
         "shares": clothes_shares(swaps),
     }
     try:
-        if not elsewhere:
-            people = read_split(root, "train_all")
-            training = draw_swaps(model.swap, factors, people, count=min(count, TRAINING_SWAPS), **how)
-    except UserError as error:
-        notes.append(f"swaps of training images are left out: {error}")
-    try:
-        result["recognised"], result["top1"] = ask_teacher(model, root, swaps, training)
+        result["recognised"] = ask_teacher(model, root, swaps)
     except UserError as error:
         notes.append(f"recognition by the teacher is left out: {error}")
     return result, notes
@@ -117,14 +90,13 @@ def measure(model: Swapper, root: Path, *, count: int, seed: int, elsewhere: boo
 def swap_table(result: dict[str, Any]) -> Cells:
     """The table of `swaps.json`; cells without a value are "-"."""
     asked = result.get("recognised", {})
-    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP", "top-1"] if asked else [])
+    heads = [head for head, _ in ERRORS.values()] + (["Rank-1", "mAP"] if asked else [])
     rows = {}
     for row, label in LABELS.items():
         errors = result["images"].get(row, {})  # none of what is only recognised
         cells = [f"{errors[key]:.{digits}f}" if errors else "-" for key, (_, digits) in ERRORS.items()]
         if asked:
-            shares = asked.get(row, {}).get("official", {}) | {"top1": result["top1"].get(row)}
-            values = [shares.get(key) for key in ("rank1", "mAP", "top1")]
+            values = [asked.get(row, {}).get("official", {}).get(key) for key in ("rank1", "mAP")]
             cells += ["-" if value is None else f"{100 * value:.1f}" for value in values]
         if errors or row in asked:
             rows[label] = cells
@@ -158,8 +130,7 @@ def format_result(result: dict[str, Any], teacher: str) -> str:
     ]
     if "recognised" in result:
         lines.append(
-            f"Rank-1, mAP: teacher {teacher}, these images as queries for the appearance identity "
-            "(official convention); top-1: its classes, swaps of training images"
+            f"Rank-1, mAP: teacher {teacher}, these images as queries for the appearance identity (official convention)"
         )
     return "\n".join(lines)
 
@@ -174,7 +145,7 @@ def main() -> None:
     model = open_swapper(args)
     root = find_data(args.data_root, "--data_root", model.cfg.data_root, model.run.config_file)
     suffix = other_data_set(root, resolve_data_root(model.cfg.data_root))
-    result, notes = measure(model, root, count=args.count, seed=args.seed, elsewhere=bool(suffix))
+    result, notes = measure(model, root, count=args.count, seed=args.seed)
     print(*notes, format_result(result, "".join(model.cfg.teachers[:1])), sep="\n")
     file = model.run.path / f"swaps{suffix}.json"  # swaps.json is always about the data set that the config names
     write_json(file, result)

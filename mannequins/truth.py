@@ -198,18 +198,6 @@ def clothes_shares(swaps: Swaps) -> dict[str, dict[str, float]]:
 
 
 # ------------------------------------------------------------------------------------- does the teacher agree
-def _forward(
-    forward: Callable[[Tensor], Sequence[Tensor]], images: np.ndarray, size: tuple[int, int], device: torch.device
-) -> list[np.ndarray]:
-    """What `forward` gives for images (n, H, W, 3) uint8, normalised and (height, width) large: arrays (n, ...)."""
-    parts = []
-    with torch.inference_mode():
-        for k in range(0, len(images), 64):
-            pixels = np.stack([shrink(image, size) for image in images[k : k + 64]])
-            parts.append(forward(normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)))
-    return [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
-
-
 def _rows_and_sources(swaps: Swaps) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Row, its images, and the index of the images whose identity they should have."""
     for row in ("appearance", "true", *COMPARED):
@@ -230,25 +218,14 @@ def recognise(
     """
     result = {}
     for row, pictures, source in _rows_and_sources(swaps):
-        (features,) = _forward(lambda x: [embed_images(net, x).float()], pictures, size, device)
+        pixels = torch.from_numpy(np.stack([shrink(image, size) for image in pictures])).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            parts = [embed_images(net, normalise(x).to(device)).float().cpu() for x in pixels.split(64)]
+        features = torch.cat(parts).numpy()
         queries = Features(features, images.pids[source], images.camids[source])
         setting, _ = main_setting(features.shape[1])
         results = evaluate_features(queries, gallery)
         result[row] = {part.convention: part.numbers for part in results if part.setting == setting}
-    return result
-
-
-def classify(
-    net: nn.Module, size: tuple[int, int], swaps: Swaps, labels: np.ndarray, *, device: torch.device
-) -> dict[str, float]:
-    """How often `net`'s first head gives the class of the appearance image (of the reconstruction: the structure's).
-
-    labels  (number of images,) the class of every image in the list that `swaps` were drawn from
-    """
-    result = {}
-    for row, pictures, source in _rows_and_sources(swaps):
-        (classes,) = _forward(lambda x: [net(x)[1][0].argmax(dim=1)], pictures, size, device)
-        result[row] = float((classes == labels[source]).mean())
     return result
 
 

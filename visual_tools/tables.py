@@ -115,8 +115,7 @@ def swaps_table(result: dict[str, Any]) -> Table:
     notes = [
         f"Error on the pixels that the true swap changes: generated {result['generated']:.1f} grey levels, copying "
         f"the structure image {result['copy']:.1f}, a reduction of {100 * result['reduction']:.1f} %. Rank-1, mAP: "
-        "whether the teacher retrieves the owner of the clothes; top-1: whether its classifier names that person, for "
-        "training images.",
+        "whether the teacher retrieves the owner of the clothes.",
         f"Clothes of the structure image and of the truth in them: {describe_shares(result['shares'])}.",
     ]
     return Table(caption, ["images", *heads], [[k, *row] for k, row in rows.items()], 1, notes, frozenset({0}))

@@ -323,7 +323,7 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
     swaps = draw_swaps(model.swap, study.factors, read_split(root, "query"), size=model.size, count=count)
     rows = measure_swaps(swaps)
     changed, copy = rows["generated"]["changed"], rows["copy"]["changed"]
-    recognised, _ = ask_teacher(model, root, swaps)
+    recognised = ask_teacher(model, root, swaps)
     result = {"changed": changed, "copy": copy, "reduction": 1 - changed / copy}
     result |= {key: rows["generated"][key] for key in ("brightness", "colour", "ssim")}
     result |= {"recoloured": rows["recoloured"]["changed"], "shares": clothes_shares(swaps)}
@@ -349,7 +349,7 @@ def score_photographs(study: Study, folder: RunFolder, root: Path) -> dict[str, 
     ]
     names = ("appearance", "copy", "generated", "reconstruction")
     swaps = Swaps(*pairs.T, dict(zip(names, map(np.concatenate, zip(*batches, strict=True)), strict=True)))
-    recognised, _ = ask_teacher(model, root, swaps)
+    recognised = ask_teacher(model, root, swaps)
     rank1 = {row: recognised[row]["official"]["rank1"] for row in names}
     result = {"rank1": rank1.pop("generated")} | {f"rank1_of_{row}": share for row, share in rank1.items()}
     of = {"fid": "generated", "fid_of_reconstruction": "reconstruction", "fid_of_copy": "copy"}

@@ -15,7 +15,6 @@ from mannequins.truth import (
     MOST_PSNR,
     Swaps,
     choose_pairs,
-    classify,
     clothes_shares,
     draw_swaps,
     image_errors,
@@ -169,9 +168,6 @@ def test_recognition_asks_for_the_appearance() -> None:
         def embed(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (x.mean((2, 3)),)
 
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
-            return x, (x.mean((2, 3)),)
-
     images = ImageList([Path(f"{i}.png") for i in range(3)], np.array([1, 2, 3]), np.array([1, 1, 1]))
     i, j = np.array([0, 1, 2]), np.array([1, 2, 0])
     rows = dict(appearance=i, true=i, generated=np.array([0, 1, 0]), copy=j, recoloured=i, reconstruction=j, other=j)
@@ -180,9 +176,7 @@ def test_recognition_asks_for_the_appearance() -> None:
     known = embed_images(net, normalise(torch.from_numpy(painted(i, i)).permute(0, 3, 1, 2))).numpy()
     gallery = Features(known, np.array([1, 2, 3]), np.array([2, 2, 2]))
     recognised = recognise(net, (64, 32), swaps, images, gallery, device=torch.device("cpu"))
-    top1 = classify(net, (64, 32), swaps, np.array([0, 1, 2]), device=torch.device("cpu"))
     expected = dict(appearance=1, true=1, generated=2 / 3, copy=0, recoloured=1, reconstruction=1, other=0)
-    assert top1 == pytest.approx(expected)
     assert {row: table["official"]["rank1"] for row, table in recognised.items()} == pytest.approx(expected)
 
 

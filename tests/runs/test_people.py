@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from conftest import TINY_DGNET, TINY_TEACHER, merged
 from data.folders import read_split
 from data.people import People, identify_people
 from files import digest_files
-from mannequins.against_truth import are_classes
 from mannequins.dataset import make_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,17 +67,6 @@ def test_a_copy_has_the_same_people_and_others_do_not(tiny_data: Path, strangers
     # The same names with the pictures of strangers.
     theirs = People("-".join([here.mark.split("-")[0], *people(strangers).mark.split("-")[1:]]), "theirs")
     assert not here.are(theirs) and not theirs.are(here)
-
-
-def test_swaps_are_not_classified_by_classes_of_other_people(tiny_data: Path, strangers: Path) -> None:
-    def people(root: Path) -> People:
-        images = read_split(root, "train_all")
-        return identify_people(images, digest_files(images.paths), root)
-
-    images, net = read_split(tiny_data, "train_all"), SimpleNamespace(num_classes=8)
-    assert are_classes(images, tiny_data, net, people(tiny_data)) and are_classes(images, tiny_data, net, None)
-    assert not are_classes(images, tiny_data, net, people(strangers))
-    assert not are_classes(images, tiny_data, SimpleNamespace(num_classes=9), None)
 
 
 def test_a_teacher_of_other_people(train: Any, tiny_data: Path, strangers: Path, tmp_path: Path) -> None:
