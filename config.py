@@ -124,7 +124,7 @@ class CommonConfig(Section):
     crop_image_width: Count = 128
     """Image width."""
     num_workers: Annotated[CountOrZero, NO_EFFECT] = 8
-    """Processes that read images; none are started if the images are in memory."""
+    """Threads that read images; unused if the images are in memory."""
     weight_decay: Weight = 0.0005
     """Weight decay of every optimiser."""
     # ---- added to the release's keys
