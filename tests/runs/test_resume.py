@@ -22,6 +22,7 @@ from conftest import (
     TINY_DGNET,
     TINY_TEACHER,
     Outcome,
+    contents,
     exchange,
     load_script,
     merged,
@@ -98,7 +99,8 @@ class Runs:
 
     def hashes(self, name: str, iteration: int) -> dict[str, str]:
         """Checksums of a snapshot's files: weights, optimisers, scalers, random state."""
-        return json.loads((self.run(name) / "checkpoints" / f"{iteration:08d}" / "manifest.json").read_text())["files"]
+        files = contents(self.run(name) / "checkpoints" / f"{iteration:08d}")
+        return {file: digest for file, digest in files.items() if file.endswith(".pt")}
 
     def images(self, name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (self.run(name) / "images").iterdir()}
