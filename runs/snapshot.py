@@ -72,7 +72,7 @@ def save_snapshot(
     state["cuda_rng"] = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
     contents = {"state": state} | {name: {"a": net.state_dict()} for name, net in trainer.networks().items()}
     final = snapshot_folder(folder, iteration)
-    part, old = final.with_suffix(".part"), final.with_suffix(".old.part")
+    part = final.with_suffix(".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -82,10 +82,9 @@ def save_snapshot(
         write_json(part / "manifest.json", {"iteration": iteration} | about)
         sync_folder(part)
         if final.exists():  # damaged, or `--resume auto` would have continued from it
-            final.rename(old)
+            shutil.rmtree(final)
         part.rename(final)
         sync_folder(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, UserError) as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, UserError):
