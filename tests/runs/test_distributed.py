@@ -6,13 +6,11 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ALL_LOSSES, CPU, TINY_DGNET, TINY_TEACHER, load_script, merged, tiny_config, tiny_teacher_config
+from conftest import ALL_LOSSES, CPU, TINY_DGNET, load_script, merged, tiny_config, tiny_teacher_config
 from conftest import tiny_trainer as build_tiny
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -435,28 +433,6 @@ def test_torchrun_starts_a_killed_run_anew(pair: Pair) -> None:
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=PATIENCE)
     assert pair.snapshots()[-1] >= reached and err.count("resumed pair") == 1, err
-
-
-@pytest.mark.slow
-def test_torchrun_tests_a_teacher_as_one_process_does(script: Any, tiny_data: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    folder = tmp_path / "models" / "best"
-    folder.mkdir(parents=True)
-    torch.save(build_teacher(CLASSES, backbone="resnet10w8").state_dict(), folder / "net_last.pth")
-    (folder / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data))))
-    common = ("--teacher", "best", "--output_path", tmp_path, "--device", "cpu", "--batchsize", 7, "--rerank")
-    outcome = script("test", *common, "--threads", 1, "--save-features", tmp_path / "one.npz")
-    assert outcome.code == 0, outcome.err
-    shutil.move(folder / "reid.json", tmp_path / "one.json")
-
-    run = shell(*TORCHRUN, ROOT / "test.py", *common, "--threads", 1, "--save-features", tmp_path / "two.npz")
-    out, err = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0, err
-    assert out.replace("two.npz", "one.npz") == outcome.out
-    assert (folder / "reid.json").read_bytes() == (tmp_path / "one.json").read_bytes()
-    one, two = (zipfile.ZipFile(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    assert one.namelist() == two.namelist()
-    assert all(one.read(name) == two.read(name) for name in one.namelist())
 
 
 # --------------------------------------------------------------------------------------------- options
