@@ -124,7 +124,7 @@ class CommonConfig(Section):
     crop_image_width: Count = 128
     """Image width."""
     num_workers: Annotated[CountOrZero, NO_EFFECT] = 8
-    """Processes that read images; none are started if the images are in memory."""
+    """Threads that read images; unused if the images are in memory."""
     weight_decay: Weight = 0.0005
     """Weight decay of every optimiser."""
     # ---- added to the release's keys
@@ -140,7 +140,7 @@ class CommonConfig(Section):
     channels_last: bool = False
     """Memory format; faster in bf16 on CPUs. On a CPU the ResNets use it anyway."""
     cache_images: Annotated[Literal[False, True, "auto", "source", "resized"], NO_EFFECT] = "auto"
-    """Keep the decoded training images in memory, once per machine: source at the size of their files (Market-1501:
+    """Keep the decoded training images in memory, in every process: source at the size of their files (Market-1501:
     320 MB), resized or true at the size for training (1,270 MB), auto the smaller of the two; false reads the files
     each time. Images of unequal sizes are kept resized."""
     cache_limit_mb: Annotated[Count, NO_EFFECT] = 4096

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Damaged(UserError):
-    """A file is cut short, altered, or not a checkpoint at all; an older snapshot may be whole."""
+    """A file is missing, cut short, altered, or not a checkpoint at all; an older snapshot may be whole."""
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -59,26 +59,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-class _Hashed:
-    """A stream that hashes and counts what is written through it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
-        self.flush = stream.flush
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.stream.write(data)
-
-
-def write_tensors(path: Path, content: Any) -> dict[str, Any]:
-    """Save tensors in plain containers to `path`, whole or not at all. Returns the file's `bytes` and `sha256`."""
+def write_tensors(path: Path, content: Any) -> None:
+    """Save tensors in plain containers to `path`, whole or not at all; the file holds checksums of its parts."""
     import torch
 
-    streams = []
-    write_whole(path, lambda file: (streams.append(_Hashed(file)), torch.save(content, streams[0])))
-    return {"bytes": streams[0].bytes, "sha256": streams[0].digest.hexdigest()}
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -173,11 +158,10 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
 
 
-def read_tensors(path: Path, *, mmap: bool = False) -> Any:
+def read_tensors(path: Path) -> Any:
     """Load a checkpoint file onto the CPU. Only tensors and plain containers are unpickled.
 
-    With `mmap`, tensors are read from the file only when they are used; it must be in PyTorch's zip format. Raises
-    UserError if it is missing, Damaged if it is damaged or holds anything else.
+    Raises Damaged if it is missing, damaged, or holds anything else.
     """
     import torch
 
@@ -187,12 +171,12 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(path):
                 # PyTorch neither compresses its files nor looks at their checksums.
-                check_zip(path, growth=1, checksums=not mmap)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+                check_zip(path, growth=1, checksums=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         require_plain(content)
         return content
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        raise Damaged(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises many kinds for a cut or foreign file
         if "Unsupported global" in str(error):
             raise Damaged(

@@ -154,19 +154,19 @@ def _parse_row(line: list[str]) -> Row:
 # ------------------------------------------------------------------------------------- training on them
 @dataclass(frozen=True)
 class SoftLabels:
-    """Labels (K,) of n images, stored sparsely: `floor` everywhere, plus `peak` at the classes `top`."""
+    """Labels of n images over K classes, each as (floor, peaks): `floor` everywhere, plus `peaks` at some classes."""
 
     num_classes: int  # K
-    floor: np.ndarray  # (n,)
-    top: np.ndarray  # (n, k) class numbers
-    peak: np.ndarray  # (n, k)
+    labels: list[tuple[float, dict[int, float]]]
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """(N, K) float32 of the images at `index` (N,); each row is a distribution."""
-        q = np.repeat(self.floor[index, None], self.num_classes, axis=1)
-        # Unused places of `top` repeat class 0, hence `add.at`.
-        np.add.at(q, (np.arange(len(index))[:, None], self.top[index]), self.peak[index])
-        return q.astype(np.float32)
+        q = np.empty((len(index), self.num_classes), np.float32)
+        for row, (floor, peaks) in zip(q, (self.labels[i] for i in index), strict=True):
+            row[:] = floor
+            for label, peak in peaks.items():
+                row[label] = floor + peak
+        return q
 
 
 def soften(label: dict[int, float], num_classes: int) -> tuple[float, dict[int, float]]:
@@ -215,11 +215,7 @@ def add_generated(
         labels += [(1 / len(classes), {})] * len(rows)
     else:
         labels += [_manifest_label(row, classes, manifest) for row in rows]
-    width = max(len(peaks) for _, peaks in labels)
-    top, peak = np.zeros((len(labels), width), np.int64), np.zeros((len(labels), width))
-    for i, (_, peaks) in enumerate(labels):
-        top[i, : len(peaks)], peak[i, : len(peaks)] = list(peaks), list(peaks.values())
-    return both, SoftLabels(len(classes), np.array([floor for floor, _ in labels]), top, peak)
+    return both, SoftLabels(len(classes), labels)
 
 
 def _manifest_label(row: Row, classes: dict[str, int], manifest: Path) -> tuple[float, dict[int, float]]:

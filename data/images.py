@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import struct
@@ -95,8 +96,9 @@ def fill(pixels: Tensor, decode: Callable[[Path], Tensor], paths: Sequence[str |
     """Decode all images into `pixels` (n, 3, H, W), in threads. Raises the first error of `decode`."""
     with _threads() as pool:
         images = pool.map(lambda i: pixels[i].copy_(decode(paths[i])), range(len(paths)))
-        # Drained for its errors; the bar shows on a terminal only.
-        deque(tqdm(images, "images", total=len(paths), leave=False, disable=None), maxlen=0)
+        # Drained for its errors. The bar shows on a terminal, and like notes in one of several processes only.
+        shown = logging.getLogger().isEnabledFor(logging.INFO)
+        deque(tqdm(images, "images", total=len(paths), leave=False, disable=None if shown else True), maxlen=0)
 
 
 @contextmanager

@@ -1,18 +1,16 @@
 """Training batches: pairs of images of one identity, augmented in batches on the training device.
 
 Every random draw is a function of (seed, iteration), never of a generator's history. A stream resumed at iteration t
-therefore continues the interrupted one, and the number of workers does not change it.
+therefore continues the interrupted one, and the number of threads does not change it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.augment import augment
 from data.batch import ALL, Batch, Part
 from data.folders import ImageList
 from data.generated import SoftLabels
 from data.images import decoded, normalise, resize, to_device
-from utils import UserError, one_line
+from utils import UserError
 
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
 _PERMUTATION, _DRAW = 0, 1
@@ -36,7 +33,7 @@ _PERMUTATION, _DRAW = 0, 1
 class _Raw(NamedTuple):
     """What is read for a batch, x then xp, before it is augmented.
 
-    Pixels are bytes, because worker processes hand them over and a GPU fetches them: a quarter of floats.
+    Pixels are bytes, because a GPU fetches them: a quarter of floats.
     """
 
     pixels: Tensor  # (n, 3, h, w) uint8, then which of them and the other draws of `augment`
@@ -59,7 +56,7 @@ class PairLoader:
     seed           with the iteration it decides every draw
     pad            pixels added on each side before the random crop
     pixels         all images, from `data.cache.cached_images`; None: they are read from their files
-    num_workers    processes that read files; 0 reads in one background thread. Unused with `pixels`
+    num_workers    threads that read files; 0 reads in the thread that makes the batches. Unused with `pixels`
     with_positive  False: no `xp` (teacher training)
     soft_labels    of all images, for `Batch.q`
     device         where batches are augmented and where all their tensors but `index` are
@@ -93,6 +90,7 @@ class PairLoader:
         self.batches_per_epoch = n // self.batch_size
         cached = self.pixels is not None and self.pixels.shape[2:] != (self.height, self.width)
         self.resized_by = f"PyTorch, {self.device.type}" if cached else "Pillow"
+        self._map = ThreadPoolExecutor(self.num_workers).map if self.num_workers else map
         self._labels = self.images.labels()
         self._order = 0, self.order(0)  # the newest epoch's
         # The images of label k are _by_label[_first[k] : _first[k] + _size[k]]; image i is the _place[i]-th.
@@ -104,9 +102,18 @@ class PairLoader:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches of iterations start, start + 1, ... without end, made ahead in the background."""
-        if self.pixels is None and self.num_workers > 0:
-            return self._batches_from_workers(start)
-        return self._batches_from_thread(start)
+        # On a CPU the thread does everything. A GPU's work is queued by the main thread, in whose stream it belongs.
+        on_cpu = self.device.type == "cpu"
+        begin: Callable = self.batch if on_cpu else self._raw
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = deque(pool.submit(begin, start + i) for i in range(2))
+            for iteration in count(start + len(ahead)):
+                ready = ahead.popleft().result()
+                ahead.append(pool.submit(begin, iteration))
+                yield ready if on_cpu else self._finish(ready)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def batch(self, iteration: int) -> Batch:
         """The batch of one iteration."""
@@ -153,7 +160,8 @@ class PairLoader:
         chosen, *draws = (torch.from_numpy(self.part.rows(drawn, n)) for drawn in self._draw(iteration))
         all_of_them = torch.arange(len(chosen))
         if self.pixels is None:
-            pixels = torch.stack([decoded(self.images.paths[i], (self.height, self.width)) for i in chosen.tolist()])
+            paths = [self.images.paths[i] for i in chosen.tolist()]
+            pixels = torch.stack(list(self._map(partial(decoded, size=(self.height, self.width)), paths)))
         elif self.device.type == "cpu" and self.pixels.shape[2:] == (self.height, self.width):
             return _Raw(self.pixels, chosen, *draws, chosen[:n])  # `augment` reads them from the cache
         else:
@@ -168,68 +176,3 @@ class PairLoader:
         if self.soft_labels is not None:
             q = to_device(torch.from_numpy(self.soft_labels.rows(index.numpy())), self.device)
         return Batch(images[:n], images[n:], to_device(torch.from_numpy(y), self.device), index, q)
-
-    # ------------------------------------------------------------------------------------------- background
-    def _batches_from_thread(self, start: int) -> Iterator[Batch]:
-        # On a CPU the thread does everything. A GPU's work is queued by the main thread, in whose stream it belongs.
-        on_cpu = self.device.type == "cpu"
-        begin: Callable = self.batch if on_cpu else self._raw
-        pool = ThreadPoolExecutor(1)
-        try:
-            ahead = deque(pool.submit(begin, start + i) for i in range(2))
-            for iteration in count(start + len(ahead)):
-                ready = ahead.popleft().result()
-                ahead.append(pool.submit(begin, iteration))
-                yield ready if on_cpu else self._finish(ready)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def __getitem__(self, iteration: int) -> _Raw | UserError:
-        """In a worker: the raw batch, or the error, which would arrive as a page of traceback if it were raised."""
-        try:
-            return self._raw(iteration)
-        except UserError as error:
-            return error
-
-    def _batches_from_workers(self, start: int) -> Iterator[Batch]:
-        before = set(multiprocessing.active_children())
-        child_ended = getattr(signal, "SIGCHLD", None)  # not on Windows
-        handler = signal.getsignal(child_ended) if child_ended else None
-        stream = iter(
-            DataLoader(
-                self,
-                batch_size=None,  # A worker makes whole batches, which are returned in the order of the iterations.
-                sampler=count(start),
-                num_workers=self.num_workers,
-                worker_init_fn=_ignore_signals,
-                generator=torch.Generator(),  # Otherwise starting workers would advance the global generator.
-            )
-        )
-        workers = set(multiprocessing.active_children()) - before
-        if child_ended and threading.current_thread() is threading.main_thread():
-            # PyTorch's handler would raise in the middle of a step; a dead worker is noticed between steps as well.
-            signal.signal(child_ended, handler)
-        try:
-            while True:
-                try:
-                    raw = next(stream)
-                except (RuntimeError, OSError, EOFError) as error:
-                    if all(worker.is_alive() for worker in workers):
-                        raise
-                    raise UserError(
-                        f"a process that reads images died ({one_line(error)}), as when memory or /dev/shm is full; "
-                        "lower num_workers, or set cache_images: auto"
-                    ) from None
-                if isinstance(raw, UserError):
-                    raise raw
-                yield self._finish(raw)
-        finally:
-            del stream  # This ends the workers. They ignore SIGTERM, so one that hangs has to be killed.
-            for worker in workers:
-                worker.kill()
-
-
-def _ignore_signals(_: int) -> None:
-    # A signal to the whole group is meant for the main process, which still needs the batches of its step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,7 @@ ID is the identity as in the file names. Nothing is ever deleted or overwritten.
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import filecmp
 import logging
 import os
@@ -174,13 +174,9 @@ def _link_or_copy(source: Path, target: Path, copy: bool) -> None:
     # A hard link to a symbolic link would be a symbolic link, and break when its target moves.
     source = source.resolve()
     if not copy:
-        try:
+        with contextlib.suppress(OSError):  # This file system has no hard links, or not between these folders.
             os.link(source, target)
             return
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOSPC, errno.EROFS):
-                raise
-            # This file system has no hard links, or not between these folders.
     partial = target.with_name(f".{target.name}.partial")
     shutil.copyfile(source, partial)
     os.replace(partial, target)

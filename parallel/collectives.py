@@ -7,7 +7,6 @@ slice, so a run sees the same images and draws on any number of processes. launc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -38,11 +37,6 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_rank() -> int:
-    """This process's number among the processes of its machine."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def is_main() -> bool:
@@ -97,11 +91,6 @@ def gather(value: T) -> list[T]:
     with reaching_others():
         dist.all_gather_object(values, value)
     return values
-
-
-def from_first_of_machine(value: T) -> T:
-    """The value of the first process of this machine, in all its processes."""
-    return gather(value)[rank() - local_rank()]
 
 
 def wait_for_all() -> None:

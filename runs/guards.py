@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -62,8 +61,6 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
         elif now - self._at > self.SAME:
-            for process in multiprocessing.active_children():
-                process.kill()
             os.write(2, b"\nstopped at once, nothing saved since the last snapshot\n")
             os._exit(128 + number)
 

@@ -58,7 +58,7 @@ class Recorder:
         self.stack.__exit__(*error)
 
     def batches(self, t: int) -> list[Batch]:
-        """The batches of iteration `t`. If a file or a worker is gone, the steps so far are saved before the error."""
+        """The batches of iteration `t`. If a file is gone, the steps so far are saved before the error."""
         try:
             return [to_device(next(stream), self.s.device, self.s.cfg) for stream in self.streams]
         except UserError as error:

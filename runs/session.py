@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import Config, DGNetConfig, TeacherConfig
 from data.batch import Batch
-from data.cache import Machine, cached_images
+from data.cache import cached_images
 from data.folders import ImageList, check_test_set, read_split
 from data.generated import MANIFEST, add_generated
 from data.images import iter_images
@@ -181,10 +181,8 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
 
 
 def loader_options(cfg: Config, images: ImageList, device: torch.device) -> dict[str, Any]:
-    """What the loaders of a run share, the cached images among it; every process of a run must call it."""
-    size, machine = dict(height=cfg.crop_image_height, width=cfg.crop_image_width), None
-    if collectives.world_size() > 1:
-        machine = Machine(collectives.local_rank() == 0, collectives.from_first_of_machine)
+    """What the loaders of a run share, the cached images among it."""
+    size = dict(height=cfg.crop_image_height, width=cfg.crop_image_width)
     return dict(
         **size,
         batch_size=cfg.batch_size,
@@ -192,7 +190,7 @@ def loader_options(cfg: Config, images: ImageList, device: torch.device) -> dict
         num_workers=cfg.num_workers,
         device=device,
         part=collectives.own_part(),
-        pixels=cached_images(images.paths, cfg.cache_images, **size, limit_mb=cfg.cache_limit_mb, machine=machine),
+        pixels=cached_images(images.paths, cfg.cache_images, **size, limit_mb=cfg.cache_limit_mb),
     )
 
 

@@ -1,14 +1,14 @@
 """Snapshots of a run: what it needs to continue bit for bit, written whole and read strictly.
 
 A snapshot is a folder `checkpoints/00010000/` with a file `{'a': state_dict}` per network (`gen.pt`, `id.pt`,
-`dis.pt`; a teacher's `net.pt`), `state.pt` (optimisers, gradient scalers, random state) and `manifest.json` (sizes and
-checksums of the others, the config, and what else decided the numbers). It is written as `00010000.part` and renamed,
-so a folder of that name is whole. The flat files of the release are read too; runs/release.py writes them.
+`dis.pt`; a teacher's `net.pt`), `state.pt` (optimisers, gradient scalers, random state) and `manifest.json` (the
+config, and what else decided the numbers). It is written as `00010000.part` and renamed, so a folder of that name is
+whole. PyTorch's files hold checksums of their parts. The flat files of the release are read too; runs/release.py
+writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -72,19 +72,19 @@ def save_snapshot(
     state["cuda_rng"] = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
     contents = {"state": state} | {name: {"a": net.state_dict()} for name, net in trainer.networks().items()}
     final = snapshot_folder(folder, iteration)
-    part, old = final.with_suffix(".part"), final.with_suffix(".old.part")
+    part = final.with_suffix(".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        files = {f"{name}.pt": write_tensors(part / f"{name}.pt", content) for name, content in contents.items()}
+        for name, content in contents.items():
+            write_tensors(part / f"{name}.pt", content)
         about = {"config": trainer.cfg.model_dump(mode="json"), "circumstances": dict(circumstances or {})}
-        write_json(part / "manifest.json", {"iteration": iteration, "files": files} | about)
+        write_json(part / "manifest.json", {"iteration": iteration} | about)
         sync_folder(part)
         if final.exists():  # damaged, or `--resume auto` would have continued from it
-            final.rename(old)
+            shutil.rmtree(final)
         part.rename(final)
         sync_folder(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, UserError) as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, UserError):
@@ -133,12 +133,11 @@ def read_manifest(folder: Path, iteration: int) -> dict[str, Any] | None:
         return None
     try:
         content = read_json(path, "the snapshot is damaged")
-        whole = content["iteration"] == iteration and isinstance(content["circumstances"], dict)
-        whole = whole and isinstance(content["config"], dict)
-        whole = whole and all(isinstance(f["bytes"], int) and f["sha256"] for f in content["files"].values())
+        whole = content["iteration"] == iteration
+        whole = whole and all(isinstance(content[key], dict) for key in ("circumstances", "config"))
     except UserError as error:
         raise Damaged(str(error)) from None
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         whole = False
     if not whole:
         raise Damaged(f"{path}: damaged (not the manifest of this snapshot)")
@@ -151,32 +150,11 @@ def people_of_snapshot(manifest: Mapping[str, Any] | None) -> People | None:
     return People(mark, str(manifest["config"].get("data_root", "?"))) if isinstance(mark, str) else None
 
 
-def check_file(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare a snapshot's file with its manifest. Raises Damaged."""
-    expected = manifest["files"].get(path.name)
-    try:
-        size = path.stat().st_size
-        if expected is None:
-            raise Damaged(f"{path}: damaged (its manifest does not list it)")
-        if size != expected["bytes"]:
-            raise Damaged(f"{path}: damaged ({size} bytes instead of {expected['bytes']})")
-        with open(path, "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                raise Damaged(f"{path}: damaged (its checksum is not that of its manifest)")
-    except FileNotFoundError:
-        raise Damaged(f"{path}: damaged (no such file)") from None
-    except OSError as error:
-        raise Damaged(f"{path}: damaged or unreadable ({error.strerror})") from None
-
-
 def read_network(folder: Path, name: str, iteration: int) -> tuple[Mapping[str, Tensor], Path]:
-    """The state_dict of network `name` in a snapshot, compared with its manifest, and its file."""
-    manifest = read_manifest(folder, iteration)
-    if manifest is None:
+    """The state_dict of network `name` in a snapshot, and its file."""
+    path = snapshot_folder(folder, iteration) / f"{name}.pt"
+    if not path.parent.is_dir():
         path = flat_file(folder, name, iteration)
-    else:
-        path = snapshot_folder(folder, iteration) / f"{name}.pt"
-        check_file(path, manifest)
     return unwrap(read_tensors(path), path), path
 
 
@@ -223,21 +201,17 @@ def load_snapshot(folder: Path, trainer: Trainer, iteration: int | None = None, 
 
 
 def restore(folder: Path, trainer: Trainer, iteration: int) -> None:
-    """Load one snapshot. Every file is compared with the manifest before the first of them is loaded."""
-    manifest = read_manifest(folder, iteration)
-    if manifest is None:
-        files = {name: flat_file(folder, name, iteration) for name in trainer.networks()}
-        state = folder / OPTIMIZERS
-        if not state.is_file():
-            raise UserError(f"{state}: no such file; a run of an earlier version can be evaluated, but not resumed")
-    else:
-        files = {name: snapshot_folder(folder, iteration) / f"{name}.pt" for name in trainer.networks()}
-        state = snapshot_folder(folder, iteration) / "state.pt"
-        for path in (state, *files.values()):
-            check_file(path, manifest)
+    """Load one snapshot. Every file is read, and so compared with its checksums, before the first one is used."""
+    file = snapshot_folder(folder, iteration) / "state.pt"
+    if read_manifest(folder, iteration) is None:
+        file = folder / OPTIMIZERS
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; a run of an earlier version can be evaluated, but not resumed")
+    state = read_tensors(file)
+    networks = {name: read_network(folder, name, iteration) for name in trainer.networks()}
     for name, net in trainer.networks().items():
-        load_network(net, unwrap(read_tensors(files[name]), files[name]), files[name])
-    load_state(read_tensors(state), trainer, state)
+        load_network(net, *networks[name])
+    load_state(state, trainer, file)
 
 
 def load_state(state: Any, trainer: Trainer, source: Path) -> None:

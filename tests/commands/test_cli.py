@@ -25,7 +25,6 @@ from PIL import Image
 import demo
 import precision
 from config import load_config
-from data.folders import check_test_set
 from mannequins.dataset import make_dataset
 from reIDmodel import build_teacher
 from runs.folder import RunFolder
@@ -173,16 +172,6 @@ def test_evaluation_of_a_teacher(trained: Runs, script: Script) -> None:
     clean(script("test", "--teacher", "tutor", *trained.where, *options))
     report = check_report(trained.folder / "models" / "tutor" / "reid.json", trained.images("query"))
     assert "multi-query" in report["tables"] and report["precision"] == "bf16"
-
-
-def test_evaluation_of_an_earlier_snapshot_on_other_data(trained: Runs, script: Script, tmp_path: Path) -> None:
-    shutil.copytree(trained.data, tmp_path / "other")
-    where = (*trained.where, "--name", "tiny")
-    clean(script("test", *where, "--which_epoch", 3, "--test_dir", tmp_path / "other"))
-    assert not (trained.run / "reid.json").exists(), "that of the run's own data set"
-    report = check_report(trained.run / "reid-other.json", trained.images("query"))
-    assert (report["iteration"], report["trained_on"], report["tested_on"]) == (3, trained.data.name, "other")
-    assert "--which_epoch 4" in script("test", *where, "--which_epoch", 4).error
 
 
 def test_several_data_sets_give_a_table(trained: Runs, script: Script, tmp_path: Path) -> None:
@@ -483,25 +472,6 @@ def test_weights_and_a_config_that_do_not_belong_together(
     assert not (copied.run / "reid.json").exists()
     if "backbone" in changes:
         assert f"{teacher / 'net_last.pth'}: " in script("test", *copied.where, "--teacher", "tutor").error
-
-
-def test_a_folder_of_people_is_prepared_trained_on_and_tested(trained: Runs, script: Script, tmp_path: Path) -> None:
-    """From a folder per identity to numbers: names that are no numbers, and no cameras."""
-    root = tmp_path / "people"
-    for path in (trained.data / "bounding_box_train").iterdir():
-        (root / f"person {path.name[:4]}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, root / f"person {path.name[:4]}" / path.name[5:])
-    assert script("prepare", "--dataset", "folder", "--data_root", root).code == 0
-    tested = ("test", *trained.where, "--name", "tiny", "--test_dir", root)
-    assert "--no-cameras" in script(*tested).error
-    clean(script(*tested, "--no-cameras"))
-    report = json.loads((trained.run / "reid-people.json").read_text())
-    (trained.run / "reid-people.json").unlink()
-    check_test_set(root, cameras=None)  # as `eval_iter` does
-    assert report["queries"] == 4 and report["without_match"] == 0
-    start = ("train", "--config", trained.config, *trained.where, "--name", "new", "--dry-run")
-    out = clean(script(*start, "--set", f"data_root={root}", "teacher_style=3", "teacher_w=0"))
-    assert "images of 4 identities" in out
 
 
 def test_output_paths_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -304,17 +303,6 @@ def test_an_undecodable_image_is_named_in_one_line(images: ImageList, num_worker
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=images.paths[0].name):
         loader(images, cache=True)
-
-
-def test_a_dead_worker_ends_the_stream_in_one_line(images: ImageList) -> None:
-    stream = loader(images, num_workers=1).batches()
-    next(stream)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
-    with pytest.raises(UserError, match="num_workers") as error:
-        take(stream, 9)
-    assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("batch_size", [3, 5, 100])

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import Outcome, noise, tiny_config, tiny_trainer
-from PIL import Image
 
-from data.folders import ImageList, read_split
+from data.folders import read_split
 from data.listing import say_reading
-from data.overlap import note_overlap, note_overlap_in
+from data.overlap import note_overlap_in
 from runs.folder import RunFolder, start_folder
 from runs.snapshot import save_snapshot
 
@@ -82,23 +80,6 @@ def test_the_same_picture(tmp_path: Path) -> None:
     (pictures,) = assumed(root)
     assert pictures.startswith("2 ")
     assert str(root / "query" / copies[0]) in pictures and "train_all/0001" in pictures
-
-
-def test_pictures_that_begin_alike_are_not_the_same(tmp_path: Path) -> None:
-    """Uncompressed pictures under one white sky: as large, and alike in the first bytes."""
-    sides = []
-    for split, pid in (("train_all", 1), ("gallery", 2)):
-        path = tmp_path / f"{split}.ppm"
-        picture = np.full((128, 64, 3), 255, np.uint8)
-        picture[100:] = 50 * pid
-        Image.fromarray(picture).save(path)
-        sides.append(ImageList([path], [pid], [1]))
-    assert sides[0].paths[0].read_bytes()[:8192] == sides[1].paths[0].read_bytes()[:8192]
-    note_overlap(sides[0], {"gallery": sides[1]})
-    assert say_reading({})["assumed"] == []
-    shutil.copy(sides[0].paths[0], sides[1].paths[0])
-    note_overlap(sides[0], {"gallery": sides[1]})
-    assert len(say_reading({})["assumed"]) == 1
 
 
 def test_the_commands_say_it(script: Script, tiny_data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, load_script, merged, tiny_config
+from conftest import CPU, TINY_DGNET, TINY_TEACHER, Outcome, OutputFolder, contents, load_script, merged, tiny_config
 from PIL import Image
 
 from data.folders import read_split
@@ -65,8 +65,8 @@ class Place(OutputFolder):
 
     def files(self, name: str, iteration: int) -> dict[str, Any]:
         """Checksums of a snapshot's files: weights, optimisers, random state."""
-        manifest = self.folder / "outputs" / name / "checkpoints" / f"{iteration:08d}" / "manifest.json"
-        return json.loads(manifest.read_text())["files"]
+        files = contents(self.folder / "outputs" / name / "checkpoints" / f"{iteration:08d}")
+        return {file: digest for file, digest in files.items() if file.endswith(".pt")}
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ALL_LOSSES, CPU, TINY_DGNET, TINY_TEACHER, load_script, merged, tiny_config, tiny_teacher_config
+from conftest import ALL_LOSSES, CPU, TINY_DGNET, load_script, merged, tiny_config, tiny_teacher_config
 from conftest import tiny_trainer as build_tiny
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.batch import Batch
-from data.cache import Machine, cached_images
+from data.cache import cached_images
 from data.folders import read_split
-from data.images import decoded
 from data.loader import PairLoader
 from losses import adversarial_terms, discriminator_terms
 from networks import Discriminator
@@ -63,13 +60,9 @@ def to_double(batch: Batch) -> Batch:
     return batch._replace(x=batch.x.double(), xp=batch.xp.double())
 
 
-def machine() -> Machine:
-    return Machine(collectives.local_rank() == 0, collectives.from_first_of_machine)
-
-
 def loader(data: Path, batch_size: int, seed: int, cache: str | bool = False, **options: Any) -> PairLoader:
     images = read_split(data, "train_all", need_names=False)
-    pixels = cached_images(images.paths, cache, HEIGHT, WIDTH, limit_mb=100, machine=machine())
+    pixels = cached_images(images.paths, cache, HEIGHT, WIDTH, limit_mb=100)
     common = dict(height=HEIGHT, width=WIDTH, pad=2, part=collectives.own_part())
     return PairLoader(images, batch_size=batch_size, seed=seed, pixels=pixels, **common, **options)
 
@@ -144,21 +137,6 @@ def batches_of(data: Path) -> dict[str, Batch]:
     return seen | {"source": source.batch(9)}
 
 
-def cache_of(data: Path) -> dict[str, Any]:
-    """How many files this process has decoded for a cache, what is in it, and a refusal."""
-    opened: list[Path] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.cache.decoded", lambda path, size: opened.append(path) or decoded(path, size))
-        made = loader(data, 4, 5, cache="source")
-        images = read_split(data, "train_all", need_names=False)
-    same = all(torch.equal(kept, decoded(path)) for kept, path in zip(made.pixels, images.paths, strict=True))
-    images.paths[2] = data / "gone.jpg"
-    with pytest.raises(UserError) as raised:
-        cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=100, machine=machine())
-    little = cached_images(images.paths, "auto", HEIGHT, WIDTH, limit_mb=0, machine=machine())
-    return dict(opened=len(opened), images=len(images), same=same, error=str(raised.value), little=little)
-
-
 def features_of(data: Path) -> np.ndarray:
     torch.manual_seed(0)
     net = build_id_net("AB", CLASSES, backbone="resnet10w8").eval()
@@ -217,7 +195,7 @@ def work(rank: int, size: int, port: int, data: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with launch.process_group(Namespace(device="cpu", processes=None)):
         seen = everything(data)
-        seen |= {"cache": cache_of(data), "twenty steps": twenty_steps(data), "refusals": refusals()}
+        seen |= {"twenty steps": twenty_steps(data), "refusals": refusals()}
         torch.save(seen, out / f"{size}-{rank}.pt")
 
 
@@ -290,13 +268,6 @@ def test_slices_together_are_the_batch_of_one_process(ranks: Any, alone: Any) ->
             slices = [getattr(rank["batches"][kind], field) for rank in ranks]
             assert len({len(part) for part in slices}) == 1
             assert torch.equal(torch.cat(slices), getattr(batch, field)), (kind, field)
-
-
-def test_one_cache_for_all_processes_of_a_machine(ranks: Any) -> None:
-    """The first one decodes, all have the pixels; an undecodable file ends all with its name."""
-    caches = [rank["cache"] for rank in ranks]
-    assert [cache["opened"] for cache in caches] == [caches[0]["images"], *[0] * (len(ranks) - 1)]
-    assert all(cache["same"] and "gone.jpg" in cache["error"] and cache["little"] is None for cache in caches)
 
 
 def test_features_and_report_are_those_of_one_process(ranks: Any, alone: Any) -> None:
@@ -462,28 +433,6 @@ def test_torchrun_starts_a_killed_run_anew(pair: Pair) -> None:
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=PATIENCE)
     assert pair.snapshots()[-1] >= reached and err.count("resumed pair") == 1, err
-
-
-@pytest.mark.slow
-def test_torchrun_tests_a_teacher_as_one_process_does(script: Any, tiny_data: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    folder = tmp_path / "models" / "best"
-    folder.mkdir(parents=True)
-    torch.save(build_teacher(CLASSES, backbone="resnet10w8").state_dict(), folder / "net_last.pth")
-    (folder / "opts.yaml").write_text(yaml.safe_dump(TINY_TEACHER | dict(data_root=str(tiny_data))))
-    common = ("--teacher", "best", "--output_path", tmp_path, "--device", "cpu", "--batchsize", 7, "--rerank")
-    outcome = script("test", *common, "--threads", 1, "--save-features", tmp_path / "one.npz")
-    assert outcome.code == 0, outcome.err
-    shutil.move(folder / "reid.json", tmp_path / "one.json")
-
-    run = shell(*TORCHRUN, ROOT / "test.py", *common, "--threads", 1, "--save-features", tmp_path / "two.npz")
-    out, err = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0, err
-    assert out.replace("two.npz", "one.npz") == outcome.out
-    assert (folder / "reid.json").read_bytes() == (tmp_path / "one.json").read_bytes()
-    one, two = (zipfile.ZipFile(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    assert one.namelist() == two.namelist()
-    assert all(one.read(name) == two.read(name) for name in one.namelist())
 
 
 # --------------------------------------------------------------------------------------------- options
