@@ -285,23 +285,6 @@ def refused(trained: Runs, script: Script, tmp_path: Path) -> Callable[..., str]
 Refused = Callable[..., str]
 
 
-def test_data_that_is_not_there(refused: Refused, trained: Runs, tmp_path: Path) -> None:
-    assert f"data_root {tmp_path / 'nowhere'}" in refused(f"data_root={tmp_path / 'nowhere'}")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert f"data_root {empty}" in refused(f"data_root={empty}")
-    (empty / "train_all" / "0002").mkdir(parents=True)
-    assert str(empty / "train_all") in refused(f"data_root={empty}")
-    assert f"{trained.images()} training images" in refused("batch_size=1000")
-    # One identity cannot be paired.
-    one = tmp_path / "one" / "bounding_box_train"
-    one.mkdir(parents=True)
-    first, *_ = sorted(path.name for path in (trained.data / "bounding_box_train").iterdir())
-    for path in (trained.data / "bounding_box_train").glob(f"{first[:4]}_*"):
-        shutil.copy(path, one)
-    assert "1 identity" in refused(f"data_root={one.parent}")
-
-
 def test_a_truncated_image_is_named_or_skipped(refused: Refused, script: Script, trained: Runs, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(trained.data, data)
@@ -459,19 +442,6 @@ def test_test_sets_that_cannot_be_ranked(trained: Runs, script: Script, tmp_path
     assert str(gallery) in refused()
     shutil.rmtree(gallery)
     assert "bounding_box_test/" in refused()
-
-
-@pytest.mark.parametrize("changes", [dict(ID_style="PCB"), dict(backbone="resnet18", gen=dict(id_dim=512))], ids=str)
-def test_weights_and_a_config_that_do_not_belong_together(
-    copied: Runs, script: Script, changes: dict[str, Any]
-) -> None:
-    teacher = copied.folder / "models" / "tutor"
-    for file in (copied.run / "config.yaml", teacher / "opts.yaml"):
-        file.write_text(yaml.safe_dump(merged(yaml.safe_load(file.read_text()), changes)))
-    assert str(copied.run) in script("test", *copied.where, "--name", "tiny").error
-    assert not (copied.run / "reid.json").exists()
-    if "backbone" in changes:
-        assert f"{teacher / 'net_last.pth'}: " in script("test", *copied.where, "--teacher", "tutor").error
 
 
 def test_output_paths_that_cannot_be_written(trained: Runs, script: Script, tmp_path: Path) -> None:

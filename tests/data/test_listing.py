@@ -146,15 +146,6 @@ def test_two_folders_of_one_person_are_refused(tmp_path: Path, names: tuple[str,
         assert all(str(people / name) in str(error.value) for name in names)
 
 
-def test_two_spellings_of_one_number_in_file_names_are_refused(tmp_path: Path) -> None:
-    names = ("7_c1s1_1.jpg", "0007_c2s1_1.jpg")
-    for name in names:
-        noise(tmp_path / "bounding_box_train" / name)
-    with pytest.raises(UserError) as error:
-        read_split(tmp_path, "train_all")
-    assert all(name in str(error.value) for name in names)
-
-
 # ----------------------------------------------------------------------------------------- the commands
 def test_every_command_says_what_it_read(script: Any, tiny_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from conftest import (
 from torch import Tensor
 
 from config import DGNetConfig
-from files import read_tensors, write_tensors, write_whole
+from files import read_tensors
 from networks import Discriminator, Generator
 from reIDmodel import build_id_net, build_teacher
 from runs.folder import open_run, run_config, start_folder
@@ -494,38 +492,6 @@ def test_export_and_back(two_snapshots: tuple[Path, DGNetTrainer], tmp_path_fact
 
 
 # ------------------------------------------------------------------------------------ atomic writing
-def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
-    path, seen = tmp_path / "a", set()
-
-    def write(letter: bytes) -> None:
-        for _ in range(20):
-            write_whole(path, lambda file: [file.write(letter * 1000) for _ in range(100)])
-            seen.add(path.read_bytes())
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, (b"1", b"2", b"3", b"4")))
-    assert seen <= {letter * 100_000 for letter in (b"1", b"2", b"3", b"4")}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
-    """A limit on file sizes stands in for a full disk: the write itself fails."""
-    path = tmp_path / "gen.pt"
-    write_tensors(path, {"a": torch.ones(3)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(UserError, match="gen.pt: cannot be written") as error:
-            write_tensors(path, {"a": torch.ones(1_000_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(error.value)
-    assert torch.equal(read_tensors(path)["a"], torch.ones(3))
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    with pytest.raises(UserError, match="cannot be written"):
-        write_tensors(tmp_path / "nowhere" / "x.pt", {})
-
-
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state}], ids=["bare", "wrapped"])
 def test_prefixes_of_other_tools_are_taken_off(tmp_path: Path, caplog: Any, prefix: str, wrap: Callable) -> None:
