@@ -97,8 +97,15 @@ def make_run_folder(run: RunFolder, cfg: Config) -> None:
 
 
 def update_config(run: RunFolder, cfg: Config) -> None:
-    """Write the config of a resumed run into its config.yaml; every snapshot keeps the one that it was made with."""
+    """Write the config of a resumed run into its config.yaml.
+
+    The first one, which may be the release's with remarks of its owner, stays as config_as_begun.yaml; every snapshot
+    keeps the one that it was made with.
+    """
     if read_yaml(run.config_file) != cfg.model_dump():
+        first = run.path / "config_as_begun.yaml"
+        if not first.exists():
+            write_text(first, run.config_file.read_text())
         write_text(run.config_file, dump_config(cfg))
         log.info("%s now says how the run continues", run.config_file)
 

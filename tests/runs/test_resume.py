@@ -372,15 +372,17 @@ def test_generated_training_images_that_changed_are_noticed(runs: Runs, tmp_path
 
 
 def test_settings_of_a_resumed_run_are_kept(light: Runs) -> None:
-    """What it was resumed with holds for the command that is printed, too."""
+    """What it was resumed with holds for the command that is printed, too; the first file stays."""
     where = ("train", "--resume", "--name", "whole", "--output_path", light.folder)
     file = light.run("whole") / "config.yaml"
+    before = file.read_bytes()
     assert str(file) in clean(light.script(*where, "--set", "max_iter=5", "log_iter=3")).err
     assert {"max_iter": 5, "log_iter": 3}.items() <= yaml.safe_load(file.read_text()).items()
     again = clean(light.script(*where, "--set", "max_iter=6"))
     assert "resumed whole after 5 of 6" in again.err
     assert yaml.safe_load(file.read_text())["log_iter"] == 3
     assert "resumed whole after 6 of 6" in clean(light.script(*where)).err
+    assert (light.run("whole") / "config_as_begun.yaml").read_bytes() == before
 
 
 def test_what_matters_besides_the_config() -> None:
