@@ -56,7 +56,7 @@ def load_inception(device: torch.device) -> Network:
 
 
 def trunk_features(net: IdNet) -> Network:
-    """The pooled trunk of a teacher where Inception's weights are not to be had: images to (N, code_dim)."""
+    """The pooled trunk of a teacher, in the place of Inception: images to (N, net.channels)."""
     return lambda images: net.pool(net.feature_map(normalise(images))).flatten(1)
 
 

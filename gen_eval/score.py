@@ -18,9 +18,8 @@ from data.images import check_images
 from data.listing import say_reading
 from files import write_json
 from gen_eval.metrics import KID_SUBSET_SIZE, KID_SUBSETS, Protocol, score, trunk_features
-from reIDmodel import IdNet
 from runs.folder import open_run
-from runs.load import load_teacher_for_test
+from runs.load import TestNet, load_teacher_for_test
 from utils import UserError, add_machine_arguments, between, pick_device, run_cli, set_threads
 
 COLUMNS = {"fid": "FID", "kid": "KID x 1000", "ssim": "SSIM", "lpips": "LPIPS", "images": "images"}
@@ -113,17 +112,16 @@ def print_scores(
     device: torch.device,
     *,
     real_vs_real: bool = False,
-    teacher: IdNet | None = None,
-    teacher_name: str = "",
+    teacher: TestNet | None = None,
 ) -> dict[str, Any]:
     """Compute and print the scores with their protocol; returns both, ready for JSON. Arguments as `metrics.score`.
 
-    teacher  its trunk takes the place of Inception in FID and KID
+    teacher  whose trunk takes the place of Inception in FID and KID
     """
     network, features, dim = None, INCEPTION, 2048
     if teacher is not None:
-        network, dim = trunk_features(teacher), teacher.channels
-        features = f"pooled trunk of teacher {teacher_name}, {dim} features, float64; compares with nothing else"
+        network, dim = trunk_features(teacher.net), teacher.net.channels
+        features = f"pooled trunk of {teacher.title}, {dim} features, float64; comparable with this teacher's only"
     scores, missing = score(sides, protocol, device, real_vs_real=real_vs_real, network=network)
     stated = describe(sides, protocol, features)
     for side in sides:
@@ -164,13 +162,10 @@ def main() -> None:
         sides["fake"] = read_people(args.fake, option="--fake", generated=True)
     check_images([path for side in sides.values() for path in side.paths], skip_bad=False, remedy="remove them")
     say_reading(sides)
-    size, net = (128, 64), None
-    if args.teacher:
-        tested = load_teacher_for_test(open_run(args.output_path, args.teacher), device)
-        size, net = tested.size, tested.net
-    protocol = Protocol(tuple(args.size or size), args.count, args.pairs, args.seed, args.batchsize)
-    how = dict(teacher=net, teacher_name=args.teacher, real_vs_real=args.real_vs_real)
-    result = print_scores(sides, protocol, device, **how)
+    teacher = load_teacher_for_test(open_run(args.output_path, args.teacher), device) if args.teacher else None
+    size = tuple(args.size or (teacher.size if teacher else (128, 64)))
+    protocol = Protocol(size, args.count, args.pairs, args.seed, args.batchsize)
+    result = print_scores(sides, protocol, device, real_vs_real=args.real_vs_real, teacher=teacher)
     if args.out:
         write_json(Path(args.out), {"real": args.real, "fake": args.fake} | result)
         print(f"written to {args.out}")

@@ -105,7 +105,7 @@ def update_config(run: RunFolder, cfg: Config) -> None:
     if read_yaml(run.config_file) != cfg.model_dump():
         first = run.path / "config_as_begun.yaml"
         if not first.exists():
-            write_text(first, run.config_file.read_text())
+            write_text(first, run.config_file.read_text(encoding="utf-8"))
         write_text(run.config_file, dump_config(cfg))
         log.info("%s now says how the run continues", run.config_file)
 

@@ -23,7 +23,7 @@ from data.archives import SourceImage
 from data.augment import augment
 from data.batch import Batch
 from data.folders import UNFINISHED_MARK, ImageList, check_test_set, is_data_set, read_split
-from data.generated import MANIFEST, draw_swap_pairs
+from data.generated import MANIFEST, count_pairs, draw_swap_pairs
 from data.images import iter_images, normalise, to_uint8
 from data.prepare import Task, fill_folder
 from files import read_json, write_json
@@ -105,22 +105,21 @@ def prepare_data(preset: Preset, data_root: str | None, out: Path) -> tuple[Path
 
 
 def check_halves(root: Path) -> None:
-    """Raise UserError unless val/ and test/ hold query and gallery of different people, and the same training images.
-
-    Nobody among these may be a person to train on.
-    """
+    """Raise UserError unless val/ and test/ have the same training images, and people to search for of their own."""
     people: dict[str, set[int]] = {}
-    lists: list[list[str]] = []
+    names: list[list[str]] = []
     for half in ("val", "test"):
         check_test_set(root / half)
-        train = read_split(root / half, "train_all")
-        people |= {"train": set(train.pids.tolist()), half: set(read_split(root / half, "query").pids.tolist())}
-        lists.append([path.name for path in train.paths])
-    if lists[0] != lists[1]:
-        raise UserError(f"--data_root {root}: val/ and test/ have other training images; split again: {SPLIT_COMMAND}")
+        train, *sides = (read_split(root / half, split) for split in ("train_all", "query", "gallery"))
+        people["train"] = set(train.pids.tolist())
+        people[half] = {pid for side in sides for pid in side.pids.tolist() if pid > 0}  # no junk, no distractors
+        names.append([path.name for path in train.paths])
+    if names[0] != names[1]:
+        what = "val/ and test/ have different training images"
+        raise UserError(f"--data_root {root}: {what}; split again: {SPLIT_COMMAND}")
     for one, two in combinations(people, 2):
         if common := sorted(people[one] & people[two]):
-            what = f"{len(common)} people are in {one} and in {two}, {common[0]} first"
+            what = f"{len(common)} people are both in {one} and in {two}, the first is {common[0]}"
             raise UserError(f"--data_root {root}: {what}; split again: {SPLIT_COMMAND}")
 
 
@@ -333,15 +332,18 @@ def score_generation(study: Study, folder: RunFolder, root: Path) -> dict[str, A
 
 
 def score_photographs(study: Study, folder: RunFolder, root: Path) -> dict[str, Any]:
-    """Measure swaps of query images whose truth nobody knows.
+    """Measure swaps of photographs, of which no true swaps exist, on pairs of query images.
 
-    rank1   generated swaps as queries for the clothes' owner, by the run's teacher; `_of_copy` the structure images in
-            their place, `_of_appearance` the clothes' own image, `_of_reconstruction` for the person reconstructed
-    fid     of generated swaps to the real images of query and gallery, in the pooled trunk of seed 0's teacher; also
-            `_of_reconstruction`, and `_of_copy`, the query images themselves
+    rank1                    the run's teacher searches for the owner of the clothes by the generated swaps
+    rank1_of_copy            it searches by the structure images
+    rank1_of_appearance      it searches by the images that the clothes come from
+    rank1_of_reconstruction  it searches for the person reconstructed by the reconstruction
+    fid                      of generated swaps to the real images of query and gallery, in the features of `fids`
+    fid_of_reconstruction, fid_of_copy    of reconstructions; of the structure images
     """
     model, query = load_swapper(folder, study.device), read_split(root, "query")
-    pairs = draw_swap_pairs(query.labels(), study.preset.swaps, seed=0)
+    labels = query.labels()
+    pairs = draw_swap_pairs(labels, min(study.preset.swaps, count_pairs(labels)), seed=0)
     sources = [iter_images([query.paths[i] for i in role], *model.size, 32) for role in pairs.T]
     batches = [
         [to_uint8(x) for x in (x_app, x_str, model.swap(x_app, x_str), model.swap(x_str, x_str))]

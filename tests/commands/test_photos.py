@@ -77,7 +77,7 @@ def test_a_query_needs_a_partner_under_another_camera(tmp_path: Path):
 
 
 def test_the_study_chooses_on_val_and_tests_on_test(halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tiny = replace(PRESETS["tiny"], data=None, swaps=16, cells=("teacher", "no_feedback"))
+    tiny = replace(PRESETS["tiny"], data=None, swaps=1000, cells=("teacher", "no_feedback"))
     monkeypatch.setitem(PRESETS, "photos", tiny)
     options = ("--preset", "photos", "--data_root", halves, "--seeds", 1, "--out", tmp_path / "out", "--device", "cpu")
     for where in ("val", "test"):
