@@ -13,6 +13,10 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
+$(VENV)/.export: requirements-export.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet -r requirements-export.txt
+	touch $@
+
 demo: $(VENV)/.installed  ## embedded data, teacher, DG-Net, evaluation, swap grid, report
 	$(PY) demo.py $(if $(THREADS),--threads $(THREADS))
 
@@ -20,8 +24,8 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-test: lint  ## all tests but those marked slow, in JOBS processes
+test: lint $(VENV)/.export  ## all tests but those marked slow, in JOBS processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
-test-all: lint  ## every test
+test-all: lint $(VENV)/.export  ## every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup

@@ -10,6 +10,7 @@ from utils import add_batch_argument, add_net_arguments, add_rerank_argument, be
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_net_arguments(parser)
+    parser.add_argument("--model", metavar="FILE", help="an ONNX file of export.py; of the run if one is named")
     parser.add_argument(
         "--test_dir", nargs="+", metavar="DIR", help="data sets to evaluate on (default: the config's data_root)"
     )

@@ -14,12 +14,14 @@ from data.listing import say_reading, unsaid
 from data.overlap import note_overlap_in
 from files import write_json
 from parallel.collectives import is_main
+from reid_eval.exported import ExportedNet
 from reid_eval.features import check_feature_file, extract_data_set, save_features
+from reid_eval.index import fingerprint
 from reid_eval.ranking import main_setting
 from reid_eval.report import SINGLE, evaluate_features, format_comparison, format_table, per_query, summary
 from runs.folder import find_data, resolve_data_root
 from runs.load import TestNet, open_net
-from utils import UserError
+from utils import UserError, set_threads
 from visual_tools.ranked_lists import write_ranked_lists
 
 
@@ -27,7 +29,7 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate on every data set that the options name."""
     if args.save_features:
         check_feature_file(args.save_features)
-    tested = open_net(args, device)
+    tested = open_exported(args, device) if args.model else open_net(args, device)
     recorded = tested.data_root, tested.data_source
     given = [find_data(folder, "--test_dir", *recorded) for folder in args.test_dir or [None]]
     roots = {data_set_name(root): root for root in given}
@@ -45,6 +47,21 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if len(reports) > 1 and is_main():
         trained_on = data_set_name(resolve_data_root(tested.data_root))
         print(f"\n{tested.title}, trained on {trained_on}\n{format_comparison(reports)}")
+
+
+def open_exported(args: argparse.Namespace, device: torch.device) -> TestNet:
+    """The exported id net that `--model` names; of the run or the teacher that is named too, or UserError."""
+    if args.precision != "fp32":
+        raise UserError(f"--precision {args.precision}: an exported file has its own; leave the option out")
+    set_threads(args.threads)
+    path = Path(args.model)
+    net = ExportedNet(path)
+    if args.name or args.teacher:
+        named = open_net(args, device)
+        if net.about["checksum"] != fingerprint(named.net, named.size):
+            raise UserError(f"--model {path}: of {net.about['run']}, not of {named.title}; export that, or name no run")
+    title, folder = f"{path.name} of {net.about['run']}", path.with_suffix("")
+    return TestNet(net, net.size, net.about["data_root"], str(path), net.about["iteration"], folder, title)
 
 
 def say_test_images(root: Path, splits: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +92,11 @@ def test_on(
     suffix, trained_on = other_data_set(data_root, home), data_set_name(home)
     title = f"{tested.title}{f', trained on {trained_on}' if suffix else ''}, tested on {name} ({data_root})"
     print(f"{title}\n{format_table(report)}")
-    header = {"name": args.teacher or args.name or "latest", "iteration": tested.iteration, "trained_on": trained_on}
+    header = {
+        "name": args.model or args.teacher or args.name or "latest",
+        "iteration": tested.iteration,
+        "trained_on": trained_on,
+    }
     header |= {"tested_on": name, "test_dir": str(data_root), "precision": args.precision}
     written = [tested.folder / f"reid{suffix}.json"]
     write_json(written[0], header | report | {"reading": reading})

@@ -19,6 +19,7 @@ from data.images import iter_images
 from files import check_zip, make_folder, write_whole
 from parallel.collectives import gather, rank, world_size
 from precision import autocast, pick_precision
+from reid_eval.exported import ExportedNet
 from reid_eval.ranking import check_finite
 from utils import UserError, evaluating, halve_until_it_fits, one_line
 
@@ -55,13 +56,15 @@ class FeatureFile(NamedTuple):
     multi: Features | None = None
 
 
-def embed_images(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
+def embed_images(net: nn.Module | ExportedNet, x: Tensor, precision: str = "fp32") -> Tensor:
     """Features (N, heads, dim) of a batch of normalised images (N, 3, H, W), in the dtype of `x`.
 
     For each head: L2-normalise the features of the image and of its mirror, add them, normalise again. Images and
     mirrors pass the net together, in `precision`, without gradients and in eval mode, in which they do not affect each
-    other. Afterwards every module of the net is in the mode it was in.
+    other. Afterwards every module of the net is in the mode it was in. An exported net does all of this itself.
     """
+    if isinstance(net, ExportedNet):
+        return net(x)
     with torch.inference_mode(), evaluating(net):
         both = torch.cat([x, x.flip(-1)])
         if x.device.type == "cpu" or precision != "fp32":
@@ -73,7 +76,7 @@ def embed_images(net: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
 
 
 def extract_features(
-    net: nn.Module,
+    net: nn.Module | ExportedNet,
     paths: Sequence[Path | str],
     *,
     height: int,
@@ -117,7 +120,7 @@ def extract_features(
 
 
 def extract_data_set(
-    net: nn.Module, data_root: Path | str, *, size: tuple[int, int], multi: bool = False, **how: Any
+    net: nn.Module | ExportedNet, data_root: Path | str, *, size: tuple[int, int], multi: bool = False, **how: Any
 ) -> FeatureFile:
     """Features of a data set's query and gallery, and of its multi-query images if `multi`.
 

@@ -20,6 +20,7 @@ from fast import accelerate
 from files import Damaged, read_tensors, write_tensors, write_text
 from networks import Generator
 from parallel.collectives import average_gradients, own_part
+from reid_eval.exported import ExportedNet
 from reIDmodel import IdNet, build_id_net, build_teacher
 from runs.folder import RunFolder, open_run, resolve_data_root, run_config
 from runs.snapshot import read_network, snapshots
@@ -219,7 +220,7 @@ class TestNet:
     title        what to call it
     """
 
-    net: nn.Module
+    net: nn.Module | ExportedNet
     size: tuple[int, int]
     data_root: str
     data_source: str
