@@ -86,6 +86,8 @@ PRESETS: dict[str, dict[str, float]] = {
     "tiny": dict(train_ids=8, test_ids=6, images_per_camera=2, distractors=4, junk=4),
     # Many people with four pictures each: what a generator learns in minutes depends on how many outfits it sees.
     "demo": dict(train_ids=600, test_ids=72, min_cameras=2, train_cameras=2, group_size=3, vivid=1),
+    # For the weights that `--name pretrained` uses.
+    "many": dict(train_ids=1500, test_ids=100, min_cameras=2, train_cameras=2, group_size=3, vivid=1),
     "large": dict(train_ids=400, test_ids=200, cameras=8, images_per_camera=4, distractors=400, junk=200),
 }
 
