@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -39,13 +39,13 @@ def _open(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
         yield image
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Decode a file to an upright RGB image; what is transparent lets `BACKGROUND` through.
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """A file, or an image of Pillow, as an upright RGB image; what is transparent lets `BACKGROUND` through.
 
     Raises UserError naming a file that cannot be decoded.
     """
     try:
-        with _open(path) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else _open(source) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "I" or upright.mode.startswith("I;16"):
                 # Pillow would clip 16-bit gray at 255, not scale it.
@@ -55,12 +55,12 @@ def load_image(path: str | Path) -> Image.Image:
                 upright = Image.alpha_composite(background, upright.convert("RGBA"))
             return upright.convert("RGB")
     except DECODE_ERRORS as error:
-        raise UserError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove the file") from None
+        raise UserError(f"{source}: cannot be decoded ({one_line(error)}); replace or remove the file") from None
 
 
-def decoded(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+def decoded(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     """Decode a file: (3, h, w) uint8, at the file's size, or at `size` (h, w) by Pillow's bicubic resizing."""
-    image = load_image(path)
+    image = load_image(source)
     if size is not None:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -136,10 +136,15 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def iter_images(
-    paths: Sequence[str | Path], height: int, width: int, batch_size: int, device: torch.device | str = "cpu"
+    paths: Sequence[str | Path | Image.Image],
+    height: int,
+    width: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """Batches for evaluation, in the order of `paths`: (<= batch_size, 3, height, width) float32 on `device`.
+    """Batches for evaluation: (<= batch_size, 3, height, width) float32 on `device`.
 
+    They come in the order of `paths`, which may also be images of Pillow.
     Images are resized, bicubic, and normalised with the ImageNet mean and std. Pillow resizes them; if they are for a
     GPU and a batch's files have one size, the GPU does (see `resize`). Raises UserError naming an undecodable file.
     """

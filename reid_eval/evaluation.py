@@ -14,13 +14,12 @@ from data.listing import say_reading, unsaid
 from data.overlap import note_overlap_in
 from files import write_json
 from parallel.collectives import is_main
-from reid_eval.exported import ExportedNet
 from reid_eval.features import check_feature_file, extract_data_set, save_features
 from reid_eval.index import fingerprint
 from reid_eval.ranking import main_setting
 from reid_eval.report import SINGLE, evaluate_features, format_comparison, format_table, per_query, summary
 from runs.folder import find_data, resolve_data_root
-from runs.load import TestNet, open_net
+from runs.load import TestNet, load_exported_for_test, open_net
 from utils import UserError, set_threads
 from visual_tools.ranked_lists import write_ranked_lists
 
@@ -54,14 +53,15 @@ def open_exported(args: argparse.Namespace, device: torch.device) -> TestNet:
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: an exported file has its own; leave the option out")
     set_threads(args.threads)
-    path = Path(args.model)
-    net = ExportedNet(path)
+    exported = load_exported_for_test(Path(args.model))
     if args.name or args.teacher:
         named = open_net(args, device)
-        if net.about["checksum"] != fingerprint(named.net, named.size):
-            raise UserError(f"--model {path}: of {net.about['run']}, not of {named.title}; export that, or name no run")
-    title, folder = f"{path.name} of {net.about['run']}", path.with_suffix("")
-    return TestNet(net, net.size, net.about["data_root"], str(path), net.about["iteration"], folder, title)
+        about = exported.net.about
+        if about["checksum"] != fingerprint(named.net, named.size):
+            raise UserError(
+                f"--model {args.model}: of {about['run']}, not of {named.title}; export that, or name no run"
+            )
+    return exported
 
 
 def say_test_images(root: Path, splits: Sequence[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data.images import check_images, load_image
 from data.listing import find_images, say_reading
 from files import Stamp, check_zip, digest_files, is_part, make_folder, stamp, write_whole
+from reid_eval.exported import ExportedNet
 from reid_eval.ranking import check_finite, main_setting
 from runs.weights import digest_weights
 from utils import UserError, one_line
@@ -35,12 +36,21 @@ _QUERIES = 64  # whose scores are computed at a time
 Embed = Callable[[Sequence[Path]], np.ndarray]
 
 
-def fingerprint(net: nn.Module, size: tuple[int, int]) -> str:
+def fingerprint(net: nn.Module | ExportedNet, size: tuple[int, int]) -> str:
     """A hash of what the features depend on: the layers of the net, its tensors, the (height, width) of its images.
 
-    The layers are included because strides and pooling do not show in the tensors.
+    The layers are included because strides and pooling do not show in the tensors. That of an exported net is that of
+    the net which it was made from, with a mark, as the last digits of its features differ.
     """
+    if isinstance(net, ExportedNet):
+        return f"exported {net.about['checksum']}"
     return hashlib.sha256(f"{size} {net!r} {digest_weights(net)}".encode()).hexdigest()
+
+
+def default_folder(model_folder: Path, gallery: Path) -> Path:
+    """Where the index of a gallery is kept unless another folder is named: with the model, never among the images."""
+    digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
+    return model_folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}"
 
 
 def to_vectors(features: np.ndarray) -> np.ndarray:

@@ -253,3 +253,12 @@ def load_teacher_for_test(run: RunFolder, device: torch.device) -> TestNet:
     net = load_teacher(run.name, run.output_path).to(device)
     data = files.data_root, files.data_source
     return TestNet(net, (files.height, files.width), *data, None, files.folder, f"teacher {run.name}")
+
+
+def load_exported_for_test(path: Path) -> TestNet:
+    """An ONNX file of export.py, which keeps its results in a folder of its name."""
+    net = ExportedNet(path)
+    title = f"{path.name} of {net.about['run']}"
+    return TestNet(
+        net, net.size, net.about["data_root"], str(path), net.about["iteration"], path.with_suffix(""), title
+    )

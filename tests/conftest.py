@@ -19,7 +19,13 @@ from PIL import Image
 
 from config import DGNetConfig, TeacherConfig, parse_config
 from data.batch import Batch
+from data.folders import read_split
+from data.images import decode_images, normalise
 from mannequins.dataset import make_dataset
+from reIDmodel import build_teacher
+from runs.folder import RunFolder, start_folder
+from runs.load import save_teacher
+from runs.snapshot import save_snapshot
 from trainer import DGNetTrainer
 from utils import ROOT, run_cli
 
@@ -151,6 +157,24 @@ class OutputFolder:
     @property
     def where(self) -> tuple[object, ...]:
         return "--output_path", self.folder, "--threads", 1, "--device", "cpu"
+
+
+def make_runs(folder: Path, data: Path, **singles: str) -> OutputFolder:
+    """A teacher `tutor` and a run per name, with random weights; their BatchNorm has seen the data, so features differ.
+
+    singles  the structure input of every run
+    """
+    x = normalise(decode_images(read_split(data, "query").paths, HEIGHT, WIDTH))
+    for name, single in singles.items():
+        cfg, run = tiny_config(data_root=str(data), single=single), RunFolder(folder, name)
+        start_folder(run, cfg, resume=False)
+        trainer = tiny_trainer(cfg, classes=8)
+        trainer.id_net.train()(x)
+        save_snapshot(run.checkpoints, trainer, 4)
+    net = build_teacher(8, backbone="resnet10w8")
+    net.train()(x)
+    save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(data)), net, 8)
+    return OutputFolder(folder, data)
 
 
 @dataclass(frozen=True)

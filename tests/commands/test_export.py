@@ -21,19 +21,16 @@ from conftest import (
     OutputFolder,
     contents,
     load_script,
-    tiny_config,
+    make_runs,
     tiny_teacher_config,
-    tiny_trainer,
 )
 
 import runs.export
 from data.folders import read_split
 from data.images import decode_images, normalise, to_uint8
 from reid_eval.features import embed_images, load_features
-from reIDmodel import build_teacher
-from runs.folder import RunFolder, start_folder
-from runs.load import load_run_for_test, save_teacher
-from runs.snapshot import save_snapshot
+from runs.folder import RunFolder
+from runs.load import load_run_for_test
 from runs.swapper import load_swapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,19 +39,7 @@ Script = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> OutputFolder:
-    """Runs `tiny` and `edge` and a teacher `tutor` with random weights, whose BatchNorm has seen the data."""
-    folder = tmp_path_factory.mktemp("export")
-    x = normalise(decode_images(read_split(tiny_data, "query").paths, HEIGHT, WIDTH))
-    for name, single in (("tiny", "gray"), ("edge", "edge")):
-        cfg = tiny_config(data_root=str(tiny_data), single=single)
-        start_folder(RunFolder(folder, name), cfg, resume=False)
-        trainer = tiny_trainer(cfg, classes=8)
-        trainer.id_net.train()(x)
-        save_snapshot(RunFolder(folder, name).checkpoints, trainer, 4)
-    net = build_teacher(8, backbone="resnet10w8")
-    net.train()(x)
-    save_teacher(RunFolder(folder, "tutor"), tiny_teacher_config(data_root=str(tiny_data)), net, 8)
-    return OutputFolder(folder, tiny_data)
+    return make_runs(tmp_path_factory.mktemp("export"), tiny_data, tiny="gray", edge="edge")
 
 
 @pytest.fixture(scope="module")
