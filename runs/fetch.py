@@ -151,7 +151,7 @@ def fetch_file(file: Listed, cache: Path, label: str) -> Path:
             if not before:
                 break  # else the fault may lie in the part that was there before: once more, from the start
         problems.append(f"{url}: {problem}")
-    raise UserError(f"{label}: cannot be downloaded ({'; '.join(problems)})")
+    raise UserError(f"{label}: cannot be downloaded ({'; '.join(problems)}); try again later, or another manifest")
 
 
 def _download(url: str, part: Path, size: int, label: str) -> None:

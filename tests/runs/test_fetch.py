@@ -23,7 +23,9 @@ from reIDmodel import build_teacher
 from runs import fetch
 from runs.folder import RunFolder, start_folder
 from runs.load import save_teacher
-from runs.snapshot import save_snapshot
+from runs.release import packed
+from runs.snapshot import read_manifest, save_snapshot
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GEN, ID = "checkpoints/00000001/gen.safetensors", "checkpoints/00000001/id.safetensors"
@@ -163,6 +165,9 @@ def test_a_fetched_run_computes_what_it_computed(places: Places, serve: Callable
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-3 if half else 0)
     options = ("--output_path", places.new, "--name", "tiny run", "--device", "cpu", "--threads", 1)
     assert places.script("generate", *options, "--count", 2, "--out", places.new / "generated").code == 0
+    images = places.trained.data / "query"
+    assert places.script("search", *options, "--gallery", images, "--query", next(images.glob("*.jpg"))).code == 0
+    assert places.script("visual_tools/show_swap", *options[:-4], "--count", 1).code == 0
     assert "00000001: holds weights but no training state" in places.script("train", "--resume", *options).error
     assert "00000001: holds weights but no training state" in places.script("train", "--resume=auto", *options).error
 
@@ -181,10 +186,25 @@ def test_nothing_is_overwritten(places: Places) -> None:
     assert not contents(places.new)
 
 
-def test_the_old_call_writes_the_releases_files(places: Places) -> None:
-    out = places.new / "flat"
-    done = places.script("runs/release", "--name", "tiny run", "--out", out, "--output_path", places.trained.folder)
-    assert done.code == 0 and len(list(out.iterdir())) == 4
+def test_the_old_call_writes_the_releases_files_and_these_can_be_packed(places: Places) -> None:
+    flat = places.new / "outputs" / "flat"
+    where = ("--out", flat / "checkpoints", "--output_path", places.trained.folder)
+    assert places.script("runs/release", "--name", "tiny run", *where).code == 0
+    assert len(list((flat / "checkpoints").iterdir())) == 4
+    shutil.copy(source(places).parents[1] / "config.yaml", flat)
+    done = places.script("runs/release", "pack", "--name", "flat", "--out", places.mirror, "--output_path", places.new)
+    assert done.code == 0
+    places.new = places.new / "again"
+    assert places.get(places.mirror / "manifest.json", "flat").code == 0
+    fetched = places.new / "outputs" / "flat"
+    assert read_manifest(fetched / "checkpoints", 1)["circumstances"] == {}
+    state, back = read_tensors(source(places) / "id.pt")["a"], read_tensors(fetched / ID)
+    assert state.keys() == back.keys() and all(torch.equal(back[key], value) for key, value in state.items())
+
+
+def test_half_precision_that_loses_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="b does not fit.*--half"):
+        packed({"a": torch.ones(2), "b": torch.tensor([1.0, 1e6])}, Path("x.pt"), half=True)
 
 
 # ---------------------------------------------------------------------------------------- on the way
