@@ -1,36 +1,28 @@
-"""From the scores of a search to the probability of "same person": `python -m reid_eval.calibrate --name latest`.
+"""Fit the scores of a search to the probability of "same person": `python -m reid_eval.calibrate --name latest`.
 
-What a score means depends on the search. A hit of 0.9 means less in a larger gallery, where more people look alike, and
-less again where it is the best hit than below one of 0.95, because most people in a gallery have several images there.
-So the probability is a logistic function of two numbers, the score of the query's best hit and how far this hit lies
-below it, and its odds are divided by the number of gallery images:
-
-    log odds = best * (score of the best hit) + below * (score - score of the best hit) + bias - log(images)
-
-It is fitted on the first hits of queries that are searched for twice, with their person in the gallery and without, and
-tested on other people. Down a list it falls, as the scores do.
+Half of the people are for the fit. Every query is searched for twice, with its person in the gallery and without, and
+logistic regression learns from the first hits whether a hit is right (`calibration.Logistic`). The other half shows how
+far the probabilities and a demanded false alarm rate are met.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 if not __package__:  # run as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.folders import ImageList, check_test_set, other_data_set, read_split
 from data.listing import say_reading, unsaid
 from data.overlap import find_overlap
 from files import write_json
+from reid_eval.calibration import FILE, Alarms, Calibration, Logistic, Measured
 from reid_eval.features import Features, extract_data_set
 from reid_eval.index import fingerprint
 from reid_eval.open_set import Comparison, calibration_error, compare, find_known
@@ -40,75 +32,10 @@ from runs.load import TestNet, open_net
 from utils import UserError, add_batch_argument, add_net_arguments, between, check_net_arguments, pick_device, run_cli
 
 log = logging.getLogger(__name__)
-FILE, FORMAT = "calibration.json", 1
 TOP = 10  # hits of a query, as many as search.py shows by default
 LEAST_PEOPLE = 20
 FEW_ALARMS = 20  # people who raise one; with fewer, chance moves a rate by more than a fifth
 NEARLY_FREE = 1e6  # sklearn's C: the coefficients are not shrunk, and stay finite where nobody is confused
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Stored(BaseModel):
-    model_config = ConfigDict(allow_inf_nan=False, frozen=True)
-
-
-class Logistic(_Stored):
-    """The probability of hits (see the module's docstring). With both factors above 0 it falls down every list."""
-
-    best: Annotated[float, Field(gt=0)]
-    below: Annotated[float, Field(gt=0)]
-    bias: float
-
-    def __call__(self, scores: np.ndarray, images: float) -> np.ndarray:
-        """Probabilities (..., k) for the scores (..., k) of lists, best first, from a gallery of so many images."""
-        first = np.asarray(scores, np.float64)[..., :1]
-        odds = self.best * first + self.below * (scores - first) + self.bias - np.log(images)
-        return 1 / (1 + np.exp(-np.clip(odds, -700, 700)))
-
-
-class Alarms(_Stored):
-    """A threshold that other people chose for a demanded false alarm rate, and the rate that it reaches."""
-
-    threshold: float
-    reached: Share
-    count: Annotated[int, Field(ge=0)]
-    of: Count
-
-
-class Measured(_Stored):
-    """What people show whom nothing was fitted on: calibration errors of all hits and of the first ones, false alarms.
-
-    pairs, searches  false alarms of pairs of two people, and of searches for people who are not in the gallery
-    probability      what the threshold of searches is as a probability
-    """
-
-    people: Count
-    queries: Count
-    images: Annotated[float, Field(gt=0)]
-    error: Share
-    error_first: Share
-    demanded: Share
-    pairs: Alarms
-    searches: Alarms
-    probability: Share
-
-
-class Calibration(_Stored):
-    """The content of calibration.json. `net` is the fingerprint of the net whose scores these are."""
-
-    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
-    net: str
-    net_name: str
-    data: str
-    seed: int
-    cameras: bool
-    people: Count
-    queries: Count
-    images: Annotated[float, Field(gt=0)]
-    probability: Logistic
-    measured: Measured
 
 
 # ------------------------------------------------------------------------------------------------ fitting
@@ -204,11 +131,12 @@ def fit_logistic(comparison: Comparison) -> Logistic:
     numbers = np.stack([first[shown], (hits - first)[shown]], axis=1).astype(np.float64)
     # The first hit decides whether anybody is found, so it counts as much as the rest of its list.
     weights = np.broadcast_to(np.where(np.arange(TOP) == 0, TOP - 1, 1), hits.shape)
-    fitted = LogisticRegression(C=NEARLY_FREE, max_iter=10_000).fit(numbers, right[shown], weights[shown])
-    (best, below), bias = fitted.coef_[0], fitted.intercept_[0] + np.log(comparison.images)
-    if min(best, below) <= 0:
-        raise UserError("a higher score is no better sign of the same person with this net; train it further")
-    return Logistic(best=best, below=below, bias=bias)
+    if right.any():
+        fitted = LogisticRegression(C=NEARLY_FREE, max_iter=10_000).fit(numbers, right[shown], weights[shown])
+        (best, below), bias = fitted.coef_[0], fitted.intercept_[0] + np.log(comparison.images)
+        if min(best, below) > 0:
+            return Logistic(best=best, below=below, bias=bias)
+    raise UserError("a higher score is no better sign of the same person with this net; train it further")
 
 
 def _alarms(fitted: np.ndarray, tested: np.ndarray, rate: float) -> Alarms:
@@ -218,44 +146,6 @@ def _alarms(fitted: np.ndarray, tested: np.ndarray, rate: float) -> Alarms:
     threshold = scores[int(rate * len(scores))]
     count = int(np.count_nonzero(tested > threshold))
     return Alarms(threshold=threshold, reached=count / len(tested), count=count, of=len(tested))
-
-
-# ------------------------------------------------------------------------------------------------ the file
-def read_calibration(folder: Path) -> Calibration | None:
-    """The calibration that is kept in the folder of a run or a teacher, if there is one.
-
-    Raises UserError for a damaged file and one of another version.
-    """
-    path = folder / FILE
-    if not path.exists():
-        return None
-    try:
-        return Calibration.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].lower()}"
-        raise UserError(f"{path}: not a calibration of this version ({why}); delete it and calibrate again") from None
-
-
-def calibration_of(tested: TestNet, net: str, args: argparse.Namespace, *, needed: bool) -> Calibration | None:
-    """The calibration of exactly this net, whose fingerprint is `net`.
-
-    Raises UserError that names the command to run if there is none and it is `needed`.
-    """
-    found = read_calibration(tested.folder)
-    if found and found.net == net:
-        return found
-    given = {"--name": args.name, "--teacher": args.teacher, "--which_epoch": args.which_epoch}
-    options = [part for option, value in given.items() if value for part in (option, value)]
-    options += ["--output_path", args.output_path] if args.output_path else []
-    command = shlex.join(["python", "-m", "reid_eval.calibrate", *options])
-    why = "is of another net" if found else "is not there"
-    message = f"{tested.folder / FILE}: {why}, so no probability is known; {command} makes it"
-    if needed:
-        raise UserError(f"--min-probability: {message}")
-    if found:
-        log.warning("%s", message)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import numpy as np
 from data.images import check_images
 from data.listing import find_images, say_reading
 from files import digest_files
-from reid_eval.calibrate import calibration_of
+from reid_eval.calibration import calibration_of
 from reid_eval.features import extract_features
-from reid_eval.index import fingerprint, open_index, to_vectors
+from reid_eval.index import default_folder, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
@@ -40,9 +38,7 @@ def search(args: argparse.Namespace) -> None:
     embed = partial(extract_features, tested.net, **how)
 
     gallery = Path(args.gallery)
-    # By default the index is in the model's folder, never among the user's images.
-    digest = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:8]
-    folder = Path(args.index or tested.folder / "search" / f"{gallery.resolve().name or 'root'}-{digest}")
+    folder = Path(args.index) if args.index else default_folder(tested.folder, gallery)
     index = open_index(folder, gallery, model, tested.title, rebuild=args.rebuild)
     changes = index.update(embed, skip_bad=args.skip_bad_images)
     counts = ", ".join(f"{count} {name}" for name, count in changes.items() if count) or "no changes"
