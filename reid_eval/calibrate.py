@@ -73,7 +73,7 @@ def calibrate(
         demanded=rate,
         pairs=pairs,
         searches=searches,
-        probability=float(probability(np.array([searches.threshold]), test.images)[0]),
+        probability=float(probability(np.array([searches.threshold]), fit.images)[0]),
     )
     return Calibration(
         seed=seed,
@@ -94,7 +94,10 @@ def halves(
 
     People without queries are shared out too, and distractors image by image.
     """
-    query = query.select(find_known(query, gallery, remove_same_camera=remove_same_camera))
+    known = find_known(query, gallery, remove_same_camera=remove_same_camera)
+    if not known.all():
+        log.warning("left out %d of %d queries, which have no match in the gallery", np.sum(~known), len(known))
+    query = query.select(known)
     require_people(query.pids)
     rng = np.random.default_rng(seed)
     asked = np.unique(query.pids)

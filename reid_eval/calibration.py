@@ -26,6 +26,7 @@ from utils import UserError
 
 log = logging.getLogger(__name__)
 FILE, FORMAT = "calibration.json", 1
+REACH = 4  # how many times larger a gallery may be than the one of the fit; beyond it, probabilities are too high
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -62,7 +63,7 @@ class Measured(_Stored):
     """What people show whom nothing was fitted on: calibration errors of all hits and of the first ones, false alarms.
 
     pairs, searches  false alarms of pairs of two people, and of searches for people who are not in the gallery
-    probability      what the threshold of searches is as a probability
+    probability      the threshold of searches as a probability
     """
 
     people: Count
@@ -105,7 +106,7 @@ def read_calibration(folder: Path) -> Calibration | None:
         return Calibration.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].lower()}"
+        why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].lower()]))
         raise UserError(f"{path}: not a calibration of this version ({why}); delete it and calibrate again") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import numpy as np
 from data.images import check_images
 from data.listing import find_images, say_reading
 from files import digest_files
-from reid_eval.calibration import calibration_of
+from reid_eval.calibration import REACH, calibration_of
 from reid_eval.features import extract_features
 from reid_eval.index import default_folder, fingerprint, open_index, to_vectors
 from reid_eval.ranking import main_setting
 from runs.load import open_net
 from utils import pick_device
 from visual_tools.ranked_lists import Hit, Result, write_page
+
+log = logging.getLogger(__name__)
 
 
 def search(args: argparse.Namespace) -> None:
@@ -45,6 +48,10 @@ def search(args: argparse.Namespace) -> None:
     copies = len(index) - len(index.vectors)
     images = f"{len(index)} images{f', {copies} of them copies' if copies else ''}"
     print(f"{tested.title}: {images} ({counts}); index in {folder}")
+
+    if calibration and len(index.vectors) > REACH * calibration.images:
+        sizes = f"{len(index.vectors)} gallery images, calibrated with {calibration.images:.0f}"
+        log.warning("%s: the probabilities are too high; calibrate on more people", sizes)
 
     features = embed(list(asked.values()))
     setting, _ = main_setting(features.shape[1])
