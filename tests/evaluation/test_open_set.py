@@ -242,6 +242,10 @@ def test_probabilities_of_a_search(copied: OutputFolder, script: Script, search:
     assert [not block for block in hits(clean(search("--min-probability", 1)))] == [True] * 3
     assert page.read_text().count("nobody above 1") == 3
 
+    assert "calibrated with" not in search().err
+    file.write_text(found.model_copy(update={"images": images / 5}).model_dump_json())
+    assert "calibrated with" in search().err  # its gallery was far smaller
+
 
 def test_a_calibration_belongs_to_one_net(copied: OutputFolder, script: Script, search: Script) -> None:
     nothing = search("--min-probability", 0.5)
