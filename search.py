@@ -24,6 +24,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--query", required=True, nargs="+", metavar="IMG", help="images, or folders of images")
     parser.add_argument("--top", type=between(1), default=10, help="images to show per query (default: 10)")
     parser.add_argument(
+        "--min-probability",
+        type=between(0, 1, float),
+        metavar="P",
+        help="show only hits of this probability or more; needs python -m reid_eval.calibrate",
+    )
+    parser.add_argument(
         "--index",
         metavar="DIR",
         help="folder that keeps the index (default: search/GALLERY-HASH in the folder of the run or the teacher)",

@@ -18,6 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the net (fp32)")
     parser.add_argument("--multi", action="store_true", help="also multi-query; needs multi-query/ or gt_bbox/")
     add_rerank_argument(parser)
+    parser.add_argument("--open-set", action="store_true", help="also EER, TAR at FAR, and searches for absent people")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that share the images (default: 1)")
     parser.add_argument("--no-cameras", action="store_true", help="leave out nothing by camera")
     parser.add_argument("--save-features", metavar="FILE", help="write the features here too, .npz or .mat")

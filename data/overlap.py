@@ -18,22 +18,31 @@ _NUMBERED_BY_HALF = re.compile(r"(^|_)\d{4}_\d{3}_\d{2}_\d{4}(morning|noon|after
 
 
 def note_overlap(train: ImageList, tests: Mapping[str, ImageList]) -> None:
-    """Note people and pictures of `train` that are in `tests` (query, gallery) too, with counts and paths of both.
+    """Note what `find_overlap` finds."""
+    for line in find_overlap(train, tests):
+        note(line)
 
-    People are the same by name: junk is nobody, and identity 0 in a gallery is nobody either.
+
+def find_overlap(train: ImageList, tests: Mapping[str, ImageList], *, by_name: bool = True) -> list[str]:
+    """People and pictures of `train` that are in `tests` (query, gallery) too, in words: counts and paths of both.
+
+    People are the same by name: junk is nobody, and identity 0 in a gallery is nobody either. `by_name` is false for
+    two data sets, of which both may call somebody 0002.
     """
+    lines = []
     by_half = any(_NUMBERED_BY_HALF.search(path.name) for path in train.paths[:1])
-    first = {} if by_half else _first_of_person(train, 0)
+    first = {} if by_half or not by_name else _first_of_person(train, 0)
     shared: dict[Hashable, tuple[Path, Path]] = {}
     for split, images in tests.items():
         there = _first_of_person(images, 1 if split == "gallery" else 0)
         shared = {name: (first[name], path) for name, path in there.items() if name in first} | shared
     where = " or ".join(tests)
     if shared:
-        note(f"{len(shared)} identities of train_all are in {where} too: {_both(next(iter(shared.values())))}")
+        lines.append(f"{len(shared)} identities of train_all are in {where} too: {_both(next(iter(shared.values())))}")
     paths = list(dict.fromkeys(path for images in tests.values() for path in images.paths))
     if same := _same_content(train.paths, paths):
-        note(f"{len(same)} images of train_all are in {where} too: {_both(same[0])}")
+        lines.append(f"{len(same)} images of train_all are in {where} too: {_both(same[0])}")
+    return lines
 
 
 def note_overlap_in(data_root: str | Path, tests: Mapping[str, ImageList]) -> None:

@@ -16,6 +16,7 @@ from files import write_json
 from parallel.collectives import is_main
 from reid_eval.features import check_feature_file, extract_data_set, save_features
 from reid_eval.index import fingerprint
+from reid_eval.open_set import format_open_set, measure_open_set
 from reid_eval.ranking import main_setting
 from reid_eval.report import SINGLE, evaluate_features, format_comparison, format_table, per_query, summary
 from runs.folder import find_data, resolve_data_root
@@ -92,6 +93,9 @@ def test_on(
     suffix, trained_on = other_data_set(data_root, home), data_set_name(home)
     title = f"{tested.title}{f', trained on {trained_on}' if suffix else ''}, tested on {name} ({data_root})"
     print(f"{title}\n{format_table(report)}")
+    if args.open_set:
+        report["open_set"] = measure_open_set(query, gallery, remove_same_camera=cameras)
+        print(f"\n{format_open_set(report['open_set'])}")
     header = {
         "name": args.model or args.teacher or args.name or "latest",
         "iteration": tested.iteration,
