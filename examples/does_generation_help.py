@@ -19,7 +19,7 @@ import dgnet
 from mannequins.dataset import make_dataset
 
 OUT = Path(tempfile.gettempdir()) / "dgnet-examples"
-make_dataset(OUT / "people", seed=1, preset="many", train_ids=8, test_ids=24, distractors=20, junk=0)
+make_dataset(OUT / "people", seed=1, preset="many", train_ids=8, test_ids=48, distractors=20, junk=0)
 teacher, model = dgnet.load("pretrained-teacher", device="cpu"), dgnet.load("pretrained", device="cpu")
 
 # %% [markdown]

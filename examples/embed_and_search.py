@@ -17,11 +17,11 @@ ROOT = Path.cwd() if Path("dgnet.py").exists() else Path.cwd().parent
 sys.path.insert(0, str(ROOT))
 
 import dgnet
-from mannequins.dataset import make_dataset
 
 OUT = Path(tempfile.gettempdir()) / "dgnet-examples"
-make_dataset(OUT / "people", seed=1, preset="many", train_ids=8, test_ids=24, distractors=20, junk=0)
-query, gallery = (sorted((OUT / "people" / folder).glob("*.jpg")) for folder in ("query", "bounding_box_test"))
+OUT.mkdir(exist_ok=True)
+PEOPLE = ROOT / "examples" / "people"
+query, gallery = (sorted((PEOPLE / folder).glob("*.jpg")) for folder in ("query", "bounding_box_test"))
 
 # %% [markdown]
 # `load` takes the name of a run, of a teacher, or an ONNX file of `export.py`. `embed` takes paths, Pillow images, arrays
@@ -45,7 +45,7 @@ for path, nearest, score in zip(query, order, scores, strict=False):
 # with the person's number, so we can count how often the first answer is right.
 
 # %%
-index = dgnet.open_index(model, OUT / "people" / "bounding_box_test", keep=OUT / "index")
+index = dgnet.open_index(model, PEOPLE / "bounding_box_test", keep=OUT / "index")
 answers = index.search(query, top=5)
 right = [path.name[:4] == answer[0][0].name[:4] for path, answer in zip(query, answers, strict=True)]
 print(f"{sum(right)} of {len(right)} first answers show the person of the query")

@@ -15,12 +15,13 @@ ROOT = Path.cwd() if Path("dgnet.py").exists() else Path.cwd().parent
 sys.path.insert(0, str(ROOT))
 
 import dgnet
-from mannequins.dataset import make_dataset
 
 OUT = Path(tempfile.gettempdir()) / "dgnet-examples"
-make_dataset(OUT / "people", seed=1, preset="many", train_ids=8, test_ids=24, distractors=20, junk=0)
-images = sorted((OUT / "people" / "query").glob("*.jpg"))
-people = [next(path for path in images if path.name.startswith(f"{pid:04d}")) for pid in range(1, 24, 3)]
+OUT.mkdir(exist_ok=True)
+PEOPLE = ROOT / "examples" / "people"
+images = sorted((PEOPLE / "query").glob("*.jpg"))
+by_person = {path.name[:4]: path for path in reversed(images)}
+people = sorted(by_person.values())[:8]
 
 # %% [markdown]
 # The clothes of the first image on the person of the second: `swap` goes through both sides pair by pair, and one image
