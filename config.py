@@ -182,8 +182,9 @@ class DGNetConfig(CommonConfig):
     """Id net: AB has two heads (primary, fine-grained), normal has one, PCB has one per body part."""
     norm_id: bool = False
     """Divide the appearance code by its norm (ID_style normal)."""
-    pool: Literal["max", "avg"] = "max"
-    """Pooling of the appearance code and of the heads' input (ID_style AB and normal)."""
+    pool: Literal["max", "avg", "gem"] = "max"
+    """Pooling of the appearance code and of the heads' input (ID_style AB and normal). gem is the generalised mean with
+    exponent 3 (Radenović et al., 2018), which the release does not have."""
     train_bn: bool = True
     """Frozen passes normalise by the statistics of their batch; false: by the running statistics."""
     # ---- networks
@@ -295,6 +296,11 @@ class DGNetConfig(CommonConfig):
     """Rate of the id net's heads, relative to lr2."""
     id_weight_decay: Weight | None = None
     """Weight decay of the id net's optimiser; null: weight_decay."""
+    neck: Literal["linear", "bnneck"] = "linear"
+    """What stands between pooled vector and classifier (ID_style AB and normal). bnneck is BatchNorm alone (Luo et al.,
+    2019) in place of Linear and BatchNorm."""
+    label_smoothing: BelowOne = 0.0
+    """Share of the target that the identity losses of real images spread over all identities (Szegedy et al., 2016)."""
     id_init: Annotated[Literal["backbone", "teacher"], NO_EFFECT] = "backbone"
     """teacher: start the id net's trunk and heads from the first teacher."""
     id_freeze_iter: CountOrZero = 0
@@ -337,6 +343,12 @@ class DGNetConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
+    def _necks(self) -> DGNetConfig:
+        if self.ID_style == "PCB" and self.neck != "linear":
+            raise ValueError("neck bnneck: the parts of ID_style PCB have linear necks; use AB or normal")
+        return self
+
+    @model_validator(mode="after")
     def _named_teacher(self) -> DGNetConfig:
         if self.needs_teacher and not self.teachers:
             raise ValueError("teacher is empty; name a teacher under models/, or set max_teacher_w: 0")
@@ -368,7 +380,7 @@ class DGNetConfig(CommonConfig):
 
 
 class TeacherConfig(CommonConfig):
-    """Keys of a teacher (or baseline): a one-head ResNet with average pooling, trained on identities alone."""
+    """Keys of a teacher (or baseline): a one-head net, trained on identities alone."""
 
     task: Literal["teacher"]
     """What the run trains."""
@@ -390,6 +402,27 @@ class TeacherConfig(CommonConfig):
     """Dropout before the classifier."""
     erasing_p: Fraction = 0.0
     """Probability of random erasing per image."""
+    pool: Literal["avg", "max", "gem"] = "avg"
+    """Pooling of the head's input; gem is the generalised mean with exponent 3 (Radenović et al., 2018)."""
+    neck: Literal["linear", "bnneck"] = "linear"
+    """What stands between pooled vector and classifier: linear is Linear and BatchNorm, bnneck BatchNorm alone (Luo et
+    al., 2019)."""
+    label_smoothing: BelowOne = 0.0
+    """Share of the target that is spread over all identities (Szegedy et al., 2016)."""
+    images_per_identity: CountOrZero = 0
+    """Draw batches of batch_size / images_per_identity identities with as many images each (Hermans et al., 2017); 0:
+    draw images without regard to identity."""
+    triplet_w: Weight = 0.0
+    """Weight of the batch-hard triplet loss on the pooled vector, margin 0.3 (Hermans et al., 2017)."""
+    circle_w: Weight = 0.0
+    """Weight of the circle loss on the pooled vector, margin 0.25, scale 64 (Sun et al., 2020)."""
+    grayscale_p: Fraction = 0.0
+    """Probability that an image becomes gray."""
+    jitter: Fraction = 0.0
+    """Random factors of brightness, contrast and saturation, 1 plus or minus this; hue is turned by a tenth of it."""
+    ema_decay: BelowOne = 0.0
+    """Keep an average of the weights, which holds this share of itself in every step, and save it as the teacher (0.999
+    remembers about 1,000 steps); 0: save the last weights."""
     extra_data: str | None = None
     """Folder made by generate.py, to train on beside data_root; its identities must be in data_root."""
     extra_labels: Literal["one_hot", "lsro", "soft"] = "one_hot"
@@ -405,6 +438,20 @@ class TeacherConfig(CommonConfig):
         if self.warm_epochs < self.epochs:
             return []
         return [f"warm_epochs {self.warm_epochs}: the rate reaches lr in the last step at most"]
+
+    @model_validator(mode="after")
+    def _batches_of_identities(self) -> TeacherConfig:
+        each = self.images_per_identity
+        for key in ("triplet_w", "circle_w"):
+            if getattr(self, key) > 0 and each < 2:
+                raise ValueError(
+                    f"{key} compares images of one identity in a batch; set images_per_identity to 2 or more, usually 4"
+                )
+        if each and (self.batch_size % each or self.batch_size < 2 * each):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be images_per_identity {each} times 2 or more identities"
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_of_something(self) -> TeacherConfig:

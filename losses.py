@@ -70,9 +70,12 @@ def l1(p: Tensor, q: Tensor) -> Tensor:
     return (full(p) - full(q.detach())).abs().mean()
 
 
-def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
-    """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K)."""
-    return sum(F.cross_entropy(full(p), y) for p in logits) / len(logits)
+def cross_entropy(logits: Logits, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K).
+
+    smoothing  share of the target that is spread over all classes (Szegedy et al., CVPR 2016)
+    """
+    return sum(F.cross_entropy(full(p), y, label_smoothing=smoothing) for p in logits) / len(logits)
 
 
 def kl_divergence(logits: Logits, q: Tensor) -> Tensor:
@@ -131,19 +134,19 @@ def adversarial_terms(dis: Discriminator, fake: Tensor, *, gan_type: str, proces
 
 
 # ------------------------------------------------------------------------------------------ identities
-def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float) -> Tensor:
+def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float, smoothing: float = 0.0) -> Tensor:
     """CE(p_prim, y) + fine_w CE(p_fine, y).
 
     At weight 0 the second part still yields gradients (zeros), so that weight decay applies to its head.
     """
     prim, fine = split_heads(p, id_style)
-    loss = cross_entropy(prim, y)
-    return loss + fine_w * cross_entropy(fine, y) if fine else loss
+    loss = cross_entropy(prim, y, smoothing)
+    return loss + fine_w * cross_entropy(fine, y, smoothing) if fine else loss
 
 
-def primary_loss(p: Logits, y: Tensor, *, id_style: str) -> Tensor:
+def primary_loss(p: Logits, y: Tensor, *, id_style: str, smoothing: float = 0.0) -> Tensor:
     """CE(p_prim, y)."""
-    return cross_entropy(split_heads(p, id_style)[0], y)
+    return cross_entropy(split_heads(p, id_style)[0], y, smoothing)
 
 
 def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: float, b_w: float) -> Tensor:
@@ -151,6 +154,35 @@ def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: flo
     prim, fine = split_heads(p, id_style)
     loss = t_w * kl_divergence(prim, q)
     return loss + b_w * cross_entropy(fine, y_str) if fine else loss
+
+
+# -------------------------------------------------------------------------------- metric losses of a teacher
+def batch_hard_triplet(v: Tensor, y: Tensor, margin: float = 0.3) -> Tensor:
+    """Mean over images of max(0, margin + distance to the farthest of its identity - to the nearest other person).
+
+    v  (N, C) vectors, compared by Euclidean distance; y (N,) identities, every one with two images or more
+    Hermans et al., arXiv:1703.07737, with the margin of Luo et al., CVPRW 2019.
+    """
+    distance = torch.cdist(full(v), full(v), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    same = y[:, None] == y
+    farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
+    nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
+    return F.relu(margin + farthest - nearest).mean()
+
+
+def circle_loss(v: Tensor, y: Tensor, margin: float = 0.25, scale: float = 64.0) -> Tensor:
+    """Circle loss over all pairs of a batch (Sun et al., CVPR 2020), mean over images.
+
+    v  (N, C) vectors, compared by cosine; y (N,) identities, every one with two images or more
+    """
+    v = F.normalize(full(v))
+    cosine, same = v @ v.T, y[:, None] == y
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    pull = -scale * F.relu(1 + margin - cosine).detach() * (cosine - (1 - margin))
+    push = scale * F.relu(cosine + margin).detach() * (cosine - margin)
+    pull = pull.masked_fill(~same | itself, -torch.inf).logsumexp(dim=1)
+    push = push.masked_fill(same, -torch.inf).logsumexp(dim=1)
+    return F.softplus(pull + push).mean()
 
 
 # --------------------------------------------------------------------------------------------- teacher

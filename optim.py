@@ -48,6 +48,22 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, decay: float, t: int) -> None:
+    """Move the weights and statistics of `average` towards those of `net` after iteration `t` (0-based).
+
+    The average keeps `decay` of itself, and less in the first iterations, (1 + t) / (10 + t), so that it soon forgets
+    what it began with.
+    """
+    kept = min(decay, (1 + t) / (10 + t))
+    pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
+    numbers = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in numbers], [b for _, b in numbers], 1 - kept)
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(b)
+
+
 def lr_factor(policy: str, t: int, *, step_size: int, gamma: float, max_iter: int) -> float:
     """What DG-Net's learning rates are multiplied by at iteration `t` (0-based).
 
