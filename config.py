@@ -129,9 +129,10 @@ class CommonConfig(Section):
     """Weight decay of every optimiser."""
     # ---- added to the release's keys
     backbone: str = "resnet50"
-    """Trunk: a ResNet, ResNeXt or Wide ResNet of torchvision, or resnet10 / resnet10wN (N channels) for CPUs."""
+    """Trunk: a ResNet, ResNeXt or Wide ResNet of torchvision, resnet10 / resnet10wN (N channels) for CPUs, or timm/NAME
+    for any network of timm, convolutional or transformer."""
     backbone_weights: Annotated[str | None, NO_EFFECT] = None
-    """File of ImageNet weights to use instead of torchvision's cache."""
+    """File of ImageNet weights to use instead of torchvision's or timm's cache."""
     pretrained: Annotated[bool, NO_EFFECT] = True
     """Start the trunk from ImageNet weights."""
     precision: Precision = "fp32"

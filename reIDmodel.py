@@ -9,24 +9,17 @@ Attribute names are those of the published checkpoints.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.models
 from torch import Tensor
-from torchvision.models import get_model, list_models
-from torchvision.models.resnet import BasicBlock, ResNet
 
-from utils import UserError
+from backbones import build_trunk, trunk_channels, trunk_map
 
 Logits = tuple[Tensor, ...]  # one (N, K) per head
 PARTS = 4  # horizontal strips of the body that the appearance code keeps apart
-# Below 8 input channels, channels-last, oneDNN's weight gradient of a strided 1x1 convolution writes past its memory on
-# CPUs with AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or continue with wrong numbers.
-NARROWEST = 8
 
 
 class GeM(nn.Module):
@@ -43,45 +36,6 @@ class GeM(nn.Module):
 
 NECKS = ("linear", "bnneck")
 POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d, "gem": GeM}
-
-
-# ------------------------------------------------------------------------------------------------ trunk
-class NarrowResNet(ResNet):
-    """ResNet with one basic block per stage and `width` channels in the first: for CPUs."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=1)
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        for stage in range(4):
-            stride = 1 if stage == 0 else 2
-            setattr(self, f"layer{stage + 1}", self._make_layer(BasicBlock, width * 2**stage, 1, stride))
-        self.fc = nn.Linear(8 * width, 1)  # unused, as in every trunk here
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def build_trunk(name: str, *, last_stride: int) -> ResNet:
-    """A ResNet without weights: any ResNet-like name of torchvision, or `resnet10` / `resnet10w32` (width 32).
-
-    `last_stride` becomes the stride of layer4's first block. Raises UserError for an unknown name.
-    """
-    match = re.fullmatch(r"resnet10(?:w([1-9]\d{0,3}))?", name, re.ASCII)
-    if match and int(match[1] or 64) >= NARROWEST:
-        trunk: nn.Module = NarrowResNet(int(match[1] or 64))
-    elif name in list_models(torchvision.models) and isinstance(trunk := get_model(name, weights=None), ResNet):
-        pass
-    else:
-        raise UserError(
-            f"backbone {name}: not a ResNet of torchvision; use resnet50, resnet18, another resnet*, "
-            f"resnext* or wide_resnet* name, or for a CPU resnet10w32 (at least w{NARROWEST})"
-        )
-    block = trunk.layer4[0]
-    strided = block.conv1 if isinstance(block, BasicBlock) else block.conv2
-    strided.stride = block.downsample[0].stride = (last_stride, last_stride)
-    return trunk
 
 
 # ------------------------------------------------------------------------------------------------ heads
@@ -126,7 +80,7 @@ class IdNet(nn.Module, ABC):
     def __init__(self, backbone: str, last_stride: int) -> None:
         super().__init__()
         self.model = build_trunk(backbone, last_stride=last_stride)
-        self.channels = self.model.fc.in_features
+        self.channels = trunk_channels(self.model)
         self.code_dim = PARTS * self.channels
 
     def heads(self) -> list[Head]:
@@ -153,11 +107,8 @@ class IdNet(nn.Module, ABC):
 
         erased  (N, 1, H', W') bool, the pixels to set to 0, the ImageNet mean, of what `seen_size` says
         """
-        trunk, x = self.model, enlarge(x)
-        if erased is not None:
-            x = x.masked_fill(erased, 0)
-        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
-        return trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(x))))
+        x = enlarge(x)
+        return trunk_map(self.model, x if erased is None else x.masked_fill(erased, 0))
 
     @abstractmethod
     def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:

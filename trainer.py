@@ -23,6 +23,7 @@ from data.batch import ALL, Batch, Part
 from data.erasing import erasing_mask
 from fast import accelerate, recompute
 from frozen import frozen, weights_frozen
+from metric import batch_hard_triplet, circle_loss
 from networks import Discriminator, Generator, structure_input, to_gray
 from optim import adam, id_sgd, lr_factor, set_rates, teacher_lr_factor, update_average
 from precision import autocast, pick_precision
@@ -397,9 +398,9 @@ class TeacherTrainer:
             _, p = self.net.code_and_logits(m)
             terms = {"id": L.cross_entropy(p, batch.y if batch.q is None else batch.q, cfg.label_smoothing)}
             if cfg.triplet_w > 0:
-                terms["triplet"] = L.batch_hard_triplet(self.net.pooled(m), batch.y)
+                terms["triplet"] = batch_hard_triplet(self.net.pooled(m), batch.y)
             if cfg.circle_w > 0:
-                terms["circle"] = L.circle_loss(self.net.pooled(m), batch.y)
+                terms["circle"] = circle_loss(self.net.pooled(m), batch.y)
             total = L.weighted_sum(terms, {"id": 1.0, "triplet": cfg.triplet_w, "circle": cfg.circle_w})
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()

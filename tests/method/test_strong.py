@@ -22,6 +22,7 @@ from data.augment import change_colours, draw_colours
 from data.batch import Batch, Part
 from data.folders import read_split
 from data.loader import PairLoader
+from metric import batch_hard_triplet, circle_loss
 from optim import update_average
 from reIDmodel import POOLS, Head, build_id_net, build_teacher
 from runs.folder import RunFolder
@@ -58,8 +59,8 @@ def test_metric_losses_are_those_of_pytorch_metric_learning() -> None:
     pairs = miners.BatchHardMiner(distance=distance)(v, y)
     circle = pml.CircleLoss(m=0.25, gamma=64, reducer=reducers.MeanReducer())
     for ours, expected in (
-        (L.batch_hard_triplet, lambda v: theirs(v, y, pairs)),
-        (L.circle_loss, lambda v: circle(v, y)),
+        (batch_hard_triplet, lambda v: theirs(v, y, pairs)),
+        (circle_loss, lambda v: circle(v, y)),
     ):
         grads = []
         for loss in (lambda v, ours=ours: ours(v, y), expected):
@@ -74,7 +75,7 @@ def test_a_triplet_by_hand() -> None:
     v, y = torch.tensor([[0.0], [1.0], [1.2], [5.0]], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     # Farthest of the same: 1, 1, 3.8, 3.8; nearest other: 1.2, 0.2, 0.2, 4.
     expected = ((0.3 + 1 - 1.2) + (0.3 + 1 - 0.2) + (0.3 + 3.8 - 0.2) + (0.3 + 3.8 - 4)) / 4
-    assert L.batch_hard_triplet(v, y).item() == pytest.approx(expected)
+    assert batch_hard_triplet(v, y).item() == pytest.approx(expected)
 
 
 def test_smoothing_spreads_the_target() -> None:
