@@ -393,12 +393,15 @@ class TeacherConfig(CommonConfig):
     """Passes over the training images."""
     warm_epochs: CountOrZero = 5
     """Epochs over which the rates rise linearly."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """SGD with Nesterov momentum 0.9, or Adam."""
     lr: Rate = 0.05
-    """Rate of SGD for the head."""
+    """Rate of the head."""
     trunk_lr_factor: Fraction = 0.1
     """Rate of the trunk, relative to lr."""
-    lr_policy: Literal["step", "cosine"] = "step"
-    """step: a tenth of the rates after two thirds of the epochs; cosine: down to 0."""
+    lr_policy: Literal["step", "multistep", "cosine"] = "step"
+    """step: a tenth of the rates after two thirds of the epochs; multistep: after 1/3 and again after 7/12; cosine:
+    down to 0."""
     dropout: BelowOne = 0.5
     """Dropout before the classifier."""
     erasing_p: Fraction = 0.0

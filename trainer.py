@@ -25,7 +25,7 @@ from fast import accelerate, recompute
 from frozen import frozen, weights_frozen
 from metric import batch_hard_triplet, circle_loss
 from networks import Discriminator, Generator, structure_input, to_gray
-from optim import adam, id_sgd, lr_factor, set_rates, teacher_lr_factor, update_average
+from optim import adam, id_adam, id_sgd, lr_factor, set_rates, teacher_lr_factor, update_average
 from precision import autocast, pick_precision
 from reIDmodel import Logits, build_id_net, build_teacher, seen_size
 from utils import IMAGENET_MEAN, IMAGENET_STD
@@ -358,7 +358,8 @@ class TeacherTrainer:
         options = dict(stride=cfg.stride, dropout=cfg.dropout, pool=cfg.pool, neck=cfg.neck)
         net = build_teacher(num_classes, backbone=cfg.backbone, **options)
         self.net = accelerate(net, device, channels_last=cfg.channels_last or device.type == "cpu").train()
-        self.optimizer = id_sgd(net, trunk_lr=cfg.trunk_lr_factor * cfg.lr, head_lr=cfg.lr, decay=cfg.weight_decay)
+        make = {"sgd": id_sgd, "adam": id_adam}[cfg.optimizer]
+        self.optimizer = make(net, trunk_lr=cfg.trunk_lr_factor * cfg.lr, head_lr=cfg.lr, decay=cfg.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.average = deepcopy(self.net).requires_grad_(False) if cfg.ema_decay > 0 else None
 

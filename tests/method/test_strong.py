@@ -23,7 +23,7 @@ from data.batch import Batch, Part
 from data.folders import read_split
 from data.loader import PairLoader
 from metric import batch_hard_triplet, circle_loss
-from optim import update_average
+from optim import teacher_lr_factor, update_average
 from reIDmodel import POOLS, Head, build_id_net, build_teacher
 from runs.folder import RunFolder
 from runs.load import load_teacher
@@ -41,6 +41,9 @@ STRONG = dict(
     grayscale_p=0.2,
     jitter=0.2,
     ema_decay=0.9,
+    optimizer="adam",
+    lr=0.001,
+    lr_policy="multistep",
 )
 
 
@@ -176,6 +179,11 @@ def test_the_average_of_weights_by_hand() -> None:
         kept = min(0.5, (1 + t) / (10 + t))
         expected = kept * expected + (1 - kept) * t
     assert average.weight.item() == pytest.approx(expected, rel=1e-5) and average.num_batches_tracked == 29
+
+
+def test_rates_of_multistep() -> None:
+    rates = [teacher_lr_factor("multistep", t, warm_iter=10, max_iter=120) for t in (0, 9, 39, 40, 69, 70, 119)]
+    assert rates == pytest.approx([0.1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_every_loss_reaches_the_trunk_and_is_weighed() -> None:
