@@ -66,6 +66,14 @@ def write_tensors(path: Path, content: Any) -> None:
     write_whole(path, lambda file: torch.save(content, file))
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Save tensors by name to `path`, whole or not at all, in a format that holds no code and no checksums."""
+    from safetensors.torch import save
+
+    plain = {name: value.contiguous().clone() for name, value in tensors.items()}  # the format knows no views
+    write_whole(path, lambda file: file.write(save(plain)))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file and its folder. Raises UserError if it cannot be written."""
     make_folder(path.parent)
@@ -161,6 +169,8 @@ def read_json(path: Path, remedy: str) -> Any:
 def read_tensors(path: Path) -> Any:
     """Load a checkpoint file onto the CPU. Only tensors and plain containers are unpickled.
 
+    A file that ends in `.safetensors` is a dict of tensors; those in half precision become fp32.
+
     Raises Damaged if it is missing, damaged, or holds anything else.
     """
     import torch
@@ -169,10 +179,13 @@ def read_tensors(path: Path) -> Any:
         with warnings.catch_warnings():
             # torch warns at length before it refuses a foreign pickle; one line of ours says enough.
             warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path):
-                # PyTorch neither compresses its files nor looks at their checksums.
-                check_zip(path, growth=1, checksums=True)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix == ".safetensors":
+                content = _read_safetensors(path)
+            else:
+                if zipfile.is_zipfile(path):
+                    # PyTorch neither compresses its files nor looks at their checksums.
+                    check_zip(path, growth=1, checksums=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
         require_plain(content)
         return content
     except FileNotFoundError:
@@ -184,6 +197,14 @@ def read_tensors(path: Path) -> Any:
                 "and give that file"
             ) from None
         raise Damaged(f"{path}: damaged or not a checkpoint ({one_line(error)}); replace the file") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    half = (torch.float16, torch.bfloat16)
+    return {name: v.float() if v.dtype in half else v for name, v in load_file(path).items()}
 
 
 def require_plain(content: Any) -> None:

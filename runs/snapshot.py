@@ -4,7 +4,7 @@ A snapshot is a folder `checkpoints/00010000/` with a file `{'a': state_dict}` p
 `dis.pt`; a teacher's `net.pt`), `state.pt` (optimisers, gradient scalers, random state) and `manifest.json` (the
 config, and what else decided the numbers). It is written as `00010000.part` and renamed, so a folder of that name is
 whole. PyTorch's files hold checksums of their parts. The flat files of the release are read too; runs/release.py
-writes them.
+writes them. It also packs snapshots without state, whose networks are `.safetensors` files of a state_dict.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from config import exact_settings
 from data.people import People
 from files import Damaged, read_json, read_tensors, write_json, write_tensors
 from parallel.collectives import Trainer
-from runs.weights import load_network, unwrap
+from runs.weights import load_network, plain_names, unwrap
 from utils import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def read_network(folder: Path, name: str, iteration: int) -> tuple[Mapping[str, 
     path = snapshot_folder(folder, iteration) / f"{name}.pt"
     if not path.parent.is_dir():
         path = flat_file(folder, name, iteration)
+    elif not path.exists() and (packed := path.with_suffix(".safetensors")).exists():
+        return plain_names(read_tensors(packed), packed), packed
     return unwrap(read_tensors(path), path), path
 
 
@@ -207,6 +209,8 @@ def restore(folder: Path, trainer: Trainer, iteration: int) -> None:
         file = folder / OPTIMIZERS
         if not file.is_file():
             raise UserError(f"{file}: no such file; a run of an earlier version can be evaluated, but not resumed")
+    elif not file.exists() and any(file.parent.glob("*.safetensors")):
+        raise UserError(f"{file.parent}: holds weights but no training state; it can be used, but not resumed")
     state = read_tensors(file)
     networks = {name: read_network(folder, name, iteration) for name in trainer.networks()}
     for name, net in trainer.networks().items():

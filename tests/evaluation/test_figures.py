@@ -116,7 +116,9 @@ def assert_same(figure: np.ndarray, image: np.ndarray) -> None:
 
 # --------------------------------------------------------------------------------------------- starting
 def test_help_comes_from_anywhere_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    scripts = [str(ROOT / "visual_tools" / f"{name}.py") for name in (*SCRIPTS, "show_activation", "report")]
+    scripts = [
+        str(ROOT / "visual_tools" / f"{name}.py") for name in (*SCRIPTS, "show_activation", "show_embedding", "report")
+    ]
     scripts.append(str(ROOT / "search.py"))
     program = (
         "import runpy, sys\n"
