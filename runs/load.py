@@ -244,6 +244,13 @@ def open_net(args: argparse.Namespace, device: torch.device) -> TestNet:
     return load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
 
 
+def load_for_test(run: RunFolder, device: torch.device, which: str | None = None) -> TestNet:
+    """The id net of the DG-Net run of that name, or else the teacher. Raises UserError if there is neither."""
+    if run.config_file.is_file() and run_config(run).generates:
+        return load_run_for_test(run, which, device)
+    return load_teacher_for_test(run, device)
+
+
 def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -> TestNet:
     """The id net of a DG-Net run."""
     cfg = run_config(run)

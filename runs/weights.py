@@ -158,16 +158,14 @@ def load_imagenet(trunk: ResNet | TimmTrunk, name: str, file: str | None) -> Non
 
 def timm_weights(name: str, instead: str) -> Mapping[str, Tensor]:
     """The weights that timm has for a network, from its cache or downloaded. Raises UserError that says what to do."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     try:
         return create_timm(name, pretrained=True).state_dict()
     except UserError:
         raise
     except Exception as error:  # huggingface_hub raises many kinds where it reaches nothing
         raise UserError(
-            f"backbone {TIMM}{name}: its weights are not in {HF_HUB_CACHE} and cannot be downloaded "
-            f"({one_line(error)}); bring them there, or use {instead}"
+            f"backbone {TIMM}{name}: its weights cannot be downloaded ({one_line(error)}); put them into timm's cache "
+            f"($HF_HOME), or use {instead}"
         ) from None
 
 
