@@ -129,9 +129,10 @@ class CommonConfig(Section):
     """Weight decay of every optimiser."""
     # ---- added to the release's keys
     backbone: str = "resnet50"
-    """Trunk: a ResNet, ResNeXt or Wide ResNet of torchvision, or resnet10 / resnet10wN (N channels) for CPUs."""
+    """Trunk: a ResNet, ResNeXt or Wide ResNet of torchvision, resnet10 / resnet10wN (N channels) for CPUs, or timm/NAME
+    for any network of timm, convolutional or transformer."""
     backbone_weights: Annotated[str | None, NO_EFFECT] = None
-    """File of ImageNet weights to use instead of torchvision's cache."""
+    """File of ImageNet weights to use instead of torchvision's or timm's cache."""
     pretrained: Annotated[bool, NO_EFFECT] = True
     """Start the trunk from ImageNet weights."""
     precision: Precision = "fp32"
@@ -182,8 +183,9 @@ class DGNetConfig(CommonConfig):
     """Id net: AB has two heads (primary, fine-grained), normal has one, PCB has one per body part."""
     norm_id: bool = False
     """Divide the appearance code by its norm (ID_style normal)."""
-    pool: Literal["max", "avg"] = "max"
-    """Pooling of the appearance code and of the heads' input (ID_style AB and normal)."""
+    pool: Literal["max", "avg", "gem"] = "max"
+    """Pooling of the appearance code and of the heads' input (ID_style AB and normal). gem is the generalised mean with
+    exponent 3 (Radenović et al., 2018), which the release does not have."""
     train_bn: bool = True
     """Frozen passes normalise by the statistics of their batch; false: by the running statistics."""
     # ---- networks
@@ -295,6 +297,11 @@ class DGNetConfig(CommonConfig):
     """Rate of the id net's heads, relative to lr2."""
     id_weight_decay: Weight | None = None
     """Weight decay of the id net's optimiser; null: weight_decay."""
+    neck: Literal["linear", "bnneck"] = "linear"
+    """What stands between pooled vector and classifier (ID_style AB and normal). bnneck is BatchNorm alone (Luo et al.,
+    2019) in place of Linear and BatchNorm."""
+    label_smoothing: BelowOne = 0.0
+    """Share of the target that the identity losses of real images spread over all identities (Szegedy et al., 2016)."""
     id_init: Annotated[Literal["backbone", "teacher"], NO_EFFECT] = "backbone"
     """teacher: start the id net's trunk and heads from the first teacher."""
     id_freeze_iter: CountOrZero = 0
@@ -337,6 +344,12 @@ class DGNetConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
+    def _necks(self) -> DGNetConfig:
+        if self.ID_style == "PCB" and self.neck != "linear":
+            raise ValueError("neck bnneck: the parts of ID_style PCB have linear necks; use AB or normal")
+        return self
+
+    @model_validator(mode="after")
     def _named_teacher(self) -> DGNetConfig:
         if self.needs_teacher and not self.teachers:
             raise ValueError("teacher is empty; name a teacher under models/, or set max_teacher_w: 0")
@@ -368,7 +381,7 @@ class DGNetConfig(CommonConfig):
 
 
 class TeacherConfig(CommonConfig):
-    """Keys of a teacher (or baseline): a one-head ResNet with average pooling, trained on identities alone."""
+    """Keys of a teacher (or baseline): a one-head net, trained on identities alone."""
 
     task: Literal["teacher"]
     """What the run trains."""
@@ -380,16 +393,40 @@ class TeacherConfig(CommonConfig):
     """Passes over the training images."""
     warm_epochs: CountOrZero = 5
     """Epochs over which the rates rise linearly."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """SGD with Nesterov momentum 0.9, or Adam."""
     lr: Rate = 0.05
-    """Rate of SGD for the head."""
+    """Rate of the head."""
     trunk_lr_factor: Fraction = 0.1
     """Rate of the trunk, relative to lr."""
-    lr_policy: Literal["step", "cosine"] = "step"
-    """step: a tenth of the rates after two thirds of the epochs; cosine: down to 0."""
+    lr_policy: Literal["step", "multistep", "cosine"] = "step"
+    """step: a tenth of the rates after two thirds of the epochs; multistep: after 1/3 and again after 7/12; cosine:
+    down to 0."""
     dropout: BelowOne = 0.5
     """Dropout before the classifier."""
     erasing_p: Fraction = 0.0
     """Probability of random erasing per image."""
+    pool: Literal["avg", "max", "gem"] = "avg"
+    """Pooling of the head's input; gem is the generalised mean with exponent 3 (Radenović et al., 2018)."""
+    neck: Literal["linear", "bnneck"] = "linear"
+    """What stands between pooled vector and classifier: linear is Linear and BatchNorm, bnneck BatchNorm alone (Luo et
+    al., 2019)."""
+    label_smoothing: BelowOne = 0.0
+    """Share of the target that is spread over all identities (Szegedy et al., 2016)."""
+    images_per_identity: CountOrZero = 0
+    """Draw batches of batch_size / images_per_identity identities with as many images each (Hermans et al., 2017); 0:
+    draw images without regard to identity."""
+    triplet_w: Weight = 0.0
+    """Weight of the batch-hard triplet loss on the pooled vector, margin 0.3 (Hermans et al., 2017)."""
+    circle_w: Weight = 0.0
+    """Weight of the circle loss on the pooled vector, margin 0.25, scale 64 (Sun et al., 2020)."""
+    grayscale_p: Fraction = 0.0
+    """Probability that an image becomes gray."""
+    jitter: Fraction = 0.0
+    """Random factors of brightness, contrast and saturation, 1 plus or minus this; hue is turned by a tenth of it."""
+    ema_decay: BelowOne = 0.0
+    """Keep an average of the weights, which holds this share of itself in every step, and save it as the teacher (0.999
+    remembers about 1,000 steps); 0: save the last weights."""
     extra_data: str | None = None
     """Folder made by generate.py, to train on beside data_root; its identities must be in data_root."""
     extra_labels: Literal["one_hot", "lsro", "soft"] = "one_hot"
@@ -405,6 +442,20 @@ class TeacherConfig(CommonConfig):
         if self.warm_epochs < self.epochs:
             return []
         return [f"warm_epochs {self.warm_epochs}: the rate reaches lr in the last step at most"]
+
+    @model_validator(mode="after")
+    def _batches_of_identities(self) -> TeacherConfig:
+        each = self.images_per_identity
+        for key in ("triplet_w", "circle_w"):
+            if getattr(self, key) > 0 and each < 2:
+                raise ValueError(
+                    f"{key} compares images of one identity in a batch; set images_per_identity to 2 or more, usually 4"
+                )
+        if each and (self.batch_size % each or self.batch_size < 2 * each):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be images_per_identity {each} times 2 or more identities"
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_of_something(self) -> TeacherConfig:

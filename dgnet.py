@@ -29,10 +29,11 @@ from reid_eval import index
 from reid_eval.evaluation import say_test_images
 from reid_eval.features import extract_data_set, extract_features
 from reid_eval.report import evaluate_features, summary
-from runs.folder import RunFolder, open_run, resolve_data_root, run_config
-from runs.load import TestNet, load_exported_for_test, load_run_for_test, load_teacher_for_test
+from runs.folder import RunFolder, open_run, resolve_data_root
+from runs.load import TestNet, load_exported_for_test, load_for_test
 from runs.swapper import Swapper, load_swapper
 from utils import UserError, pick_device
+from visual_tools.hirescam import activation_maps
 
 Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence[Any]
 BATCH = 32
@@ -50,9 +51,8 @@ def load(
     if Path(source).suffix == ".onnx":
         return Model(load_exported_for_test(Path(source)), on)
     run = open_run(output_path, str(source))
-    if run.config_file.is_file() and run_config(run).generates:
-        return Model(load_run_for_test(run, which_epoch, on), on, run, which_epoch)
-    return Model(load_teacher_for_test(run, on), on)
+    tested = load_for_test(run, on, which_epoch)
+    return Model(tested, on, None if tested.iteration is None else run, which_epoch)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,6 @@ class Model:
 
     def attend(self, images: Images) -> np.ndarray:
         """Where the features come from: (n, heads, h, w) float32, not negative (`visual_tools.hirescam`)."""
-        from visual_tools.hirescam import activation_maps
-
         if not isinstance(self.tested.net, torch.nn.Module):
             raise UserError(f"{self.tested.title}: an exported net has no gradients; load the run itself")
         maps = [activation_maps(self.tested.net, x).cpu() for x in self._batches(images)]

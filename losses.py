@@ -70,9 +70,12 @@ def l1(p: Tensor, q: Tensor) -> Tensor:
     return (full(p) - full(q.detach())).abs().mean()
 
 
-def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
-    """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K)."""
-    return sum(F.cross_entropy(full(p), y) for p in logits) / len(logits)
+def cross_entropy(logits: Logits, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over the given heads of the cross-entropy with classes (N,) or distributions (N, K).
+
+    smoothing  share of the target that is spread over all classes (Szegedy et al., CVPR 2016)
+    """
+    return sum(F.cross_entropy(full(p), y, label_smoothing=smoothing) for p in logits) / len(logits)
 
 
 def kl_divergence(logits: Logits, q: Tensor) -> Tensor:
@@ -131,19 +134,19 @@ def adversarial_terms(dis: Discriminator, fake: Tensor, *, gan_type: str, proces
 
 
 # ------------------------------------------------------------------------------------------ identities
-def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float) -> Tensor:
+def identity_loss(p: Logits, y: Tensor, *, id_style: str, fine_w: float, smoothing: float = 0.0) -> Tensor:
     """CE(p_prim, y) + fine_w CE(p_fine, y).
 
     At weight 0 the second part still yields gradients (zeros), so that weight decay applies to its head.
     """
     prim, fine = split_heads(p, id_style)
-    loss = cross_entropy(prim, y)
-    return loss + fine_w * cross_entropy(fine, y) if fine else loss
+    loss = cross_entropy(prim, y, smoothing)
+    return loss + fine_w * cross_entropy(fine, y, smoothing) if fine else loss
 
 
-def primary_loss(p: Logits, y: Tensor, *, id_style: str) -> Tensor:
+def primary_loss(p: Logits, y: Tensor, *, id_style: str, smoothing: float = 0.0) -> Tensor:
     """CE(p_prim, y)."""
-    return cross_entropy(split_heads(p, id_style)[0], y)
+    return cross_entropy(split_heads(p, id_style)[0], y, smoothing)
 
 
 def teacher_loss(p: Logits, q: Tensor, y_str: Tensor, *, id_style: str, t_w: float, b_w: float) -> Tensor:

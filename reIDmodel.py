@@ -9,81 +9,63 @@ Attribute names are those of the published checkpoints.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.models
 from torch import Tensor
-from torchvision.models import get_model, list_models
-from torchvision.models.resnet import BasicBlock, ResNet
 
-from utils import UserError
+from backbones import build_trunk, trunk_channels, trunk_map
 
 Logits = tuple[Tensor, ...]  # one (N, K) per head
 PARTS = 4  # horizontal strips of the body that the appearance code keeps apart
-# Below 8 input channels, channels-last, oneDNN's weight gradient of a strided 1x1 convolution writes past its memory on
-# CPUs with AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or continue with wrong numbers.
-NARROWEST = 8
-POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
 
 
-# ------------------------------------------------------------------------------------------------ trunk
-class NarrowResNet(ResNet):
-    """ResNet with one basic block per stage and `width` channels in the first: for CPUs."""
+class GeM(nn.Module):
+    """Generalised mean over the cells of an adaptive pooling, (mean of x^3)^(1/3) (Radenović et al., TPAMI 2018)."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=1)
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        for stage in range(4):
-            stride = 1 if stage == 0 else 2
-            setattr(self, f"layer{stage + 1}", self._make_layer(BasicBlock, width * 2**stage, 1, stride))
-        self.fc = nn.Linear(8 * width, 1)  # unused, as in every trunk here
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    def __init__(self, output_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.mean = nn.AdaptiveAvgPool2d(output_size)
+
+    def forward(self, m: Tensor) -> Tensor:
+        m = m.to(torch.promote_types(m.dtype, torch.float32))  # cubes overflow in half precision
+        return self.mean(m.clamp(min=1e-6).pow(3)).pow(1 / 3)
 
 
-def build_trunk(name: str, *, last_stride: int) -> ResNet:
-    """A ResNet without weights: any ResNet-like name of torchvision, or `resnet10` / `resnet10w32` (width 32).
-
-    `last_stride` becomes the stride of layer4's first block. Raises UserError for an unknown name.
-    """
-    match = re.fullmatch(r"resnet10(?:w([1-9]\d{0,3}))?", name, re.ASCII)
-    if match and int(match[1] or 64) >= NARROWEST:
-        trunk: nn.Module = NarrowResNet(int(match[1] or 64))
-    elif name in list_models(torchvision.models) and isinstance(trunk := get_model(name, weights=None), ResNet):
-        pass
-    else:
-        raise UserError(
-            f"backbone {name}: not a ResNet of torchvision; use resnet50, resnet18, another resnet*, "
-            f"resnext* or wide_resnet* name, or for a CPU resnet10w32 (at least w{NARROWEST})"
-        )
-    block = trunk.layer4[0]
-    strided = block.conv1 if isinstance(block, BasicBlock) else block.conv2
-    strided.stride = block.downsample[0].stride = (last_stride, last_stride)
-    return trunk
+NECKS = ("linear", "bnneck")
+POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d, "gem": GeM}
 
 
 # ------------------------------------------------------------------------------------------------ heads
 class Head(nn.Module):
-    """Bottleneck and classifier: Linear, BatchNorm1d, Dropout, Linear; no non-linearity."""
+    """A neck and a classifier; no non-linearity.
 
-    def __init__(self, c_in: int, num_classes: int, *, dropout: float, bottleneck: int = 512) -> None:
+    neck  linear: Linear to `bottleneck`, BatchNorm1d, Dropout, Linear (the published head)
+          bnneck: BatchNorm1d without bias, Dropout, Linear without bias (Luo et al., "Bag of Tricks", CVPRW 2019)
+    """
+
+    def __init__(
+        self, c_in: int, num_classes: int, *, dropout: float, bottleneck: int = 512, neck: str = "linear"
+    ) -> None:
         super().__init__()
-        self.add_block = nn.Sequential(nn.Linear(c_in, bottleneck), nn.BatchNorm1d(bottleneck), nn.Dropout(dropout))
-        self.classifier = nn.Sequential(nn.Linear(bottleneck, num_classes))
-        nn.init.kaiming_normal_(self.add_block[0].weight, a=0, mode="fan_out")
-        nn.init.zeros_(self.add_block[0].bias)
+        linear = neck == "linear"
+        width = bottleneck if linear else c_in
+        layers = [nn.Linear(c_in, width)] * linear + [nn.BatchNorm1d(width), nn.Dropout(dropout)]
+        self.add_block = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(width, num_classes, bias=linear))
+        if linear:
+            nn.init.kaiming_normal_(self.add_block[0].weight, a=0, mode="fan_out")
+            nn.init.zeros_(self.add_block[0].bias)
+            nn.init.zeros_(self.classifier[0].bias)
+        else:
+            self.add_block[0].bias.requires_grad_(False)
         nn.init.normal_(self.classifier[0].weight, std=0.001)
-        nn.init.zeros_(self.classifier[0].bias)
 
     def embed(self, v: Tensor) -> Tensor:
-        """Pooled vector (N, c_in) to the bottleneck after BatchNorm (N, 512), what is compared at test time."""
-        return self.add_block[:2](v)
+        """Pooled vector (N, c_in) to the neck's output after BatchNorm (N, 512), what is compared at test time."""
+        return self.add_block[:-1](v)
 
     def forward(self, v: Tensor) -> Tensor:
         return self.classifier(self.add_block(v))
@@ -98,7 +80,7 @@ class IdNet(nn.Module, ABC):
     def __init__(self, backbone: str, last_stride: int) -> None:
         super().__init__()
         self.model = build_trunk(backbone, last_stride=last_stride)
-        self.channels = self.model.fc.in_features
+        self.channels = trunk_channels(self.model)
         self.code_dim = PARTS * self.channels
 
     def heads(self) -> list[Head]:
@@ -113,19 +95,20 @@ class IdNet(nn.Module, ABC):
         return self.code_and_logits(self.feature_map(x, erased))
 
     def embed(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What is compared at test time: the bottleneck (N, 512) of every head, before mirrors and normalising."""
+        """What is compared at test time: the neck (N, 512) of every head, before mirrors and normalising."""
         return self.embed_map(self.feature_map(x))
+
+    def pooled(self, m: Tensor) -> Tensor:
+        """Feature map (N, 2048, h, w) to the vector (N, 2048) that the heads get (styles AB and normal)."""
+        return self.pool(m).flatten(1)
 
     def feature_map(self, x: Tensor, erased: Tensor | None = None) -> Tensor:
         """Normalised images (N, 3, H, W) to the trunk's last map (N, 2048, h, w).
 
         erased  (N, 1, H', W') bool, the pixels to set to 0, the ImageNet mean, of what `seen_size` says
         """
-        trunk, x = self.model, enlarge(x)
-        if erased is not None:
-            x = x.masked_fill(erased, 0)
-        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
-        return trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(x))))
+        x = enlarge(x)
+        return trunk_map(self.model, x if erased is None else x.masked_fill(erased, 0))
 
     @abstractmethod
     def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
@@ -144,21 +127,30 @@ class IdNetAB(IdNet):
 
     head_names = ("primary", "fine-grained")
 
-    def __init__(self, num_classes: int, *, backbone: str, stride: int, pool: str, detach_f: bool = True) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str,
+        stride: int,
+        pool: str,
+        detach_f: bool = True,
+        neck: str = "linear",
+    ) -> None:
         super().__init__(backbone, stride)
         self.detach_f = detach_f
         self.part_pool = POOLS[pool]((PARTS, 1))
         self.pool = POOLS[pool]((1, 1))
-        self.classifier1 = Head(self.channels, num_classes, dropout=0.5)
-        self.classifier2 = Head(self.channels, num_classes, dropout=0.75)
+        self.classifier1 = Head(self.channels, num_classes, dropout=0.5, neck=neck)
+        self.classifier2 = Head(self.channels, num_classes, dropout=0.75, neck=neck)
 
     def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
         f = self.part_pool(m).flatten(1)  # (N, 8192), index = 4 * channel + part
-        v = self.pool(m).flatten(1)  # (N, 2048)
+        v = self.pooled(m)  # (N, 2048)
         return f.detach() if self.detach_f else f, (self.classifier1(v), self.classifier2(v))
 
     def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
-        v = self.pool(m).flatten(1)
+        v = self.pooled(m)
         return self.classifier1.embed(v), self.classifier2.embed(v)
 
 
@@ -174,21 +166,22 @@ class IdNetNormal(IdNet):
         stride: int = 2,
         norm_id: bool = False,
         dropout: float = 0.5,
+        neck: str = "linear",
     ) -> None:
         super().__init__(backbone, stride)
         self.norm_id = norm_id
         self.part_pool = POOLS[pool]((PARTS, 1))
         self.pool = POOLS[pool]((1, 1))
-        self.classifier = Head(self.channels, num_classes, dropout=dropout)
+        self.classifier = Head(self.channels, num_classes, dropout=dropout, neck=neck)
 
     def code_and_logits(self, m: Tensor) -> tuple[Tensor, Logits]:
         f = self.part_pool(m).flatten(1)  # (N, 8192)
         if self.norm_id:
             f = f / (f.norm(dim=1, keepdim=True) + 1e-8)
-        return f, (self.classifier(self.pool(m).flatten(1)),)
+        return f, (self.classifier(self.pooled(m)),)
 
     def embed_map(self, m: Tensor) -> tuple[Tensor, ...]:
-        return (self.classifier.embed(self.pool(m).flatten(1)),)
+        return (self.classifier.embed(self.pooled(m)),)
 
 
 class IdNetPCB(IdNet):
@@ -222,20 +215,27 @@ def build_id_net(
     pool: str = "max",
     norm_id: bool = False,
     detach_f: bool = True,
+    neck: str = "linear",
 ) -> IdNet:
     """The id net of `ID_style` AB, normal or PCB."""
     if style == "AB":
-        return IdNetAB(num_classes, backbone=backbone, stride=stride, pool=pool, detach_f=detach_f)
+        return IdNetAB(num_classes, backbone=backbone, stride=stride, pool=pool, detach_f=detach_f, neck=neck)
     if style == "normal":
-        return IdNetNormal(num_classes, backbone=backbone, pool=pool, norm_id=norm_id)
+        return IdNetNormal(num_classes, backbone=backbone, pool=pool, norm_id=norm_id, neck=neck)
     return IdNetPCB(num_classes, backbone=backbone)
 
 
 def build_teacher(
-    num_classes: int, *, backbone: str = "resnet50", stride: int = 2, dropout: float = 0.5
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    stride: int = 2,
+    dropout: float = 0.5,
+    pool: str = "avg",
+    neck: str = "linear",
 ) -> IdNetNormal:
-    """A teacher: the one-head net with average pooling."""
-    return IdNetNormal(num_classes, backbone=backbone, pool="avg", stride=stride, dropout=dropout)
+    """A teacher: the one-head net."""
+    return IdNetNormal(num_classes, backbone=backbone, pool=pool, stride=stride, dropout=dropout, neck=neck)
 
 
 # --------------------------------------------------------------------------------------------- passes

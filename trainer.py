@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,8 +23,9 @@ from data.batch import ALL, Batch, Part
 from data.erasing import erasing_mask
 from fast import accelerate, recompute
 from frozen import frozen, weights_frozen
+from metric import batch_hard_triplet, circle_loss
 from networks import Discriminator, Generator, structure_input, to_gray
-from optim import adam, id_sgd, lr_factor, set_rates, teacher_lr_factor
+from optim import adam, id_adam, id_sgd, lr_factor, set_rates, teacher_lr_factor, update_average
 from precision import autocast, pick_precision
 from reIDmodel import Logits, build_id_net, build_teacher, seen_size
 from utils import IMAGENET_MEAN, IMAGENET_STD
@@ -113,6 +115,7 @@ class DGNetTrainer:
         self.part, self.average_gradients = part, average_gradients
         self.precision = pick_precision(device, cfg.precision)
         id_options = dict(stride=cfg.ID_stride, pool=cfg.pool, norm_id=cfg.norm_id, detach_f=cfg.detach_f)
+        id_options |= dict(neck=cfg.neck)
         id_net = build_id_net(cfg.ID_style, num_classes, backbone=cfg.backbone, **id_options)
         gen = Generator(code_dim=id_net.code_dim, **cfg.gen.model_dump())
         dis = Discriminator(**cfg.dis.model_dump(exclude={"LAMBDA"}))
@@ -249,7 +252,7 @@ class DGNetTrainer:
             terms["vgg_a"] = L.perceptual_loss(self.vgg, d.x_ab, a.x)
             terms["vgg_b"] = L.perceptual_loss(self.vgg, d.x_ba, b.x)
         if plan.update_id:
-            style, fine_w = dict(id_style=cfg.ID_style), w["teacher"] * cfg.B_w
+            style, fine_w = dict(id_style=cfg.ID_style, smoothing=cfg.label_smoothing), w["teacher"] * cfg.B_w
             terms["id"] = L.identity_loss(e.p_a, a.y, fine_w=fine_w, **style)
             terms["id"] = terms["id"] + L.identity_loss(e.p_b, b.y, fine_w=fine_w, **style)
             terms["pid"] = L.primary_loss(e.pp_a, a.y, **style) + L.primary_loss(e.pp_b, b.y, **style)
@@ -352,13 +355,21 @@ class TeacherTrainer:
         self.part, self.average_gradients = part, average_gradients
         self.precision = pick_precision(device, cfg.precision)
         self.max_iter = cfg.epochs * steps_per_epoch
-        net = build_teacher(num_classes, backbone=cfg.backbone, stride=cfg.stride, dropout=cfg.dropout)
+        options = dict(stride=cfg.stride, dropout=cfg.dropout, pool=cfg.pool, neck=cfg.neck)
+        net = build_teacher(num_classes, backbone=cfg.backbone, **options)
         self.net = accelerate(net, device, channels_last=cfg.channels_last or device.type == "cpu").train()
-        self.optimizer = id_sgd(net, trunk_lr=cfg.trunk_lr_factor * cfg.lr, head_lr=cfg.lr, decay=cfg.weight_decay)
+        make = {"sgd": id_sgd, "adam": id_adam}[cfg.optimizer]
+        self.optimizer = make(net, trunk_lr=cfg.trunk_lr_factor * cfg.lr, head_lr=cfg.lr, decay=cfg.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.average = deepcopy(self.net).requires_grad_(False) if cfg.ema_decay > 0 else None
+
+    @property
+    def trained(self) -> nn.Module:
+        """What becomes the teacher: the average of the weights if one is kept."""
+        return self.net if self.average is None else self.average
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
+        return {"net": self.net} | ({} if self.average is None else {"average": self.average})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"net": self.optimizer}
@@ -372,7 +383,9 @@ class TeacherTrainer:
         return teacher_lr_factor(self.cfg.lr_policy, t, warm_iter=warm_iter, max_iter=self.max_iter)
 
     def step(self, batch: Batch, t: int) -> L.Terms:
-        """Iteration `t` (0-based): cross-entropy of the batch, SGD's step. Returns the loss and the accuracy.
+        """Iteration `t` (0-based): cross-entropy and metric losses of the batch, SGD's step.
+
+        Returns every unweighted loss and the accuracy.
 
         The target is the soft label where the batch has one: generated images among the real ones.
         """
@@ -382,11 +395,20 @@ class TeacherTrainer:
             rng, size = np.random.default_rng((cfg.seed, ERASING, t)), seen_size(*batch.x.shape[2:])
             mask = erasing_mask(len(batch.x), *size, cfg.erasing_p, rng, device=self.device, part=self.part)
         with autocast(self.device, self.precision):
-            _, p = self.net(batch.x, mask)
-            loss = L.cross_entropy(p, batch.y if batch.q is None else batch.q)
+            m = self.net.feature_map(batch.x, mask)
+            _, p = self.net.code_and_logits(m)
+            terms = {"id": L.cross_entropy(p, batch.y if batch.q is None else batch.q, cfg.label_smoothing)}
+            if cfg.triplet_w > 0:
+                terms["triplet"] = batch_hard_triplet(self.net.pooled(m), batch.y)
+            if cfg.circle_w > 0:
+                terms["circle"] = circle_loss(self.net.pooled(m), batch.y)
+            total = L.weighted_sum(terms, {"id": 1.0, "triplet": cfg.triplet_w, "circle": cfg.circle_w})
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(total).backward()
         self.average_gradients(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {"id": loss.detach(), "accuracy": (p[0].argmax(dim=1) == batch.y).float().mean()}
+        if self.average is not None:
+            update_average(self.average, self.net, cfg.ema_decay, t)
+        accuracy = (p[0].argmax(dim=1) == batch.y).float().mean()
+        return {name: term.detach() for name, term in terms.items()} | {"accuracy": accuracy}

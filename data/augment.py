@@ -1,9 +1,11 @@
-"""Mirror, pad and crop a batch of images, each with its draw."""
+"""Mirror, pad and crop a batch of images, and change their colours, each image with its draw."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import functional as TF
 
 # From this many pixels per image, a CPU is faster with a few copies per image than with one index for all.
 COPY_FROM = 192 * 96
@@ -48,3 +50,27 @@ def augment_by_copies(pixels: Tensor, chosen: Tensor, flip: Tensor, top: Tensor,
         crop[:, :y0] = crop[:, y0 : y0 + 1]
         crop[:, y1:] = crop[:, y1 - 1 : y1]
     return out
+
+
+def draw_colours(images: int, rng: np.random.Generator, *, grayscale_p: float, jitter: float) -> np.ndarray:
+    """(images, 5) what `change_colours` does: factors of brightness, contrast and saturation, turn of hue, gray or not.
+
+    Factors are uniform in 1 - jitter..1 + jitter, the turn in -jitter / 10..jitter / 10 of the circle.
+    """
+    draws = rng.uniform(-jitter, jitter, (images, 4)) * (1, 1, 1, 0.1) + (1, 1, 1, 0)
+    return np.column_stack([draws, rng.random(images) < grayscale_p])
+
+
+def change_colours(pixels: Tensor, draws: np.ndarray) -> Tensor:
+    """Images (N, 3, H, W) uint8 with the colours that `draws` (N, 5) of `draw_colours` asks for, by torchvision."""
+    changed = []
+    for image, (brightness, contrast, saturation, hue, gray) in zip(pixels, draws.tolist(), strict=True):
+        for adjust, amount in (
+            (TF.adjust_brightness, brightness),
+            (TF.adjust_contrast, contrast),
+            (TF.adjust_saturation, saturation),
+        ):
+            image = adjust(image, amount) if amount != 1 else image
+        image = TF.adjust_hue(image, hue) if hue else image
+        changed.append(TF.rgb_to_grayscale(image, num_output_channels=3) if gray else image)
+    return torch.stack(changed)

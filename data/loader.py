@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import augment
+from data.augment import augment, change_colours, draw_colours
 from data.batch import ALL, Batch, Part
 from data.folders import ImageList
 from data.generated import SoftLabels
@@ -27,7 +27,7 @@ from data.images import decoded, normalise, resize, to_device
 from utils import UserError
 
 # First word of the seeds after `seed`; without it, permutation 1 and draw 0 would share a generator.
-_PERMUTATION, _DRAW = 0, 1
+_PERMUTATION, _DRAW, _BALANCED, _COLOURS = 0, 1, 2, 3
 
 
 class _Raw(NamedTuple):
@@ -42,6 +42,7 @@ class _Raw(NamedTuple):
     top: Tensor
     left: Tensor
     index: Tensor  # (N,) of x in the image list
+    colours: np.ndarray | None = None  # draws of `change_colours`
 
 
 @dataclass(eq=False)
@@ -59,6 +60,8 @@ class PairLoader:
     num_workers    threads that read files; 0 reads in the thread that makes the batches. Unused with `pixels`
     with_positive  False: no `xp` (teacher training)
     soft_labels    of all images, for `Batch.q`
+    images_per_identity  K > 0: every batch holds batch_size / K identities with K images each, see `_balanced`
+    grayscale_p, jitter  see `data.augment.draw_colours`
     device         where batches are augmented and where all their tensors but `index` are
     part           the slice of every batch that this process gets. Draws are made for the whole batch
 
@@ -76,6 +79,9 @@ class PairLoader:
     num_workers: int = 0
     with_positive: bool = True
     soft_labels: SoftLabels | None = None
+    images_per_identity: int = 0
+    grayscale_p: float = 0.0
+    jitter: float = 0.0
     device: torch.device | str = "cpu"
     part: Part = ALL
 
@@ -85,6 +91,12 @@ class PairLoader:
             raise UserError(
                 f"{self.images.folder}: {n} training images are fewer than batch_size {self.batch_size}; "
                 "lower batch_size or add images"
+            )
+        people = self.batch_size // self.images_per_identity if self.images_per_identity else 0
+        if people > self.images.num_classes:
+            raise UserError(
+                f"{self.images.folder}: {self.images.num_classes} identities are fewer than the {people} of a batch; "
+                "lower batch_size or raise images_per_identity"
             )
         self.device = torch.device(self.device)
         self.batches_per_epoch = n // self.batch_size
@@ -130,15 +142,32 @@ class PairLoader:
     # ------------------------------------------------------------------------------------------------ draws
     def _draw(self, iteration: int) -> tuple[np.ndarray, ...]:
         """For the whole batch, x then xp: positions in the image list, mirror or not, top and left of the crop."""
-        epoch, step = divmod(iteration, self.batches_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, self.order(epoch)
-        index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+        index = self._balanced(iteration) if self.images_per_identity else self._shuffled(iteration)
         rng = np.random.default_rng((self.seed, _DRAW, iteration))
         draws = [(index, *self._draw_augmentation(rng))]
         if self.with_positive:
             draws.append((self._draw_positives(rng, index), *self._draw_augmentation(rng)))
         return tuple(map(np.concatenate, zip(*draws, strict=True)))
+
+    def _shuffled(self, iteration: int) -> np.ndarray:
+        """(N,) the next images of the epoch's permutation."""
+        epoch, step = divmod(iteration, self.batches_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, self.order(epoch)
+        return self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _balanced(self, iteration: int) -> np.ndarray:
+        """(N,) the next identities of a permutation of all, K images of each: different ones if it has as many."""
+        each, identities = self.images_per_identity, len(self._size)
+        people = self.batch_size // each
+        turn, step = divmod(iteration, identities // people)
+        order = np.random.default_rng((self.seed, _PERMUTATION, turn)).permutation(identities)
+        rng = np.random.default_rng((self.seed, _BALANCED, iteration))
+        drawn = [
+            self._first[label] + rng.choice(self._size[label], each, replace=self._size[label] < each)
+            for label in order[step * people : (step + 1) * people]
+        ]
+        return self._by_label[np.concatenate(drawn)]
 
     def _draw_augmentation(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(N,) mirror or not, (N,) top and (N,) left of the crop."""
@@ -156,6 +185,15 @@ class PairLoader:
 
     # ----------------------------------------------------------------------------------------------- images
     def _raw(self, iteration: int) -> _Raw:
+        raw = self._read(iteration)
+        if not (self.grayscale_p or self.jitter):
+            return raw
+        n = self.batch_size // self.part.count
+        rng = np.random.default_rng((self.seed, _COLOURS, iteration))
+        draws = draw_colours(len(raw.chosen) * self.part.count, rng, grayscale_p=self.grayscale_p, jitter=self.jitter)
+        return raw._replace(colours=self.part.rows(draws, n))
+
+    def _read(self, iteration: int) -> _Raw:
         n = self.batch_size // self.part.count
         chosen, *draws = (torch.from_numpy(self.part.rows(drawn, n)) for drawn in self._draw(iteration))
         all_of_them = torch.arange(len(chosen))
@@ -170,7 +208,8 @@ class PairLoader:
 
     def _finish(self, raw: _Raw) -> Batch:
         pixels, *draws = (to_device(part, self.device) for part in raw[:5])
-        images = normalise(augment(resize(pixels, self.height, self.width), *draws, self.pad))
+        pixels = augment(resize(pixels, self.height, self.width), *draws, self.pad)
+        images = normalise(pixels if raw.colours is None else change_colours(pixels, raw.colours))
         index, n = raw.index, len(raw.index)
         y, q = self._labels[index.numpy()], None
         if self.soft_labels is not None:

@@ -21,7 +21,7 @@ from files import Damaged, read_tensors, write_tensors, write_text
 from networks import Generator
 from parallel.collectives import average_gradients, own_part
 from reid_eval.exported import ExportedNet
-from reIDmodel import IdNet, build_id_net, build_teacher
+from reIDmodel import NECKS, POOLS, IdNet, build_id_net, build_teacher
 from runs.folder import RunFolder, open_run, resolve_data_root, run_config
 from runs.snapshot import read_network, snapshots
 from runs.weights import load_imagenet, load_network, load_vgg, plain_names, start_from_teacher
@@ -49,7 +49,7 @@ def num_classes(cfg: Config, images: ImageList) -> int:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """A teacher under models/NAME with what its opts.yaml says; the release's files have no `backbone`.
+    """A teacher under models/NAME with what its opts.yaml says; the release's files have no `backbone`, pool and neck.
 
     data_source  where `data_root` was read, for messages
     """
@@ -57,6 +57,8 @@ class TeacherFiles:
     folder: Path
     stride: int
     backbone: str
+    pool: str
+    neck: str
     height: int
     width: int
     data_root: str
@@ -87,7 +89,11 @@ def find_teacher(name: str, output_path: Path) -> TeacherFiles:
             data_root, mark = str(opts.get("data_root", "../Market/pytorch/")), opts.get("classes")
             people = People(mark, data_root) if isinstance(mark, str) else None
             backbone = str(opts.get("backbone", "resnet50"))
-            return TeacherFiles(folder, stride, backbone, height, width, data_root, source, people)
+            pool, neck = str(opts.get("pool", "avg")), str(opts.get("neck", "linear"))
+            for key, value, known in (("pool", pool, POOLS), ("neck", neck, NECKS)):
+                if value not in known:
+                    raise UserError(f"{folder / 'opts.yaml'}: {key} must be one of {', '.join(known)} (got {value})")
+            return TeacherFiles(folder, stride, backbone, pool, neck, height, width, data_root, source, people)
     raise UserError(
         f"{output_path / 'models' / name / 'net_last.pth'}: no teacher of that name; "
         f"train it with: python train.py --config configs/teacher.yaml --name {name}"
@@ -106,7 +112,8 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
             f"{files.weights}: the teacher knows {len(last)} identities, the data {classes}; "
             "use the teacher that was trained on this data"
         )
-    net = build_teacher(len(last), backbone=files.backbone, stride=files.stride)
+    options = dict(stride=files.stride, pool=files.pool, neck=files.neck)
+    net = build_teacher(len(last), backbone=files.backbone, **options)
     load_network(net, state, files.weights)
     return net.eval()
 
@@ -198,6 +205,7 @@ def load_id_net(run: RunFolder, cfg: DGNetConfig, iteration: int, device: torch.
         pool=cfg.pool,
         norm_id=cfg.norm_id,
         detach_f=cfg.detach_f,
+        neck=cfg.neck,
     )
     load_network(net, state, path)
     return net.to(device).eval()
@@ -234,6 +242,13 @@ def open_net(args: argparse.Namespace, device: torch.device) -> TestNet:
     set_threads(args.threads)
     run = open_run(args.output_path, args.teacher or args.name or "latest")
     return load_teacher_for_test(run, device) if args.teacher else load_run_for_test(run, args.which_epoch, device)
+
+
+def load_for_test(run: RunFolder, device: torch.device, which: str | None = None) -> TestNet:
+    """The id net of the DG-Net run of that name, or else the teacher. Raises UserError if there is neither."""
+    if run.config_file.is_file() and run_config(run).generates:
+        return load_run_for_test(run, which, device)
+    return load_teacher_for_test(run, device)
 
 
 def load_run_for_test(run: RunFolder, which: str | None, device: torch.device) -> TestNet:

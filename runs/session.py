@@ -101,6 +101,11 @@ def build_session(
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command
     images_per_process = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
+    if isinstance(cfg, TeacherConfig) and cfg.images_per_identity and images_per_process % cfg.images_per_identity:
+        raise UserError(
+            f"batch_size {cfg.batch_size}: a process has {images_per_process} images, which are no whole identities of "
+            f"images_per_identity {cfg.images_per_identity}; change batch_size or the number of processes"
+        )
     nets = [*session.trainer.networks().values(), *getattr(session.trainer, "teachers", [])]
     act_on_whole_batch(nets, images_per_process, sync_bn=cfg.sync_bn)
     return session
@@ -163,6 +168,7 @@ def teacher_session(cfg: TeacherConfig, run: RunFolder, device: torch.device, *,
         more = {"extra_data": hashlib.sha256((extra / MANIFEST).read_bytes()).hexdigest()[:8]}
     reading = say_reading(sides)
     options = loader_options(cfg, images, device)
+    options |= dict(images_per_identity=cfg.images_per_identity, grayscale_p=cfg.grayscale_p, jitter=cfg.jitter)
     loader = PairLoader(images, seed=cfg.seed, with_positive=False, soft_labels=soft_labels, **options)
     per_epoch = loader.batches_per_epoch
     start = dict(output_path=run.output_path, initialise=not resume, people=people)

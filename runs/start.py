@@ -93,5 +93,5 @@ def restore(s: Session, resume: str) -> int:
 def finish(s: Session) -> None:
     """Put a finished teacher where DG-Net looks for it."""
     if not s.cfg.generates and collectives.is_main() and not all((s.run.model / f).exists() for f in TEACHER_FILES):
-        save_teacher(s.run, s.cfg, s.trainer.net, s.classes, s.people)
+        save_teacher(s.run, s.cfg, s.trainer.trained, s.classes, s.people)
         log.info("teacher written to %s", s.run.model)

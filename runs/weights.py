@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.models import VGG16_Weights, get_model_weights, list_models, vgg16
 from torchvision.models.resnet import ResNet
 
+from backbones import TIMM, TimmTrunk, create_timm
 from config import DGNetConfig
 from files import read_tensors
 from reIDmodel import IdNet
-from utils import UserError
+from utils import UserError, one_line
 
 log = logging.getLogger(__name__)
 PREFIXES = ("module", "_orig_mod")
@@ -126,24 +127,46 @@ def load_vgg(cfg: DGNetConfig) -> nn.Module:
     return net.features[:30].requires_grad_(False)
 
 
-def load_imagenet(trunk: ResNet, name: str, file: str | None) -> None:
-    """Load ImageNet weights into a trunk called `name`, from `file` or torchvision's cache.
+def load_imagenet(trunk: ResNet | TimmTrunk, name: str, file: str | None) -> None:
+    """Load ImageNet weights into a trunk called `name`, from `file` or the cache of torchvision or timm.
 
     Raises UserError that says which file to put where.
     """
+    net: nn.Module = trunk.net if isinstance(trunk, TimmTrunk) else trunk
+    instead = "--backbone-weights FILE, or pretrained: false"
+    if isinstance(trunk, TimmTrunk) and file is None:
+        net.load_state_dict(timm_weights(name.removeprefix(TIMM), instead))
+        return
     if file is None and name not in list_models(torchvision.models):
         raise UserError(
             f"backbone {name} has no ImageNet weights; set pretrained: false or give --backbone-weights FILE"
         )
     # The first set of weights (IMAGENET1K_V1) is what the published numbers started from.
     url = "" if file else next(iter(get_model_weights(name))).url
-    path = find_weights(url, file, "--backbone-weights FILE, or pretrained: false")
+    path = find_weights(url, file, instead)
     try:
-        trunk.load_state_dict(plain_names(read_tensors(path), path))
+        state = plain_names(read_tensors(path), path)
+        if isinstance(trunk, TimmTrunk):  # without the classifier that a file may hold
+            classifier = f"{net.pretrained_cfg['classifier']}."
+            state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+        net.load_state_dict(state)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: not ImageNet weights of {name} ({first_line(error)}); replace the file") from None
+
+
+def timm_weights(name: str, instead: str) -> Mapping[str, Tensor]:
+    """The weights that timm has for a network, from its cache or downloaded. Raises UserError that says what to do."""
+    try:
+        return create_timm(name, pretrained=True).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # huggingface_hub raises many kinds where it reaches nothing
+        raise UserError(
+            f"backbone {TIMM}{name}: its weights cannot be downloaded ({one_line(error)}); put them into timm's cache "
+            f"($HF_HOME), or use {instead}"
+        ) from None
 
 
 def find_weights(url: str, file: str | None, instead: str) -> Path:

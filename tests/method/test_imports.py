@@ -11,7 +11,7 @@ import pytest
 
 from utils import ROOT
 
-METHOD = {"trainer", "losses", "networks", "reIDmodel", "optim", "precision", "frozen", "fast"}
+METHOD = {"trainer", "losses", "metric", "networks", "reIDmodel", "backbones", "optim", "precision", "frozen", "fast"}
 COMMANDS = {"train", "test", "generate", "search", "export", "prepare", "prepare-market", "demo"}
 ON_DISK = {f"data.{name}" for name in ("archives", "prepare", "folders", "images", "loader", "cache", "generated")}
 # Who never imports whom: a package or module stands for all below it.

@@ -35,11 +35,12 @@ from conftest import (
 )
 from PIL import Image, PngImagePlugin
 
+from backbones import build_trunk
 from data.folders import read_split
 from data.generated import MANIFEST, Row, add_generated, write_rows
 from data.images import check_images
 from data.listing import list_images
-from reIDmodel import build_teacher, build_trunk
+from reIDmodel import build_teacher
 from runs.folder import RunFolder, start_folder
 from runs.load import save_teacher
 from runs.release import export
