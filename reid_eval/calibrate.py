@@ -34,7 +34,7 @@ from utils import UserError, add_batch_argument, add_net_arguments, between, che
 log = logging.getLogger(__name__)
 TOP = 10  # hits of a query, as many as search.py shows by default
 LEAST_PEOPLE = 20
-FEW_ALARMS = 20  # people who raise one; with fewer, chance moves a rate by more than a fifth
+FEW_ALARMS = 100  # people who raise one; look-alikes raise them together, so chance moves a rate even more
 NEARLY_FREE = 1e6  # sklearn's C: the coefficients are not shrunk, and stay finite where nobody is confused
 
 
@@ -218,10 +218,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = dict(net=fingerprint(tested.net, tested.size), net_name=tested.title, data=str(root))
     how = dict(seed=args.seed, rate=args.false_alarms, remove_same_camera=cameras)
     calibration = calibrate(sets.query, sets.gallery, **how, **about)
-    if args.false_alarms * calibration.people < FEW_ALARMS:
-        needed = 2 * FEW_ALARMS / args.false_alarms
+    if (deciding := args.false_alarms * calibration.people) < FEW_ALARMS:
         log.warning(
-            "the false alarm rate of searches may be off by chance; it takes %.0f people to set it well", needed
+            "about %.0f of %d people decide the false alarm rate of searches; chance may move it by half or more",
+            deciding,
+            calibration.people,
         )
     print(f"{tested.title}, calibrated on {root}\n{describe(calibration)}")
     write_json(tested.folder / FILE, calibration.model_dump())
