@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models import get_model, list_models
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, one_line
 
 # Below 8 input channels, channels-last, oneDNN's weight gradient of a strided 1x1 convolution writes past its memory on
 # CPUs with AVX2 but not AVX-512 (PyTorch 2.15): runs crash, or continue with wrong numbers.
@@ -48,7 +48,9 @@ class TimmTrunk(nn.Module):
     def __init__(self, name: str, last_stride: int) -> None:
         super().__init__()
         self.net = create_timm(name)
-        self.channels = self.net.num_features
+        # What `num_features` names may come after a last convolution that the map has not passed.
+        features = self.net.feature_info
+        self.channels = features[-1]["num_chs"] if isinstance(features, list) else features.channels()[-1]
         if last_stride == 1:
             self.remove_last_stride(name)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -61,12 +63,14 @@ class TimmTrunk(nn.Module):
         """Only a ResNet with plain shortcuts has a last stride that can be 1 without any other change."""
         block = self.net.layer4[0] if hasattr(self.net, "layer4") else None
         shortcut = getattr(block, "downsample", None)
-        if shortcut is None or not isinstance(shortcut[0], nn.Conv2d):
+        strided = getattr(block, "conv2" if hasattr(block, "conv3") else "conv1", None)
+        convolutions = [strided, shortcut[0] if isinstance(shortcut, nn.Sequential) else None]
+        if not all(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in convolutions):
             raise UserError(
                 f"backbone {TIMM}{name}: its last stride cannot be removed; set ID_stride (teacher: stride) 2"
             )
-        strided = block.conv2 if hasattr(block, "conv3") else block.conv1
-        strided.stride = shortcut[0].stride = (1, 1)
+        for layer in convolutions:
+            layer.stride = (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         how = dict(indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
@@ -88,8 +92,13 @@ def create_timm(name: str, **options: object) -> nn.Module:
         net = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
     except TypeError:  # convolutional networks take images of any size as they are
         net = timm.create_model(name, num_classes=0, **options)
-    if not hasattr(net, "forward_intermediates"):
+    except RuntimeError as error:
+        raise UserError(f"backbone {TIMM}{name}: {one_line(error)}; choose another") from None
+    if not hasattr(net, "forward_intermediates") or not hasattr(net, "feature_info"):
         raise UserError(f"backbone {TIMM}{name}: timm cannot give its feature map; choose another")
+    for module in net.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # draws of stochastic depth would not be functions of seed and iteration
     return net
 
 

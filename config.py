@@ -407,7 +407,8 @@ class TeacherConfig(CommonConfig):
     erasing_p: Fraction = 0.0
     """Probability of random erasing per image."""
     pool: Literal["avg", "max", "gem"] = "avg"
-    """Pooling of the head's input; gem is the generalised mean with exponent 3 (Radenović et al., 2018)."""
+    """Pooling of the head's input; gem is the generalised mean with exponent 3 (Radenović et al., 2018), for maps that
+    are not negative, as those of a ResNet."""
     neck: Literal["linear", "bnneck"] = "linear"
     """What stands between pooled vector and classifier: linear is Linear and BatchNorm, bnneck BatchNorm alone (Luo et
     al., 2019)."""
@@ -417,9 +418,10 @@ class TeacherConfig(CommonConfig):
     """Draw batches of batch_size / images_per_identity identities with as many images each (Hermans et al., 2017); 0:
     draw images without regard to identity."""
     triplet_w: Weight = 0.0
-    """Weight of the batch-hard triplet loss on the pooled vector, margin 0.3 (Hermans et al., 2017)."""
+    """Weight of the batch-hard triplet loss on the pooled vector, margin 0.3 (Hermans et al., 2017). Of several
+    processes each compares its own images."""
     circle_w: Weight = 0.0
-    """Weight of the circle loss on the pooled vector, margin 0.25, scale 64 (Sun et al., 2020)."""
+    """Weight of the circle loss on the pooled vector, margin 0.25, scale 64 (Sun et al., 2020); as triplet_w."""
     grayscale_p: Fraction = 0.0
     """Probability that an image becomes gray."""
     jitter: Fraction = 0.0

@@ -40,19 +40,26 @@ BATCH = 32
 
 
 def load(
-    source: str | Path, *, which_epoch: str | None = None, device: str | None = None, output_path: str | None = None
+    source: str | Path,
+    *,
+    which_epoch: str | int | None = None,
+    device: str | None = None,
+    output_path: str | None = None,
 ) -> Model:
     """The newest snapshot of the run `source`, or that of an iteration; the teacher `source`; or an ONNX file.
 
     device       cpu, cuda or cuda:N; None: the first GPU, or the CPU
     output_path  folder of outputs/ and models/; None: the project's
     """
-    on = pick_device(device)
-    if Path(source).suffix == ".onnx":
-        return Model(load_exported_for_test(Path(source)), on)
-    run = open_run(output_path, str(source))
-    tested = load_for_test(run, on, which_epoch)
-    return Model(tested, on, None if tested.iteration is None else run, which_epoch)
+    on, which = pick_device(device), None if which_epoch is None else str(which_epoch)
+    exported = Path(source).suffix == ".onnx"
+    run = open_run(output_path, "exported" if exported else str(source))
+    tested = load_exported_for_test(Path(source)) if exported else load_for_test(run, on, which)
+    if exported or tested.iteration is None:
+        if which:
+            raise UserError(f"which_epoch {which}: {tested.title} has one set of weights alone")
+        return Model(tested, on)
+    return Model(tested, on, run)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,6 @@ class Model:
     tested: TestNet
     device: torch.device
     run: RunFolder | None = None
-    which_epoch: str | None = None
 
     def __repr__(self) -> str:
         return f"<{self.tested.title}, images of {self.tested.size[0]} x {self.tested.size[1]}>"
@@ -100,7 +106,7 @@ class Model:
     def _swapper(self) -> Swapper:
         if self.run is None:
             raise UserError(f"{self.tested.title}: has no generator; load a DG-Net run")
-        return load_swapper(self.run, self.device, self.which_epoch)
+        return load_swapper(self.run, self.device, str(self.tested.iteration))
 
 
 def rank(query: np.ndarray, gallery: np.ndarray, *, top: int = 10) -> tuple[np.ndarray, np.ndarray]:
@@ -160,8 +166,9 @@ def open_index(model: Model, folder: str | Path, *, keep: str | Path | None = No
 
 def as_list(images: Images) -> list[str | Path | Image.Image]:
     """One image or many, as paths and PIL images."""
-    one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
-    listed = [as_pil(image) for image in ([images] if one else images)]
+    many = isinstance(images, Sequence) and not isinstance(images, str)
+    many |= isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+    listed = [as_pil(image) for image in (images if many else [images])]
     if not listed:
         raise UserError("no images were given")
     return listed
@@ -169,10 +176,17 @@ def as_list(images: Images) -> list[str | Path | Image.Image]:
 
 def as_pil(image: str | Path | Image.Image | np.ndarray | Tensor) -> str | Path | Image.Image:
     """Arrays and tensors as PIL images; others as they are."""
-    if isinstance(image, str | Path | Image.Image):
+    if isinstance(image, str | Path):
         return image
-    pixels = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
-    if not isinstance(pixels, np.ndarray) or 0 in pixels.shape or pixels.shape[2:] not in ((), (3,), (4,)):
+    if isinstance(image, Image.Image):
+        image.load()  # here, as several threads read the images later
+        return image
+    pixels = image
+    if isinstance(image, Tensor):
+        pixels = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
+        pixels = (pixels.movedim(0, -1) if pixels.ndim == 3 else pixels).numpy()
+    sound = isinstance(pixels, np.ndarray) and pixels.ndim in (2, 3) and 0 not in pixels.shape
+    if not sound or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.dtype.kind not in "uif":
         raise UserError(
             f"an image of type {type(image).__name__} and shape {getattr(image, 'shape', '()')}; give a path, a PIL "
             "image, an array (H, W, 3) or a tensor (3, H, W)"

@@ -15,7 +15,8 @@ def batch_hard_triplet(v: Tensor, y: Tensor, margin: float = 0.3) -> Tensor:
     v  (N, C) vectors, compared by Euclidean distance; y (N,) identities, every one with two images or more
     Hermans et al., arXiv:1703.07737, with the margin of Luo et al., CVPRW 2019.
     """
-    distance = torch.cdist(full(v), full(v), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    with torch.autocast(v.device.type, enabled=False):
+        distance = torch.cdist(full(v), full(v), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
     same = y[:, None] == y
     farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
@@ -27,8 +28,9 @@ def circle_loss(v: Tensor, y: Tensor, margin: float = 0.25, scale: float = 64.0)
 
     v  (N, C) vectors, compared by cosine; y (N,) identities, every one with two images or more
     """
-    v = F.normalize(full(v))
-    cosine, same = v @ v.T, y[:, None] == y
+    with torch.autocast(v.device.type, enabled=False):  # the scale multiplies the rounding of a cosine
+        v = F.normalize(full(v))
+        cosine, same = v @ v.T, y[:, None] == y
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     pull = -scale * F.relu(1 + margin - cosine).detach() * (cosine - (1 - margin))
     push = scale * F.relu(cosine + margin).detach() * (cosine - margin)

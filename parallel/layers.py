@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from parallel.collectives import own_part, reaching_others, world_size
+from utils import UserError
 
 
 class Dropout(nn.Dropout):
@@ -79,6 +80,16 @@ class SyncBatchNormCPU(_BatchNorm):
         return torch.addcmul(self.bias.view(shape), centred, scale.view(shape)).to(x.dtype)
 
 
+def require_plain_norms(net: nn.Module) -> None:
+    """Raise UserError for a BatchNorm that does more, such as timm's with an activation inside: it would be lost."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNormCPU)
+    odd = {type(module).__name__ for module in net.modules() if isinstance(module, _BatchNorm)} - {
+        kind.__name__ for kind in plain
+    }
+    if odd:
+        raise UserError(f"sync_bn: true cannot replace the backbone's {', '.join(sorted(odd))}; set sync_bn: false")
+
+
 def act_on_whole_batch(nets: list[nn.Module], images: int, *, sync_bn: bool) -> None:
     """Replace the layers that see or draw across a batch, in place; parameters and their names stay.
 
@@ -88,6 +99,8 @@ def act_on_whole_batch(nets: list[nn.Module], images: int, *, sync_bn: bool) -> 
         return
     for net in nets:
         on_gpu = next(net.parameters()).is_cuda
+        if sync_bn:
+            require_plain_norms(net)
         if sync_bn and on_gpu:
             nn.SyncBatchNorm.convert_sync_batchnorm(net)
         for module in list(net.modules()):

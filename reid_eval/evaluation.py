@@ -53,6 +53,8 @@ def open_exported(args: argparse.Namespace, device: torch.device) -> TestNet:
     """The exported id net that `--model` names; of the run or the teacher that is named too, or UserError."""
     if args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: an exported file has its own; leave the option out")
+    if args.which_epoch and not args.name:
+        raise UserError("--which_epoch: names a snapshot of --name; a file holds one set of weights")
     set_threads(args.threads)
     exported = load_exported_for_test(Path(args.model))
     if args.name or args.teacher:

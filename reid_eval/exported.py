@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.images import to_uint8
+from files import digest_file
 from utils import UserError, one_line
 
 # Metadata of every exported file, each a JSON value.
@@ -28,26 +29,28 @@ def require(*modules: str) -> None:
 
 
 def open_session(model: Path | bytes) -> Any:
-    """An onnxruntime session of a file or its content, with as many threads as PyTorch has."""
+    """An onnxruntime session of a file or its content on the CPU, with as many threads as PyTorch has."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
     source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, options, providers=ort.get_available_providers())
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class ExportedNet:
     """An exported id net; called on normalised images (N, 3, H, W), it returns features (N, heads, dim) as tensors.
 
-    about  the file's metadata, see `KEYS`
+    about   the file's metadata, see `KEYS`
+    digest  a hash of the file
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"--model {path}: no such file; `python export.py --name RUN --out DIR` writes one")
         require("onnxruntime")
+        self.digest = digest_file(path)
         try:
             self.session = open_session(path)
             metadata = self.session.get_modelmeta().custom_metadata_map

@@ -39,11 +39,11 @@ Embed = Callable[[Sequence[Path]], np.ndarray]
 def fingerprint(net: nn.Module | ExportedNet, size: tuple[int, int]) -> str:
     """A hash of what the features depend on: the layers of the net, its tensors, the (height, width) of its images.
 
-    The layers are included because strides and pooling do not show in the tensors. That of an exported net is that of
-    the net which it was made from, with a mark, as the last digits of its features differ.
+    The layers are included because strides and pooling do not show in the tensors. Of an exported net it is that of the
+    file.
     """
     if isinstance(net, ExportedNet):
-        return f"exported {net.about['checksum']}"
+        return net.digest
     return hashlib.sha256(f"{size} {net!r} {digest_weights(net)}".encode()).hexdigest()
 
 

@@ -63,7 +63,7 @@ def compare(query: Features, gallery: Features, *, top: int = 1, remove_same_cam
     parts = []
     for rows in _chunks(query, gallery):
         scores = vectors[rows] @ side.T
-        one, two = _one_or_two_people(query.select(rows), gallery, remove_same_camera)
+        one, two = one_or_two_people(query.select(rows), gallery, remove_same_camera)
         count = np.count_nonzero(two)
         impostor[end : end + count] = scores[two]
         end += count
@@ -78,7 +78,7 @@ def compare(query: Features, gallery: Features, *, top: int = 1, remove_same_cam
 
 def find_known(query: Features, gallery: Features, *, remove_same_camera: bool = True) -> np.ndarray:
     """(nq,) whether the gallery shows the person of each query."""
-    masks = (_one_or_two_people(query.select(rows), gallery, remove_same_camera) for rows in _chunks(query, gallery))
+    masks = (one_or_two_people(query.select(rows), gallery, remove_same_camera) for rows in _chunks(query, gallery))
     return np.concatenate([one.any(1) for one, _ in masks])
 
 
@@ -87,7 +87,7 @@ def _chunks(query: Features, gallery: Features) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(query), step)]
 
 
-def _one_or_two_people(query: Features, gallery: Features, remove_same_camera: bool) -> tuple[np.ndarray, np.ndarray]:
+def one_or_two_people(query: Features, gallery: Features, remove_same_camera: bool) -> tuple[np.ndarray, np.ndarray]:
     """Masks (nq, ng) of the pairs that show one person and those that show two; what is left out is in neither."""
     same = query.pids[:, None] == gallery.pids
     left_out = np.zeros_like(same)

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.folders import have_cameras, read_people, read_split
+from data.folders import check_test_set, have_cameras, read_people, read_split
 from data.images import decode_images, normalise, to_uint8
 from data.listing import unsaid
 from files import make_folder, write_whole
@@ -40,7 +40,7 @@ from reid_eval.features import embed_images, extract_data_set
 from reid_eval.index import fingerprint, to_vectors
 from reid_eval.ranking import main_setting
 from reid_eval.report import evaluate_features
-from runs.folder import find_data, open_run
+from runs.folder import find_data, generator_config, open_run
 from runs.load import TestNet, open_net
 from runs.swapper import Swapper, load_swapper
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, set_threads
@@ -253,7 +253,7 @@ def quantise(tested: TestNet, to: Exporter, data_root: Path) -> None:
     """
     from onnxruntime import quantization
 
-    paths = read_split(data_root, "train_all").paths
+    paths = read_split(data_root, "train_all", need_names=False).paths
     chosen = np.random.default_rng(0).permutation(len(paths))[:CALIBRATION_IMAGES]
     images = decode_images([paths[i] for i in chosen], *tested.size)
     given = images.permute(0, 2, 3, 1).numpy() if to.kind == "uint8" else normalise(images).numpy()
@@ -292,9 +292,14 @@ def export(args: argparse.Namespace) -> None:
     if args.format == "onnx":
         require("onnx", "onnxruntime", "onnxscript")
     run = open_run(args.output_path, args.teacher or args.name or "latest")
-    model = load_swapper(run, CPU, args.which_epoch) if args.part == "generator" else None
+    if args.part == "generator":
+        generator_config(run)  # refuses a teacher's run
     tested = open_net(args, CPU)
+    model = load_swapper(run, CPU, str(tested.iteration)) if args.part == "generator" else None
     data_root = find_data(args.data, "--data", tested.data_root, tested.data_source)
+    if args.int8:
+        check_test_set(data_root, cameras=None)
+        read_split(data_root, "train_all", need_names=False)
     out = make_folder(Path(args.out))
     names = {"id": ["id"] + ["id-int8"] * args.int8, "generator": ["encode", "swap"]}[args.part]
     for path in (out / f"{name}.{args.format}" for name in names):

@@ -62,9 +62,13 @@ def pack(args: argparse.Namespace) -> Path:
     run = open_run(args.output_path, args.teacher or args.name)
     folder, manifest = args.out / run.name, args.out / MANIFEST
     listed = read_json(manifest, "give another --out") if manifest.exists() else {}
+    if not isinstance(listed, dict) or not all(isinstance(e, dict) and "files" in e for e in listed.values()):
+        raise UserError(f"{manifest}: not a manifest of runs; give another --out")
     if folder.exists():
         raise UserError(f"{folder} exists; give another --out")
-    part = make_folder(part_of(folder))
+    part = part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)  # of a pack that was killed
+    make_folder(part)
     try:
         if args.teacher:
             files = find_teacher(run.name, run.output_path)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backbones import TimmTrunk
 from config import Config, DGNetConfig, TeacherConfig
 from data.batch import Batch
 from data.cache import cached_images
@@ -28,12 +29,13 @@ from networks import structure_input
 from parallel import collectives
 from parallel.layers import act_on_whole_batch
 from precision import pick_precision
+from reIDmodel import seen_size
 from runs.folder import RunFolder, resolve_data_root
 from runs.load import build_trainer, num_classes, training_images
 from runs.snapshot import snapshots
 from runs.weights import digest_weights
 from trainer import DGNetTrainer, TeacherTrainer
-from utils import UserError, set_deterministic
+from utils import UserError, evaluating, one_line, set_deterministic
 
 log = logging.getLogger(__name__)
 CONTENTS = "contents of the training images"  # among the circumstances of a run
@@ -101,14 +103,32 @@ def build_session(
     session = build(cfg, run, device, resume=resume and bool(snapshots(run.checkpoints)))
     session.command = command
     images_per_process = collectives.own_batch_size(cfg.batch_size, sync_bn=cfg.sync_bn)
-    if isinstance(cfg, TeacherConfig) and cfg.images_per_identity and images_per_process % cfg.images_per_identity:
-        raise UserError(
-            f"batch_size {cfg.batch_size}: a process has {images_per_process} images, which are no whole identities of "
-            f"images_per_identity {cfg.images_per_identity}; change batch_size or the number of processes"
-        )
+    if isinstance(cfg, TeacherConfig) and (each := cfg.images_per_identity):
+        if images_per_process % each or images_per_process < 2 * each:
+            raise UserError(
+                f"batch_size {cfg.batch_size}: a process has {images_per_process} images, which are not two or more "
+                f"whole identities of images_per_identity {each}; raise batch_size or use fewer processes"
+            )
+    probe_backbones(session)
     nets = [*session.trainer.networks().values(), *getattr(session.trainer, "teachers", [])]
     act_on_whole_batch(nets, images_per_process, sync_bn=cfg.sync_bn)
     return session
+
+
+def probe_backbones(s: Session) -> None:
+    """Raise UserError if a backbone of timm cannot take images of the run's size; many are made for one size alone."""
+    size = seen_size(s.cfg.crop_image_height, s.cfg.crop_image_width)
+    for net in s.trainer.networks().values():
+        trunk = getattr(net, "model", None)
+        if isinstance(trunk, TimmTrunk):
+            try:
+                with torch.no_grad(), evaluating(trunk):
+                    trunk(torch.zeros(1, 3, *size, device=s.device))
+            except Exception as error:  # every network has its own
+                raise UserError(
+                    f"backbone {s.cfg.backbone}: cannot take images of {size[0]} x {size[1]} ({one_line(error)}); "
+                    "choose another backbone or size"
+                ) from None
 
 
 def training_data(cfg: Config) -> tuple[ImageList, int, People, list[str]]:

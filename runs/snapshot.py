@@ -211,6 +211,9 @@ def restore(folder: Path, trainer: Trainer, iteration: int) -> None:
             raise UserError(f"{file}: no such file; a run of an earlier version can be evaluated, but not resumed")
     elif not file.exists() and any(file.parent.glob("*.safetensors")):
         raise UserError(f"{file.parent}: holds weights but no training state; it can be used, but not resumed")
+    made_with = (read_manifest(folder, iteration) or {}).get("config", {})
+    if "average" in trainer.networks() and not made_with.get("ema_decay"):
+        raise UserError(f"{file.parent}: made without ema_decay, which cannot begin in the middle; set ema_decay=0")
     state = read_tensors(file)
     networks = {name: read_network(folder, name, iteration) for name in trainer.networks()}
     for name, net in trainer.networks().items():

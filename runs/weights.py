@@ -106,7 +106,10 @@ def plain_names(content: Any, source: Path) -> Mapping[str, Tensor]:
 
 
 def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
-    """`id_init: teacher`: copy the teacher's trunk, and its head into every head of the same size."""
+    """`id_init: teacher`: copy the teacher's trunk, and its head into every head of the same size.
+
+    Raises UserError for another backbone or neck.
+    """
     try:
         id_net.model.load_state_dict(teacher.model.state_dict())
     except RuntimeError:
@@ -114,6 +117,10 @@ def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
             f"id_init: teacher: the teacher {cfg.teachers[0]} has another backbone than {cfg.backbone}"
         ) from None
     head = teacher.heads()[0].state_dict()
+    if {len(own.state_dict()) for own in id_net.heads()} != {len(head)}:
+        raise UserError(f"id_init: teacher: the teacher {cfg.teachers[0]} has another neck than {cfg.neck}")
+    if type(getattr(id_net, "pool", teacher.pool)) is not type(teacher.pool):
+        log.warning("id_init: teacher: its head was trained on vectors pooled otherwise than by pool: %s", cfg.pool)
     for own in id_net.heads():
         if {name: v.shape for name, v in own.state_dict().items()} == {name: v.shape for name, v in head.items()}:
             own.load_state_dict(head)
@@ -147,8 +154,9 @@ def load_imagenet(trunk: ResNet | TimmTrunk, name: str, file: str | None) -> Non
     try:
         state = plain_names(read_tensors(path), path)
         if isinstance(trunk, TimmTrunk):  # without the classifier that a file may hold
-            classifier = f"{net.pretrained_cfg['classifier']}."
-            state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+            heads = net.pretrained_cfg["classifier"]
+            heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+            state = {key: value for key, value in state.items() if not key.startswith(heads)}
         net.load_state_dict(state)
     except UserError:
         raise

@@ -128,15 +128,21 @@ def main() -> None:
     marks = {name: content_mark(root) for name, root in roots.items()}
 
     file = make_folder(args.out) / "compared.json"
-    kept = read_json(file, "give another --out")["rows"] if file.exists() else {}
+    kept = read_json(file, "give another --out") if file.exists() else {"rows": {}}
+    if not isinstance(kept, dict) or not isinstance(kept.get("rows"), dict):
+        raise UserError(f"{file}: not a table of studies.compare; give another --out")
+    kept, machine = kept["rows"], describe_machine()
     how = dict(device=str(device), threads=torch.get_num_threads(), cameras=not args.no_cameras)
-    results = how | {"machine": describe_machine(), "data": marks, "rows": {}}
+    how |= {key: machine.get(key) for key in ("cpu", "gpu", "torch")}
+    results = how | {"machine": machine, "rows": dict(kept)}
     for name, tested in nets.items():
         mark = {"net": fingerprint(tested.net, tested.size)} | how
         row = kept.get(name, {})
         if row.get("mark") != mark:
             row = {"mark": mark, "title": tested.title, "accuracy": {}} | measure_net(tested, device)
-        row["accuracy"] = {key: value for key, value in row["accuracy"].items() if value["images"] == marks.get(key)}
+        row["accuracy"] = {
+            key: value for key, value in row["accuracy"].items() if value["images"] == marks.get(key, value["images"])
+        }
         results["rows"][name] = row
         for key, root in roots.items():
             if key not in row["accuracy"]:
@@ -144,6 +150,7 @@ def main() -> None:
                 row["accuracy"][key] = accuracy | {"images": marks[key]}
                 write_json(file, results)
     write_json(file, results)
+    results["rows"] = {name: results["rows"][name] for name in nets}
     table = as_markdown(results)
     write_text(args.out / "compared.md", table)
     draw(results, args.out / "compared.png")

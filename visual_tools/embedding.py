@@ -23,6 +23,7 @@ from data.images import load_image
 from files import read_json
 from reid_eval.features import Features, load_features
 from reid_eval.index import to_vectors
+from reid_eval.open_set import one_or_two_people
 from reid_eval.ranking import JUNK, main_setting
 from runs.folder import open_run, resolve_data_root
 from runs.load import find_teacher
@@ -102,20 +103,15 @@ def with_cameras(file: Path, query: Features, gallery: Features) -> bool:
 def first_answers(query: Features, gallery: Features, *, cameras: bool) -> Answers:
     """The first answers, by the rules of `ranking.rank`; `cameras` is its `remove_same_camera`."""
     _, weights = main_setting(query.features.shape[1])
-    q_marks, g_marks = (query.camids, gallery.camids) if cameras else (query.keys, gallery.keys)
     index, mark = np.full(len(query), -1), np.full(len(query), "", "<U8")
     step = max(1, SCORE_BYTES // (4 * len(gallery)))
     for rows in (slice(start, start + step) for start in range(0, len(query), step)):
         products = query.features[rows].transpose(1, 0, 2) @ gallery.features.transpose(1, 2, 0)
         scores = sum(np.float32(w) * product for w, product in zip(weights, products, strict=True))
-        same = query.pids[rows, None] == gallery.pids
-        hidden = np.broadcast_to((gallery.pids == JUNK) & cameras, same.shape).copy()
-        if q_marks is not None and g_marks is not None:
-            hidden |= same & (q_marks[rows, None] == g_marks)
-        scores[hidden] = -np.inf
-        best, matched = scores.argmax(1), same & ~hidden & (query.pids[rows, None] != JUNK)
+        matched, others = one_or_two_people(query.select(np.arange(len(query))[rows]), gallery, cameras)
+        scores[~(matched | others)] = -np.inf
+        best, counts = scores.argmax(1), (matched | others).any(1)
         right = np.take_along_axis(matched, best[:, None], 1)[:, 0]
-        counts = ~hidden.all(1)
         index[rows] = np.where(counts, best, -1)
         mark[rows] = np.where(counts, np.where(right, "right", np.where(matched.any(1), "wrong", "no match")), "")
     return Answers(index, mark)

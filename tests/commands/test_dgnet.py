@@ -75,6 +75,7 @@ def test_images_may_come_in_any_form(model: dgnet.Model, paths: list[Path]) -> N
     for form in forms:
         assert np.array_equal(model.embed(form), expected), type(form)
     gray = np.asarray(image.convert("L"))
+    assert np.array_equal(model.embed(torch.from_numpy(gray.copy())), model.embed(gray))
     assert np.array_equal(model.embed(gray), model.embed(np.stack([gray] * 3, axis=-1)))
     mixed = model.embed([paths[0], array, tensor, paths[1]])
     assert mixed.shape == (4, 2, 512) and np.allclose(mixed[:3], expected, atol=1e-6)
@@ -124,6 +125,8 @@ def test_teachers_and_exported_nets_embed_but_do_not_swap(
         (np.zeros((9, 0, 3), np.uint8), "(9, 0, 3)"),
         (np.full((8, 4, 3), 3.0), "3.0"),
         ([object()], "object"),
+        (None, "NoneType"),
+        (np.array("x"), "()"),
     ],
 )
 def test_what_is_no_image_is_refused(model: dgnet.Model, given: object, named: str) -> None:
@@ -133,6 +136,10 @@ def test_what_is_no_image_is_refused(model: dgnet.Model, given: object, named: s
 
 
 def test_unknown_names_are_refused(place: OutputFolder) -> None:
+    for name in ("tutor", place.folder / "files" / "id.onnx"):
+        with pytest.raises(UserError, match="which_epoch"):
+            dgnet.load(name, output_path=str(place.folder), which_epoch=4)
+    assert dgnet.load("tiny", output_path=str(place.folder), which_epoch=4).tested.iteration == 4
     for name in ("nobody", place.folder / "nothing.onnx"):
         with pytest.raises(UserError) as refusal:
             dgnet.load(name, output_path=str(place.folder))

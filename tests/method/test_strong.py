@@ -74,6 +74,14 @@ def test_metric_losses_are_those_of_pytorch_metric_learning() -> None:
         torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-9, atol=1e-9)
 
 
+def test_metric_losses_are_computed_in_full_precision() -> None:
+    v, y = batch_of_identities(torch.float32)
+    for loss in (batch_hard_triplet, circle_loss):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss(v, y)
+        assert torch.equal(inside, loss(v, y))
+
+
 def test_a_triplet_by_hand() -> None:
     v, y = torch.tensor([[0.0], [1.0], [1.2], [5.0]], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     # Farthest of the same: 1, 1, 3.8, 3.8; nearest other: 1.2, 0.2, 0.2, 4.
@@ -260,6 +268,7 @@ def test_a_strong_teacher_resumes_is_tested_and_starts_an_id_net(
     schedule = dict(max_iter=2, warm_teacher_iter=0, snapshot_save_iter=2, lr2=1e-12, id_weight_decay=0)
     assert (outcome := train("pupil", merged(TINY_DGNET, pupil | schedule))).code == 0, outcome.err
     assert script("test", "--name", "pupil", *where).code == 0
+    assert "neck" in train("other", merged(TINY_DGNET, pupil | schedule | dict(neck="linear"))).error
     teacher = load_teacher("whole", tmp_path)
     state = torch.load(tmp_path / "outputs" / "pupil" / "checkpoints" / "00000002" / "id.pt")["a"]
     torch.testing.assert_close(state["classifier1.classifier.0.weight"], teacher.classifier.classifier[0].weight)

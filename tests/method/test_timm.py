@@ -19,6 +19,7 @@ from conftest import CPU, HEIGHT, TINY_DGNET, TINY_TEACHER, WIDTH, Outcome, cont
 from backbones import build_trunk, trunk_channels, trunk_map
 from data.folders import read_split
 from data.images import decode_images, normalise
+from parallel.layers import require_plain_norms
 from reid_eval.features import embed_images
 from reIDmodel import build_id_net
 from runs.folder import RunFolder
@@ -76,9 +77,28 @@ def test_weights_come_from_a_file_or_a_cache(tmp_path: Path, monkeypatch: pytest
         load_imagenet(trunk, "timm/test_resnet", None)
 
 
+@pytest.mark.parametrize("name", ["timm/efficientnet_b0", "timm/ghostnet_050", "timm/swin_tiny_patch4_window7_224"])
+def test_channels_are_those_of_the_map(name: str) -> None:
+    trunk = build_trunk(name, last_stride=2).train()
+    x = torch.randn(2, 3, 128, 64)
+    assert trunk(x).shape[1] == trunk_channels(trunk)
+    assert not any(getattr(module, "drop_prob", 0) for module in trunk.modules())
+
+
+def test_norms_with_an_activation_inside_are_not_replaced() -> None:
+    with pytest.raises(UserError, match="sync_bn"):
+        require_plain_norms(build_trunk("timm/efficientnet_b0", last_stride=2))
+    require_plain_norms(build_trunk("timm/test_resnet", last_stride=2))
+
+
 @pytest.mark.parametrize(
     "name,stride,what",
-    [("timm/resnet5", 2, "resnet50"), ("timm/test_vit", 1, "stride"), ("timm/nothing", 2, "nothing")],
+    [
+        ("timm/resnet5", 2, "resnet50"),
+        ("timm/zzz", 2, "zzz"),
+        ("timm/resnet50.bogus", 2, "bogus"),
+        *((f"timm/{name}", 1, "stride") for name in ("test_vit", "resnetaa50", "skresnet50", "res2net50_26w_4s")),
+    ],
 )
 def test_what_timm_does_not_have_is_refused(name: str, stride: int, what: str) -> None:
     with pytest.raises(UserError, match=what):
@@ -89,6 +109,13 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build_trunk("timm/resnet50", last_stride=2)
+
+
+def test_a_network_of_another_size_is_refused(tiny_data: Path, tmp_path: Path, script: Callable[..., Outcome]) -> None:
+    config = TINY_TEACHER | dict(data_root=str(tiny_data), backbone="timm/vit_small_patch14_dinov2")
+    (tmp_path / "dino.yaml").write_text(yaml.safe_dump(config))
+    outcome = script("train", "--config", tmp_path / "dino.yaml", "--output_path", tmp_path)
+    assert "vit_small_patch14_dinov2" in outcome.error and not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("name", [pytest.param(KINDS[0], marks=pytest.mark.slow), KINDS[1]])
