@@ -20,7 +20,7 @@ import dgnet
 
 OUT = Path(tempfile.gettempdir()) / "dgnet-examples"
 OUT.mkdir(exist_ok=True)
-PEOPLE = ROOT / "examples" / "people"
+PEOPLE = ROOT / "examples" / "many"
 query, gallery = (sorted((PEOPLE / folder).glob("*.jpg")) for folder in ("query", "bounding_box_test"))
 
 # %% [markdown]

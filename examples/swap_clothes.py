@@ -18,7 +18,7 @@ import dgnet
 
 OUT = Path(tempfile.gettempdir()) / "dgnet-examples"
 OUT.mkdir(exist_ok=True)
-PEOPLE = ROOT / "examples" / "people"
+PEOPLE = ROOT / "examples" / "many"
 images = sorted((PEOPLE / "query").glob("*.jpg"))
 by_person = {path.name[:4]: path for path in reversed(images)}
 people = sorted(by_person.values())[:8]

@@ -30,7 +30,7 @@ def test_notebooks_run(notebook: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_shipped_run_swaps_and_finds(script: Callable[..., Outcome], tmp_path: Path) -> None:
-    people = ROOT / "examples" / "people"
+    people = ROOT / "examples" / "many"
     outcome = script("visual_tools/show_rainbow", "--name", "pretrained", "--out", tmp_path / "rainbow.png")
     assert outcome.code == 0 and (tmp_path / "rainbow.png").is_file(), outcome.err
     query = sorted((people / "query").glob("*.jpg"))[0]

@@ -12,7 +12,7 @@ from mannequins.dataset import make_dataset
 from utils import ROOT
 
 DRAWINGS = {"docs/swap_grid.png"}  # painted by a run that was trained on people whom the renderer has drawn
-PEOPLE = "examples/people/"  # drawn by the renderer, see below
+PEOPLE = "examples/many/"  # drawn by the renderer, see below
 WEIGHTS = ("outputs/pretrained/checkpoints/", "models/pretrained-teacher/")  # see outputs/pretrained/README.md
 
 
