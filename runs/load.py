@@ -114,7 +114,7 @@ def load_teacher(name: str, output_path: Path, classes: int | None = None) -> Id
         )
     options = dict(stride=files.stride, pool=files.pool, neck=files.neck)
     net = build_teacher(len(last), backbone=files.backbone, **options)
-    load_network(net, state, files.weights)
+    load_network(net, state, files.weights, "opts.yaml")
     return net.eval()
 
 

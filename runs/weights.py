@@ -40,7 +40,7 @@ def digest_weights(*nets: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path, config: str = "the config") -> None:
     """Load a state_dict strictly, a published one or ours: nothing may be missing or of another shape.
 
     Let through, with one note: the trunk's unused `fc` (absent, present or of another size), and unused attention
@@ -55,24 +55,26 @@ def load_network(net: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
     missing = [name for name in wanted if name not in state and not name.startswith("model.fc.")]
     if missing or unexpected:
         listing = [f"missing {short(missing)}"] * bool(missing) + [f"unexpected {short(unexpected)}"] * bool(unexpected)
-        raise WrongNetwork(f"{source}: belongs to another network ({'; '.join(listing)}); check the config beside it")
+        raise WrongNetwork(f"{source}: belongs to another network ({'; '.join(listing)}); check {config} beside it")
     shapes = [n for n in wanted if n in state and wanted[n].shape != state[n].shape and not n.startswith("model.fc.")]
     if shapes:
-        raise WrongNetwork(describe_mismatch(source, shapes[0], state, wanted))
+        raise WrongNetwork(describe_mismatch(source, shapes[0], state, wanted, config))
     if tolerated:
         log.info("%s: unused tensors left out: %s", source, short(tolerated))
     usable = {n: state[n] if n in state and state[n].shape == wanted[n].shape else wanted[n] for n in wanted}
     net.load_state_dict(usable)
 
 
-def describe_mismatch(source: Path, name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def describe_mismatch(
+    source: Path, name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: str
+) -> str:
     theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
     if re.fullmatch(r"classifier\d?\.classifier\.0\.(weight|bias)", name):
         return (
             f"{source}: made for {theirs[0]} identities, but ID_class is {ours[0]}; "
             "use the training folder it was made for, or train anew"
         )
-    return f"{source}: {name} has shape {theirs}, the config asks for {ours}; check the config beside it"
+    return f"{source}: {name} has shape {theirs}, {config} asks for {ours}; check {config} beside it"
 
 
 def short(names: list[str]) -> str:
