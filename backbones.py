@@ -48,7 +48,7 @@ class TimmTrunk(nn.Module):
     def __init__(self, name: str, last_stride: int) -> None:
         super().__init__()
         self.net = create_timm(name)
-        # What `num_features` names may come after a last convolution that the map has not passed.
+        # `num_features` may count the channels of a later convolution, which the map has not passed through.
         features = self.net.feature_info
         self.channels = features[-1]["num_chs"] if isinstance(features, list) else features.channels()[-1]
         if last_stride == 1:
@@ -60,7 +60,7 @@ class TimmTrunk(nn.Module):
         self.register_buffer("shift", (mean - their_mean) / their_std, persistent=False)
 
     def remove_last_stride(self, name: str) -> None:
-        """Only a ResNet with plain shortcuts has a last stride that can be 1 without any other change."""
+        """Set the last stride to 1, which only ResNets with plain shortcuts allow without other changes."""
         block = self.net.layer4[0] if hasattr(self.net, "layer4") else None
         shortcut = getattr(block, "downsample", None)
         strided = getattr(block, "conv2" if hasattr(block, "conv3") else "conv1", None)

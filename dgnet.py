@@ -57,7 +57,7 @@ def load(
     tested = load_exported_for_test(Path(source)) if exported else load_for_test(run, on, which)
     if exported or tested.iteration is None:
         if which:
-            raise UserError(f"which_epoch {which}: {tested.title} has one set of weights alone")
+            raise UserError(f"which_epoch {which}: {tested.title} has only one set of weights")
         return Model(tested, on)
     return Model(tested, on, run)
 

@@ -138,10 +138,15 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def digest_file(path: Path) -> str:
-    """A hash of a file's content. Raises UserError if it cannot be read."""
+    """A hash of a file's content, the first half of its SHA-256. Raises UserError if it cannot be read."""
+    return sha256(path)[:32]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); replace or remove the file") from None
 

@@ -30,11 +30,7 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if args.save_features:
         check_feature_file(args.save_features)
     tested = open_exported(args, device) if args.model else open_net(args, device)
-    recorded = tested.data_root, tested.data_source
-    given = [find_data(folder, "--test_dir", *recorded) for folder in args.test_dir or [None]]
-    roots = {data_set_name(root): root for root in given}
-    if args.test_dir and len(roots) < len(args.test_dir):
-        raise UserError(f"--test_dir {' '.join(args.test_dir)}: two have the same name; give every data set once")
+    roots = test_roots(args.test_dir, tested)
     if args.save_features and len(roots) > 1:
         raise UserError("--save-features: holds one data set; give one --test_dir")
     # Check all of them first, so that a missing folder is reported before the first evaluation.
@@ -47,6 +43,16 @@ def run_test(args: argparse.Namespace, device: torch.device) -> None:
     if len(reports) > 1 and is_main():
         trained_on = data_set_name(resolve_data_root(tested.data_root))
         print(f"\n{tested.title}, trained on {trained_on}\n{format_comparison(reports)}")
+
+
+def test_roots(given: Sequence[str] | None, tested: TestNet) -> dict[str, Path]:
+    """The data sets that `--test_dir` names, or the one that the net was trained on, by their names."""
+    recorded = tested.data_root, tested.data_source
+    roots = [find_data(folder, "--test_dir", *recorded) for folder in given or [None]]
+    named = {data_set_name(root): root for root in roots}
+    if len(named) < len(roots):
+        raise UserError(f"--test_dir {' '.join(given)}: two have the same name; give every data set once")
+    return named
 
 
 def open_exported(args: argparse.Namespace, device: torch.device) -> TestNet:

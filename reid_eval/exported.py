@@ -58,7 +58,7 @@ class ExportedNet:
         except Exception as error:  # onnxruntime raises many kinds for a damaged or foreign file
             raise UserError(f"--model {path}: not a readable file of export.py ({one_line(error)})") from None
         if missing := [key for key in KEYS if key not in self.about]:
-            raise UserError(f"--model {path}: not a file of export.py, which writes {', '.join(missing)} into it")
+            raise UserError(f"--model {path}: not written by export.py (no {', '.join(missing)} in its metadata)")
         if self.about["part"] != "id":
             raise UserError(f"--model {path}: holds the generator's {self.about['part']}; give the id net's file")
         size, shape = list(self.size), self.session.get_inputs()[0].shape

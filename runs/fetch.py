@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, Field, TypeAdapter
 from tqdm import tqdm
 
-from files import hold_folder, make_folder, part_of, write_whole
+from files import hold_folder, make_folder, part_of, sha256, write_whole
 from runs.folder import RunFolder
 from runs.weights import short
 from utils import UserError, one_line
@@ -58,12 +58,6 @@ MANIFEST = TypeAdapter(dict[str, Entry])
 def cache_folder() -> Path:
     """Where downloads are kept: `runs` in PyTorch's cache, which TORCH_HOME and XDG_CACHE_HOME move."""
     return Path(torch.hub.get_dir()) / "runs"
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- the manifest
@@ -128,7 +122,7 @@ def fetch_file(file: Listed, cache: Path, label: str) -> Path:
     Raises UserError if no mirror has a file of this SHA-256, with the reason for each.
     """
     whole, problems = cache / file.sha256, []
-    if whole.is_file() and file_digest(whole) == file.sha256:
+    if whole.is_file() and sha256(whole) == file.sha256:
         return whole
     part = whole.with_suffix(".part")
     for url in file.urls:
@@ -143,7 +137,7 @@ def fetch_file(file: Listed, cache: Path, label: str) -> Path:
                 if _size(part) > before:
                     continue  # it broke off on the way: go on from there
                 break
-            if file_digest(part) == file.sha256:
+            if sha256(part) == file.sha256:
                 part.replace(whole)
                 return whole
             part.unlink()

@@ -248,6 +248,12 @@ def load_for_test(run: RunFolder, device: torch.device, which: str | None = None
     """The id net of the DG-Net run of that name, or else the teacher. Raises UserError if there is neither."""
     if run.config_file.is_file() and run_config(run).generates:
         return load_run_for_test(run, which, device)
+    try:
+        find_teacher(run.name, run.output_path)
+    except UserError as error:
+        if run.model.is_dir():
+            raise
+        raise UserError(f"{run.path}: no run of that name, and no teacher; give the name of either") from error
     return load_teacher_for_test(run, device)
 
 

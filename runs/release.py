@@ -19,8 +19,8 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from files import make_folder, part_of, read_json, read_tensors, write_json, write_safetensors, write_tensors
-from runs.fetch import file_digest, get
+from files import make_folder, part_of, read_json, read_tensors, sha256, write_json, write_safetensors, write_tensors
+from runs.fetch import get
 from runs.folder import generator_config, open_run
 from runs.load import find_teacher, pick_epoch
 from runs.snapshot import OPTIMIZERS, flat_file, own_snapshots, read_manifest, read_network, snapshot_folder
@@ -109,7 +109,7 @@ def list_files(folder: Path, mirrors: Sequence[str]) -> dict[str, dict[str, obje
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         urls = [place + quote(f"{folder.name}/{name}") for place in places]
-        listed[name] = {"sha256": file_digest(path), "size": path.stat().st_size, "urls": urls}
+        listed[name] = {"sha256": sha256(path), "size": path.stat().st_size, "urls": urls}
     return listed
 
 

@@ -106,8 +106,8 @@ def build_session(
     if isinstance(cfg, TeacherConfig) and (each := cfg.images_per_identity):
         if images_per_process % each or images_per_process < 2 * each:
             raise UserError(
-                f"batch_size {cfg.batch_size}: a process has {images_per_process} images, which are not two or more "
-                f"whole identities of images_per_identity {each}; raise batch_size or use fewer processes"
+                f"batch_size {cfg.batch_size}: a process gets {images_per_process} images, but needs two or more "
+                f"identities with images_per_identity {each} each; change batch_size or use fewer processes"
             )
     probe_backbones(session)
     nets = [*session.trainer.networks().values(), *getattr(session.trainer, "teachers", [])]

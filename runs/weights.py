@@ -122,7 +122,7 @@ def start_from_teacher(id_net: IdNet, teacher: IdNet, cfg: DGNetConfig) -> None:
     if {len(own.state_dict()) for own in id_net.heads()} != {len(head)}:
         raise UserError(f"id_init: teacher: the teacher {cfg.teachers[0]} has another neck than {cfg.neck}")
     if type(getattr(id_net, "pool", teacher.pool)) is not type(teacher.pool):
-        log.warning("id_init: teacher: its head was trained on vectors pooled otherwise than by pool: %s", cfg.pool)
+        log.warning("id_init: teacher: the teacher's head was trained with another pooling than pool: %s", cfg.pool)
     for own in id_net.heads():
         if {name: v.shape for name, v in own.state_dict().items()} == {name: v.shape for name, v in head.items()}:
             own.load_state_dict(head)

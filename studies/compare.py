@@ -18,14 +18,14 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.machine import describe_machine
-from data.folders import check_test_set, data_set_name, read_split
+from data.folders import check_test_set, read_split
 from files import digest_files, digest_of, make_folder, read_json, write_json, write_text, write_whole
-from reid_eval.evaluation import say_test_images
+from reid_eval.evaluation import say_test_images, test_roots
 from reid_eval.features import embed_images, extract_data_set
 from reid_eval.index import fingerprint
 from reid_eval.ranking import CONVENTIONS, main_setting
 from reid_eval.report import COLUMNS, evaluate_features
-from runs.folder import find_data, open_run
+from runs.folder import open_run
 from runs.load import TestNet, load_for_test
 from utils import UserError, add_machine_arguments, pick_device, run_cli, set_threads
 
@@ -117,11 +117,7 @@ def main() -> None:
     device = pick_device(args.device)
     set_threads(args.threads)
     nets = {name: load_for_test(open_run(args.output_path, name), device) for name in dict.fromkeys(args.runs)}
-    first = next(iter(nets.values()))
-    given = [find_data(folder, "--test_dir", first.data_root, first.data_source) for folder in args.test_dir or [None]]
-    roots = {data_set_name(root): root for root in given}
-    if len(roots) < len(given):
-        raise UserError(f"--test_dir {' '.join(args.test_dir)}: two have the same name; give every data set once")
+    roots = test_roots(args.test_dir, next(iter(nets.values())))
     for root in roots.values():
         check_test_set(root, cameras=not args.no_cameras)
         say_test_images(root, ("query", "gallery"))
