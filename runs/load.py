@@ -250,10 +250,10 @@ def load_for_test(run: RunFolder, device: torch.device, which: str | None = None
         return load_run_for_test(run, which, device)
     try:
         find_teacher(run.name, run.output_path)
-    except UserError as error:
+    except UserError:
         if run.model.is_dir():
             raise
-        raise UserError(f"{run.path}: no run of that name, and no teacher; give the name of either") from error
+        raise UserError(f"{run.path}: no run of that name, and no teacher; give the name of either") from None
     return load_teacher_for_test(run, device)
 
 
