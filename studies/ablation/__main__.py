@@ -44,7 +44,13 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--data_root", help="data set with identities and cameras in its names (default: drawn)")
     data.add_argument("--data_seed", type=between(0), metavar="N", help="draw the preset's data from another seed")
     add("--seeds", type=between(1), default=3, metavar="N", help="train every cell with seeds 0 to N-1 (default: 3)")
-    add("--cells", nargs="+", choices=CELLS, metavar="NAME", help="these cells and those that they need (default: all)")
+    add(
+        "--cells",
+        nargs="+",
+        choices=CELLS,
+        metavar="NAME",
+        help="these cells and those that they need (default: the preset's)",
+    )
     add("--out", type=Path, metavar="DIR", help="result folder (default: outputs/ablation/PRESET[-data-N])")
     add("--evaluate", choices=("val", "test"), default="val", help="identities to score (default: val)")
     add("--again", action="store_true", help="score finished runs once more, on test too")
@@ -56,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 def choose_runs(study: Study, names: list[str] | None, seeds: int) -> list[Run]:
     """The chosen runs and those that they need, seed by seed: the whole table stands after the first seed."""
-    chosen = set(names or study.preset.cells or CELLS)
+    chosen = set(names or study.preset.cells)
     if same := {name for name in chosen if is_both(study.preset, name)}:
         chosen = chosen - same | {"both"}
         if names:

@@ -31,7 +31,7 @@ PRIMARY, FINE, ONE_HEAD = "beta 0", "fine", "feature"
 BETAS = (0, 0.1, 0.25, 0.5, 0.75, 1, 2)  # of the sweep at test time
 
 # In the order of the table. A label says what is changed, and nothing else is.
-CELLS: dict[str, Cell] = {
+PAPER_CELLS: dict[str, Cell] = {
     # ---- Table 3, and fair opponents
     "teacher": Cell("teacher", ONE_HEAD, {}, "teacher"),
     "teacher_long": Cell("teacher", ONE_HEAD, {}, "teacher, time of teacher and DG-Net together"),
@@ -59,6 +59,27 @@ CELLS: dict[str, Cell] = {
     "alpha_0.5": Cell("dgnet", BOTH, {"B_w": 0.5}, "alpha 0.5"),
     "alpha_1": Cell("dgnet", BOTH, {"B_w": 1.0}, "alpha 1"),
 }
+# Each option of a strong teacher by itself, and what configs/photos-strong-teacher.yaml puts together of them.
+BALANCED = {"images_per_identity": 4}
+STRONG = BALANCED | dict(lr=0.05, neck="bnneck", dropout=0.0, triplet_w=1.0, label_smoothing=0.1)
+STRONG_ID = {key: STRONG[key] for key in ("neck", "label_smoothing")}  # what the id net of DG-Net has of them
+OPTION_CELLS: dict[str, Cell] = {
+    name: Cell("teacher", ONE_HEAD, changes, about)
+    for name, changes, about in (
+        ("bnneck", {"neck": "bnneck", "dropout": 0.0}, "teacher with BNNeck, no dropout"),
+        ("gem", {"pool": "gem"}, "teacher with GeM pooling"),
+        ("smoothing", {"label_smoothing": 0.1}, "teacher with label smoothing 0.1"),
+        ("balanced", BALANCED, "teacher, batches of 8 identities x 4 images"),
+        ("triplet", BALANCED | {"triplet_w": 1.0}, "the same with the triplet loss"),
+        ("circle", BALANCED | {"circle_w": 0.1}, "the same with the circle loss, weight 0.1"),
+        ("grayscale", {"grayscale_p": 0.2}, "teacher, 20 % of the images gray"),
+        ("jitter", {"jitter": 0.2}, "teacher with colour jitter 0.2"),
+        ("average", {"ema_decay": 0.998}, "teacher, average of the weights"),
+        ("low_rate", {"lr": 0.05}, "teacher with half the rate"),
+        ("strong", STRONG, "strong teacher: the options of configs/photos-strong-teacher.yaml together"),
+    )
+}
+CELLS = PAPER_CELLS | OPTION_CELLS
 # Trained for as many steps as the teacher makes in the time of `teacher` and `both` together.
 LONG = ("teacher_long", "teacher_erasing", "offline")
 # How an id net learns from nothing within minutes (studies/ablation/notebook.md).
@@ -75,7 +96,7 @@ class Preset:
 
     data      every setting of the renderer, whose own presets may change; None: the user's photographs
     configs   files of teacher and DG-Net
-    cells     those that are trained if none are chosen; () is all
+    cells     those that are trained if none are chosen
     held_out  share of the training identities that no run sees, in whole groups of the same colours
     swaps     pairs on which generation is measured
     """
@@ -84,7 +105,7 @@ class Preset:
     data: dict[str, Any] | None
     configs: tuple[str, str]
     swaps: int = 512
-    cells: tuple[str, ...] = ()
+    cells: tuple[str, ...] = tuple(PAPER_CELLS)
     teacher: dict[str, Any] = field(default_factory=dict)
     dgnet: dict[str, Any] = field(default_factory=dict)
     held_out: float = 1 / 7
@@ -106,6 +127,8 @@ TINY_DGNET = dict(
     **dict(batch_size=2, max_iter=8, id_freeze_iter=4, warm_iter=4, warm_teacher_iter=4, warm_scale=0.5),
     **dict(snapshot_save_iter=2, image_save_iter=8, image_display_iter=8, display_size=2, precision="fp32"),
 )
+
+FAIR = ("teacher", "teacher_long", "both")  # does DG-Net beat its teacher, given as much time?
 
 # No data set is drawn from seed 0: that is the demo's, whose test identities have been looked at.
 PRESETS: dict[str, Preset] = {
@@ -145,6 +168,29 @@ PRESETS: dict[str, Preset] = {
         None,
         ("configs/photos-teacher.yaml", "configs/photos.yaml"),
         cells=("teacher", "teacher_long", "no_feedback", "primary_only", "both", "recoloured"),
+    ),
+    "photos-options": Preset(
+        "each option of a strong teacher by itself, for 20 epochs, on the data of photos",
+        None,
+        ("configs/photos-teacher.yaml", "configs/photos.yaml"),
+        cells=("teacher", *OPTION_CELLS),
+        teacher=dict(epochs=20),
+    ),
+    "photos-strong": Preset(
+        "photos with a strong teacher, and its neck and label smoothing in the id net",
+        None,
+        ("configs/photos-strong-teacher.yaml", "configs/photos.yaml"),
+        cells=FAIR,
+        dgnet=STRONG_ID,
+    ),
+    "scratch-strong": Preset(
+        "scratch with a strong teacher, and its neck and label smoothing in the id net",
+        SMALL_DATA | dict(seed=8),
+        SMALL_CONFIGS,
+        cells=FAIR,
+        teacher=STRONG,
+        dgnet=FROM_SCRATCH | dict(max_iter=2000) | STRONG_ID,
+        held_out=1 / 3,
     ),
 }
 

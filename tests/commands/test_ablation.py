@@ -28,7 +28,20 @@ from runs.snapshot import snapshots
 from studies.ablation import __main__ as ablation
 from studies.ablation import runs as ablation_runs
 from studies.ablation import table
-from studies.ablation.cells import BETAS, CELLS, PRESETS, cell_config, common_steps, is_both, needs, starts_as_both
+from studies.ablation.cells import (
+    BETAS,
+    CELLS,
+    OPTION_CELLS,
+    PAPER_CELLS,
+    PRESETS,
+    STRONG,
+    cell_config,
+    common_steps,
+    is_both,
+    needs,
+    read_base,
+    starts_as_both,
+)
 from studies.ablation.runs import Study, TrueSwaps, long_epochs, prepare_data, train
 from trainer import DGNetTrainer, TeacherTrainer
 from utils import ROOT, UserError, run_cli
@@ -216,7 +229,7 @@ def test_data_that_do_not_suffice(study, tiny_data, tmp_path):
     with pytest.raises(UserError, match="8 training identities"):
         ablation_runs.hold_out(tiny_data, tmp_path, None, 1 / 7)
     bare = replace(study, factors=None)
-    assert {name for name, _ in ablation.choose_runs(bare, None, 1)} == set(CELLS) - {"oracle", "alpha_0.2"}
+    assert {name for name, _ in ablation.choose_runs(bare, None, 1)} == set(PAPER_CELLS) - {"oracle", "alpha_0.2"}
     with pytest.raises(UserError, match="--cells oracle"):
         ablation.choose_runs(bare, ["oracle"], 1)
 
@@ -239,6 +252,13 @@ def test_every_cell_of_every_preset_has_a_configuration():
             assert starts_as_both("alpha_1", live)
         assert needs("alpha_1", configs["alpha_1"], 1) == {("teacher", 0), ("teacher", 1), ("both", 1)}
         assert needs("teacher", configs["teacher"], 1) == set()
+
+
+def test_the_strong_recipe_is_the_plain_one_and_its_options():
+    plain, strong = (read_base(ROOT / f"configs/{name}.yaml") for name in ("photos-teacher", "photos-strong-teacher"))
+    assert strong == plain | STRONG
+    for name in OPTION_CELLS:
+        assert needs(name, cell_config(PRESETS["photos-options"], name, 1, data_root="d"), 1) == set()
 
 
 @pytest.mark.parametrize("has", [True, False])
