@@ -170,11 +170,11 @@ PRESETS: dict[str, Preset] = {
         cells=("teacher", "teacher_long", "no_feedback", "primary_only", "both", "recoloured"),
     ),
     "photos-options": Preset(
-        "each option of a strong teacher by itself, for 20 epochs, on the data of photos",
+        "each option of a strong teacher by itself, for 12 epochs, on the data of photos",
         None,
         ("configs/photos-teacher.yaml", "configs/photos.yaml"),
         cells=("teacher", *OPTION_CELLS),
-        teacher=dict(epochs=20),
+        teacher=dict(epochs=12),
     ),
     "photos-strong": Preset(
         "photos with a strong teacher, and its neck and label smoothing in the id net",
