@@ -61,7 +61,7 @@ PAPER_CELLS: dict[str, Cell] = {
 }
 # Each option of a strong teacher by itself, and what configs/photos-strong-teacher.yaml puts together of them.
 BALANCED = {"images_per_identity": 4}
-STRONG = BALANCED | dict(lr=0.05, neck="bnneck", dropout=0.0, triplet_w=1.0, label_smoothing=0.1)
+STRONG = BALANCED | dict(lr=0.05, weight_decay=0.006, neck="bnneck", dropout=0.0, triplet_w=1.0, label_smoothing=0.1)
 STRONG_ID = {key: STRONG[key] for key in ("neck", "label_smoothing")}  # what the id net of DG-Net has of them
 OPTION_CELLS: dict[str, Cell] = {
     name: Cell("teacher", ONE_HEAD, changes, about)
